@@ -1,0 +1,134 @@
+//! The maps: names, kinds, sizes.
+
+use core::mem::size_of;
+
+use crate::{
+    Addr, Counter, Endpoint, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey, NodeConfig, PolicyEntry,
+    PolicyKey, Recipe, Tuple,
+};
+
+/// Kinds of map, by what they promise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapKind {
+    /// `BPF_MAP_TYPE_HASH`.
+    Hash = 1,
+    /// `BPF_MAP_TYPE_ARRAY`.
+    Array = 2,
+    /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
+    PerCpuArray = 6,
+    /// `BPF_MAP_TYPE_LRU_HASH`.
+    LruHash = 9,
+    /// `BPF_MAP_TYPE_LPM_TRIE`.
+    LpmTrie = 11,
+    /// `BPF_MAP_TYPE_ARRAY_OF_MAPS` or `HASH_OF_MAPS`; values are rule sets.
+    HashOfMaps = 13,
+    /// `BPF_MAP_TYPE_RINGBUF`.
+    RingBuf = 27,
+}
+
+/// One map as both sides know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Map {
+    /// Name in the object, in the pin directory and in `cirri map list`.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: MapKind,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value.
+    pub value_size: u32,
+    /// Entries unless configuration says otherwise; bytes for the ring.
+    pub max_entries: u32,
+    /// Creation flags (`BPF_F_*`).
+    pub flags: u32,
+    /// What it is for, in one line.
+    pub about: &'static str,
+}
+
+const NO_PREALLOC: u32 = 1;
+
+/// Every map.
+pub mod map {
+    use super::*;
+
+    const fn new<K, V>(name: &'static str, kind: MapKind, max_entries: u32, flags: u32, about: &'static str) -> Map {
+        Map { name, kind, key_size: size_of::<K>() as u32, value_size: size_of::<V>() as u32, max_entries, flags, about }
+    }
+
+    /// Established IPv4 connections.
+    pub const FLOWS4: Map =
+        new::<FlowKey4, Recipe>("FLOWS4", MapKind::LruHash, 524_288, 0, "established IPv4 connections");
+    /// Established IPv6 connections.
+    pub const FLOWS6: Map = new::<Tuple, Recipe>("FLOWS6", MapKind::LruHash, 262_144, 0, "established IPv6 connections");
+    /// Unfinished IPv4 connections.
+    pub const PENDING4: Map =
+        new::<FlowKey4, Recipe>("PENDING4", MapKind::LruHash, 65_536, 0, "unfinished IPv4 connections");
+    /// Unfinished IPv6 connections.
+    pub const PENDING6: Map =
+        new::<Tuple, Recipe>("PENDING6", MapKind::LruHash, 65_536, 0, "unfinished IPv6 connections");
+    /// Ports of fragmented datagrams.
+    pub const FRAGMENTS: Map =
+        new::<FragmentKey, FragmentPorts>("FRAGMENTS", MapKind::LruHash, 8192, 0, "ports of fragmented datagrams");
+    /// Endpoints by address.
+    pub const ENDPOINTS: Map =
+        new::<Addr, Endpoint>("ENDPOINTS", MapKind::Hash, 16_384, NO_PREALLOC, "workloads of this node by address");
+    /// Endpoints by device.
+    pub const DEVICES: Map =
+        new::<u32, Endpoint>("DEVICES", MapKind::Hash, 8192, NO_PREALLOC, "workloads of this node by device");
+    /// Identity, block and peer of addresses.
+    pub const IPCACHE: Map = new::<IpcacheKey, Ipcache>(
+        "IPCACHE",
+        MapKind::LpmTrie,
+        524_288,
+        NO_PREALLOC,
+        "identity, block and peer of addresses",
+    );
+    /// Counters that recipes rest on.
+    pub const EPOCHS: Map = new::<u32, u32>("EPOCHS", MapKind::Array, 65_536, 0, "counters that recipes rest on");
+    /// Rule sets by slot.
+    pub const RULESETS: Map =
+        new::<u32, u32>("RULESETS", MapKind::HashOfMaps, 4096, 0, "compiled rule sets by slot");
+    /// One rule set: what [`RULESETS`] holds.
+    pub const RULESET: Map =
+        new::<PolicyKey, PolicyEntry>("ruleset", MapKind::LpmTrie, 65_536, NO_PREALLOC, "one compiled rule set");
+    /// The node's configuration.
+    pub const NODE: Map = new::<u32, NodeConfig>("NODE", MapKind::Array, 1, 0, "this node");
+    /// Counters.
+    pub const COUNTERS: Map = new::<u32, Counter>(
+        "COUNTERS",
+        MapKind::PerCpuArray,
+        crate::CounterIndex::COUNT,
+        0,
+        "packets and bytes by reason and direction",
+    );
+    /// Events.
+    pub const EVENTS: Map = Map {
+        name: "EVENTS",
+        kind: MapKind::RingBuf,
+        key_size: 0,
+        value_size: 0,
+        max_entries: 4 * 1024 * 1024,
+        flags: 0,
+        about: "events on their way to user space (bytes)",
+    };
+
+    /// All of them, [`RULESET`] left out: it has no name of its own in the kernel.
+    pub const ALL: &[Map] = &[
+        FLOWS4, FLOWS6, PENDING4, PENDING6, FRAGMENTS, ENDPOINTS, DEVICES, IPCACHE, EPOCHS, RULESETS, NODE, COUNTERS,
+        EVENTS,
+    ];
+}
+
+/// How the slots of the table of epochs are dealt out.
+pub mod epoch_slot {
+    /// The node's configuration, and all that has no slot of its own.
+    pub const NODE: u16 = 0;
+    /// First slot of rule sets; the slot is the [`crate::RulesetSlot`].
+    pub const FIRST_RULESET: u16 = 1;
+    /// Last slot of rule sets.
+    pub const LAST_RULESET: u16 = 4095;
+    /// First slot of routes to peers.
+    pub const FIRST_PEER: u16 = 4096;
+    /// Last slot of routes to peers.
+    pub const LAST_PEER: u16 = 20_479;
+}
