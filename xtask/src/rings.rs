@@ -1,0 +1,334 @@
+//! `test` and `e2e`: the checks and the three rings, each streamed, all counted in one last line.
+//!
+//! Ring 1 is native and needs no privilege; ring 2 runs the real programs under `BPF_PROG_TEST_RUN`;
+//! ring 3 runs real agents in network namespaces. A test that did not run looks like one that passed,
+//! so an ignored test, or a privileged ring without tests, counts as a failure.
+
+use crate::build::{self, Profile};
+use crate::setup::{self, Need};
+use crate::{arch, host, product, sh, table, verify};
+use anyhow::{Context, Result, bail};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Everything that must hold before a change lands.
+pub fn test() -> Result<()> {
+    let mut report = Report::default();
+    let mut binary = None;
+    report.check("build", || {
+        if host::is_root() {
+            setup::ensure(Need::ALL)?;
+        }
+        build::object()?;
+        binary = Some(build::binary(Profile::Debug)?);
+        Ok(())
+    });
+    if let Some(binary) = binary {
+        report.check("fmt", format);
+        report.check("clippy", clippy);
+        report.check("arch", || arch::check().map(|_| ()));
+        report.ring("ring 1: native", native);
+        report.privileged("ring 2: kernel", || suite("kernel", &binary, &[]));
+        report.privileged("ring 3: lab", || suite("lab", &binary, &[]));
+        report.check("verify", || {
+            product::need_root("verify")?;
+            verify::check(&binary)
+        });
+    }
+    report.finish()
+}
+
+/// Ring 3 alone, or those of its tests whose name contains the filter.
+pub fn e2e(arguments: &[String]) -> Result<()> {
+    product::need_root("e2e")?;
+    setup::ensure(&[Need::Build, Need::Lab, Need::Test])?;
+    build::object()?;
+    let binary = build::binary(Profile::Debug)?;
+    let mut report = Report::default();
+    report.privileged("ring 3: lab", || suite("lab", &binary, arguments));
+    report.finish()
+}
+
+fn format() -> Result<()> {
+    for manifest in ["Cargo.toml", "crates/bpf/Cargo.toml"] {
+        let manifest = host::workspace().join(manifest);
+        if manifest.exists() {
+            sh::run(host::cargo().args(["fmt", "--all", "--check", "--manifest-path"]).arg(manifest))?;
+        }
+    }
+    Ok(())
+}
+
+fn clippy() -> Result<()> {
+    sh::run(host::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+}
+
+fn native() -> Result<Counts> {
+    let mut counts = cargo_test(&["--workspace", "--exclude", "cirri-e2e"], &[], None)?;
+    let mut own: Vec<String> = vec!["-p".into(), "cirri-e2e".into(), "--lib".into()];
+    for suite in suites()?.into_iter().filter(|s| s.ring == "native") {
+        own.extend(["--test".to_owned(), suite.name]);
+    }
+    let own: Vec<&str> = own.iter().map(String::as_str).collect();
+    counts.add(cargo_test(&own, &[], None)?);
+    Ok(counts)
+}
+
+/// The tests in `e2e/tests/<ring>_*.rs`, one at a time: they share the machine's kernel.
+fn suite(ring: &str, binary: &Path, filter: &[String]) -> Result<Counts> {
+    let suites: Vec<Suite> = suites()?.into_iter().filter(|s| s.ring == ring).collect();
+    if suites.is_empty() {
+        return Ok(Counts::default());
+    }
+    let mut selection = vec!["-p", "cirri-e2e"];
+    for suite in &suites {
+        selection.extend(["--test", suite.name.as_str()]);
+    }
+    let mut harness = vec!["--test-threads=1"];
+    harness.extend(filter.iter().map(String::as_str));
+    cargo_test(&selection, &harness, Some(binary))
+}
+
+/// A file of privileged or shared tests.
+#[derive(Debug, PartialEq, Eq)]
+struct Suite {
+    name: String,
+    ring: &'static str,
+}
+
+fn suites() -> Result<Vec<Suite>> {
+    let directory = host::workspace().join("e2e/tests");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
+        let path = entry?.path();
+        if is_test_target(&path)
+            && let Some(stem) = path.file_stem()
+        {
+            names.push(stem.to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    names.into_iter().map(sort_into_ring).collect()
+}
+
+/// What cargo takes for a test: a file, or a directory with a `main.rs`.
+fn is_test_target(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "rs") || path.join("main.rs").exists()
+}
+
+fn sort_into_ring(name: String) -> Result<Suite> {
+    for ring in ["native", "kernel", "lab"] {
+        if name.strip_prefix(ring).is_some_and(|rest| rest.starts_with('_')) {
+            return Ok(Suite { name, ring });
+        }
+    }
+    bail!("e2e/tests/{name} belongs to no ring: its name must start with native_, kernel_ or lab_")
+}
+
+fn cargo_test(selection: &[&str], harness: &[&str], binary: Option<&Path>) -> Result<Counts> {
+    let mut command: Command = host::cargo();
+    command.arg("test").args(selection).arg("--no-fail-fast").env("PATH", host::search_path());
+    if let Some(binary) = binary {
+        command.env("CIRRI_BIN", binary);
+    }
+    command.arg("--").args(harness);
+    let mut counts = Counts::default();
+    let status = sh::stream(&mut command, |line| counts.read(line))?;
+    if !status.success() && counts.failed == 0 {
+        // A test that aborts takes its binary with it, and no result is printed.
+        eprintln!(
+            "`{}` failed, but no test says so: it did not compile, or a test ended its process",
+            sh::line(&command)
+        );
+        counts.failed = 1;
+    }
+    Ok(counts)
+}
+
+/// How many tests did what.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Counts) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+
+    /// Takes the counts from a line such as
+    /// `test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s`.
+    fn read(&mut self, line: &str) {
+        let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". ")) else {
+            return;
+        };
+        for part in counts.split("; ") {
+            match part.split_once(' ').map(|(n, what)| (n.parse::<u64>(), what)) {
+                Some((Ok(n), "passed")) => self.passed += n,
+                Some((Ok(n), "failed")) => self.failed += n,
+                Some((Ok(n), "ignored")) => self.ignored += n,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What ran, and how it ended.
+#[derive(Default)]
+struct Report {
+    rows: Vec<(String, Counts, Duration, String)>,
+}
+
+impl Report {
+    /// Something that holds or does not: it counts as one.
+    fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
+        self.record(name, || check().map(|()| Counts { passed: 1, ..Counts::default() }), |_| None);
+    }
+
+    fn ring(&mut self, name: &str, run: impl FnOnce() -> Result<Counts>) {
+        self.record(name, run, fault);
+    }
+
+    /// A ring that needs root. Without, it fails: it did not run.
+    fn privileged(&mut self, name: &str, run: impl FnOnce() -> Result<Counts>) {
+        self.ring(name, || {
+            if !host::is_root() {
+                bail!("needs root, and you are not: nothing of it ran");
+            }
+            run()
+        });
+    }
+
+    fn record(
+        &mut self,
+        name: &str,
+        run: impl FnOnce() -> Result<Counts>,
+        judge: impl FnOnce(&Counts) -> Option<String>,
+    ) {
+        if sh::interrupted() {
+            return;
+        }
+        sh::step(name);
+        let start = Instant::now();
+        let (mut counts, mut remark) = (Counts { failed: 1, ..Counts::default() }, String::new());
+        match run() {
+            Ok(ran) => {
+                counts = ran;
+                if let Some(fault) = judge(&ran) {
+                    // What did not run has not passed.
+                    counts.failed += ran.ignored.max(u64::from(ran.failed == 0));
+                    remark = fault;
+                }
+            }
+            Err(error) => {
+                eprintln!("{} {name}: {error:#}", sh::red("error:"));
+                remark = first_line(&format!("{error:#}"));
+            }
+        }
+        self.rows.push((name.to_owned(), counts, start.elapsed(), remark));
+    }
+
+    /// Prints the table and, as the very last line, the counts that CI reads.
+    fn finish(self) -> Result<()> {
+        if sh::interrupted() {
+            bail!("interrupted");
+        }
+        let total = self.total();
+        let rows: Vec<Vec<String>> = self
+            .rows
+            .iter()
+            .map(|(name, counts, took, remark)| {
+                let seconds = format!("{:.1}", took.as_secs_f64());
+                vec![name.clone(), counts.passed.to_string(), counts.failed.to_string(), seconds, remark.clone()]
+            })
+            .collect();
+        println!("\n{}", table::render(&["what", "passed", "failed", "seconds", ""], &rows));
+        println!("{} passed, {} failed", total.passed, total.failed);
+        if total.failed > 0 {
+            // Nothing may follow the line above.
+            std::process::exit(1);
+        }
+        Ok(())
+    }
+
+    fn total(&self) -> Counts {
+        let mut total = Counts::default();
+        self.rows.iter().for_each(|(_, counts, _, _)| total.add(*counts));
+        total
+    }
+}
+
+/// What is wrong with a ring whose tests themselves may all have passed.
+fn fault(counts: &Counts) -> Option<String> {
+    if counts.ignored > 0 {
+        Some(format!("{} ignored: a test that does not run must not be there", counts.ignored))
+    } else if counts.passed + counts.failed == 0 {
+        Some("ran no test".to_owned())
+    } else {
+        None
+    }
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(passed: u64, failed: u64, ignored: u64) -> Counts {
+        Counts { passed, failed, ignored }
+    }
+
+    fn report_of(run: impl FnOnce() -> Result<Counts>) -> Counts {
+        let mut report = Report::default();
+        report.ring("ring", run);
+        report.total()
+    }
+
+    #[test]
+    fn results_add_up_over_binaries() {
+        let mut all = Counts::default();
+        for line in [
+            "running 5 tests",
+            "test a ... ok",
+            "test result: ok. 4 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+            "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 9 filtered out; finished in 1.20s",
+            "a test that prints: 7 passed; 7 failed",
+        ] {
+            all.read(line);
+        }
+        assert_eq!(all, counts(6, 3, 1));
+    }
+
+    #[test]
+    fn a_ring_that_ran_nothing_fails() {
+        assert_eq!(report_of(|| Ok(counts(0, 0, 0))), counts(0, 1, 0));
+        assert_eq!(report_of(|| Ok(counts(3, 0, 0))), counts(3, 0, 0));
+    }
+
+    #[test]
+    fn an_ignored_test_is_a_failed_one() {
+        assert_eq!(report_of(|| Ok(counts(3, 0, 2))), counts(3, 2, 2));
+        assert_eq!(report_of(|| Ok(counts(3, 1, 2))), counts(3, 3, 2));
+    }
+
+    #[test]
+    fn a_ring_that_could_not_start_fails_once() {
+        assert_eq!(report_of(|| bail!("no")), counts(0, 1, 0));
+    }
+
+    #[test]
+    fn every_suite_belongs_to_a_ring() {
+        assert_eq!(sort_into_ring("lab_policy".into()).unwrap().ring, "lab");
+        assert_eq!(sort_into_ring("kernel_fixtures".into()).unwrap().ring, "kernel");
+        assert_eq!(sort_into_ring("native_oracle".into()).unwrap().ring, "native");
+        assert!(sort_into_ring("labour".into()).is_err());
+    }
+}
