@@ -1,1 +1,7 @@
 //! The namespace test kit.
+
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+pub mod cases;
+pub mod reference;
