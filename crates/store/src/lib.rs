@@ -9,9 +9,13 @@
 //! * [`folder`]: not a store but a source: the manifests in a directory, parsed, as they change.
 #![forbid(unsafe_code)]
 
+mod embedded;
 mod error;
+mod etcd;
 
+pub use embedded::{Embedded, SetAside};
 pub use error::StoreError;
+pub use etcd::{Etcd, EtcdOptions};
 
 use std::time::Duration;
 
