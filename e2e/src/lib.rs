@@ -4,4 +4,5 @@
 #![deny(missing_docs)]
 
 pub mod cases;
+pub mod random;
 pub mod reference;
