@@ -1,0 +1,134 @@
+//! Which identities each selector matches, kept up to date, so that a new identity or policy costs
+//! what it touches and not what there is.
+
+use super::{Policy, PolicyId, Selector};
+use crate::labels::IdentityLabels;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct SelectorIndex {
+    selectors: BTreeMap<Arc<Selector>, Uses>,
+    /// Selectors by a label of which all that they match has at least one; see [`Selector::anchors`].
+    anchored: HashMap<(String, String), BTreeSet<Arc<Selector>>>,
+    /// Selectors without such a label: asked about every identity.
+    broad: BTreeSet<Arc<Selector>>,
+    /// By identity, the selectors that match it.
+    matched_by: BTreeMap<u32, BTreeSet<Arc<Selector>>>,
+}
+
+/// Who uses a selector, and whom it matches.
+#[derive(Clone, Debug, Default)]
+struct Uses {
+    matches: BTreeSet<u32>,
+    subject_of: BTreeSet<PolicyId>,
+    peer_of: BTreeSet<PolicyId>,
+}
+
+impl SelectorIndex {
+    /// Identities that the selector matches; empty for one that no policy uses.
+    pub fn matched(&self, selector: &Selector) -> impl ExactSizeIterator<Item = u32> + '_ {
+        self.selectors.get(selector).map_or(&NOBODY, |uses| &uses.matches).iter().copied()
+    }
+
+    /// Policies whose subject the identity is, by name.
+    pub fn policies_with_subject(&self, identity: u32) -> BTreeSet<&PolicyId> {
+        self.uses_of(identity).flat_map(|uses| &uses.subject_of).collect()
+    }
+
+    /// Policies that name the identity as a peer.
+    pub fn policies_with_peer(&self, identity: u32) -> BTreeSet<&PolicyId> {
+        self.uses_of(identity).flat_map(|uses| &uses.peer_of).collect()
+    }
+
+    /// Pod label keys that selectors in use ask for.
+    pub fn pod_keys(&self) -> impl Iterator<Item = &str> {
+        self.selectors.keys().flat_map(|selector| selector.pod_keys())
+    }
+
+    /// Notes the selectors of a policy.
+    pub fn acquire(&mut self, id: &PolicyId, policy: &Policy, identities: &BTreeMap<u32, Arc<IdentityLabels>>) {
+        self.intern(&policy.subject, identities).subject_of.insert(id.clone());
+        for selector in policy.peer_selectors() {
+            self.intern(&selector, identities).peer_of.insert(id.clone());
+        }
+    }
+
+    /// Drops the selectors of a policy that no other uses.
+    pub fn release(&mut self, id: &PolicyId, policy: &Policy) {
+        for selector in policy.peer_selectors().iter().chain([&policy.subject]) {
+            let Some(uses) = self.selectors.get_mut(selector) else { continue };
+            uses.subject_of.remove(id);
+            uses.peer_of.remove(id);
+            if uses.subject_of.is_empty() && uses.peer_of.is_empty() {
+                self.forget(selector);
+            }
+        }
+    }
+
+    /// Notes an identity.
+    pub fn insert(&mut self, identity: u32, labels: &IdentityLabels) {
+        let anchored = labels.iter().filter_map(|(k, v)| self.anchored.get(&(k.to_string(), v.to_string()))).flatten();
+        let matching: BTreeSet<Arc<Selector>> =
+            anchored.chain(&self.broad).filter(|selector| selector.matches(labels)).cloned().collect();
+        for selector in &matching {
+            if let Some(uses) = self.selectors.get_mut(selector) {
+                uses.matches.insert(identity);
+            }
+        }
+        self.matched_by.insert(identity, matching);
+    }
+
+    /// Forgets an identity.
+    pub fn remove(&mut self, identity: u32) {
+        for selector in self.matched_by.remove(&identity).unwrap_or_default() {
+            if let Some(uses) = self.selectors.get_mut(&selector) {
+                uses.matches.remove(&identity);
+            }
+        }
+    }
+
+    fn uses_of(&self, identity: u32) -> impl Iterator<Item = &Uses> {
+        self.matched_by.get(&identity).into_iter().flatten().filter_map(|selector| self.selectors.get(selector))
+    }
+
+    fn intern(&mut self, selector: &Selector, identities: &BTreeMap<u32, Arc<IdentityLabels>>) -> &mut Uses {
+        if !self.selectors.contains_key(selector) {
+            let shared = Arc::new(selector.clone());
+            let matches = identities.iter().filter(|(_, labels)| selector.matches(labels)).map(|(id, _)| *id);
+            let matches: BTreeSet<u32> = matches.collect();
+            for id in &matches {
+                self.matched_by.entry(*id).or_default().insert(shared.clone());
+            }
+            let anchors = selector.anchors();
+            if anchors.is_empty() {
+                self.broad.insert(shared.clone());
+            }
+            for anchor in anchors {
+                self.anchored.entry(anchor).or_default().insert(shared.clone());
+            }
+            self.selectors.insert(shared, Uses { matches, ..Uses::default() });
+        }
+        self.selectors.get_mut(selector).expect("it was inserted above")
+    }
+
+    fn forget(&mut self, selector: &Selector) {
+        let Some(uses) = self.selectors.remove(selector) else { return };
+        for id in uses.matches {
+            if let Some(selectors) = self.matched_by.get_mut(&id) {
+                selectors.remove(selector);
+            }
+        }
+        self.broad.remove(selector);
+        for anchor in selector.anchors() {
+            if let Some(selectors) = self.anchored.get_mut(&anchor) {
+                selectors.remove(selector);
+                if selectors.is_empty() {
+                    self.anchored.remove(&anchor);
+                }
+            }
+        }
+    }
+}
+
+static NOBODY: BTreeSet<u32> = BTreeSet::new();

@@ -1,0 +1,307 @@
+//! Policies and identities in, rule sets out.
+//!
+//! [`Cluster`] holds what is known of both. Each change answers which identities' rule sets may
+//! differ now; [`Cluster::compile`] makes the rule set of one, complete and always the same for the
+//! same inputs, whatever order they came in. [`Cluster::explain`] answers the same question as the
+//! tables do, from the rules themselves, and says what would have had to differ.
+//!
+//! What decides, for one direction of one workload: traffic with its own node always passes; if no
+//! policy closes the direction, what no rule denies passes; otherwise, what some rule allows.
+
+mod blocks;
+mod compile;
+mod explain;
+mod index;
+mod model;
+mod selector;
+#[cfg(test)]
+mod tests;
+
+pub use blocks::Blocks;
+pub use compile::{CompileError, Ruleset};
+pub use explain::{Difference, Explanation, NearMiss, Party, Question};
+pub use model::{Direction, Peer, Policy, PolicyId, PortMatch, Rule, RuleInfo, RuleVerdict, Tier};
+pub use selector::{Scope, Selector};
+
+use crate::hash::fnv64;
+use crate::labels::{IdentityLabels, LabelFilter};
+use cirri_abi::{Cookie, Identity, map};
+use index::SelectorIndex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Everything that rule sets are compiled from.
+///
+/// Legal order: none. Policies and identities may come and go in any order, and the same contents
+/// compile to the same rule sets.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    limit: usize,
+    filter: LabelFilter,
+    identities: BTreeMap<u32, Arc<IdentityLabels>>,
+    policies: BTreeMap<PolicyId, Installed>,
+    index: SelectorIndex,
+    blocks: Blocks,
+    rules: BTreeMap<u32, RuleInfo>,
+}
+
+#[derive(Clone, Debug)]
+struct Installed {
+    policy: Policy,
+    /// One for each rule.
+    cookies: Vec<u32>,
+}
+
+/// What a change asks the caller to do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    identities: BTreeSet<u32>,
+    /// The blocks changed: look up the `block` of every entry of the address cache again. See
+    /// [`Blocks`] for the order.
+    pub blocks: bool,
+    /// [`Cluster::label_filter`] changed: make the labels of every pod of this node again.
+    pub labels: bool,
+}
+
+impl Change {
+    /// Identities whose rule sets may differ now, by number.
+    pub fn identities(&self) -> impl Iterator<Item = Identity> + '_ {
+        self.identities.iter().map(|&id| Identity { id })
+    }
+
+    /// Whether the rule set of this identity may differ now.
+    pub fn concerns(&self, identity: Identity) -> bool {
+        self.identities.contains(&identity.id)
+    }
+
+    /// Nothing to do.
+    pub fn is_empty(&self) -> bool {
+        *self == Change::default()
+    }
+
+    /// Both changes as one.
+    pub fn merge(&mut self, other: Change) {
+        self.identities.extend(other.identities);
+        self.blocks |= other.blocks;
+        self.labels |= other.labels;
+    }
+}
+
+/// Why a policy was not taken. The one that was there before stays in force.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PolicyError {
+    /// It selects by a label that pods cannot carry.
+    #[error(
+        "{policy} selects pods by the label {key}, which is reserved and never counts as a pod's own; use namespaceSelector or another label"
+    )]
+    ReservedLabel {
+        /// The policy.
+        policy: PolicyId,
+        /// The label's key.
+        key: String,
+    },
+    /// A rule set would not fit its table.
+    #[error(transparent)]
+    TooLarge(#[from] CompileError),
+}
+
+impl Default for Cluster {
+    fn default() -> Cluster {
+        Cluster::new(map::RULESET.max_entries as usize, LabelFilter::default())
+    }
+}
+
+impl Cluster {
+    /// Nothing yet. A rule set may have `limit` entries; `filter` is the configured label filter.
+    pub fn new(limit: usize, filter: LabelFilter) -> Cluster {
+        Cluster {
+            limit,
+            filter,
+            identities: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            index: SelectorIndex::default(),
+            blocks: Blocks::default(),
+            rules: BTreeMap::new(),
+        }
+    }
+
+    /// Takes a policy, new or changed; a NetworkPolicy converts into one.
+    ///
+    /// Its cost is counted first: if a rule set would get larger than its table, nothing changes.
+    pub fn upsert_policy(&mut self, policy: impl Into<Policy>) -> Result<Change, PolicyError> {
+        let policy = policy.into();
+        if self.policies.get(&policy.id).is_some_and(|old| old.policy == policy) {
+            return Ok(Change::default());
+        }
+        if let Some(key) = policy.reserved_key() {
+            return Err(PolicyError::ReservedLabel { key, policy: policy.id });
+        }
+        let id = policy.id.clone();
+        let old = self.policies.get(&id).map(|old| old.policy.clone());
+        let change = self.replace(&id, Some(policy.clone()));
+        let mut refused = self.oversized(&change);
+        if !refused.is_empty() {
+            self.replace(&id, old);
+            // What was too large before and does not grow is no reason to refuse: the way out of
+            // too many rules leads through smaller policies.
+            refused.retain(|error| self.entries_of(error.identity()) < error.entries());
+            if let Some(error) = refused.into_iter().next() {
+                return Err(error.into());
+            }
+            self.replace(&id, Some(policy));
+        }
+        Ok(change)
+    }
+
+    /// Takes a policy away.
+    pub fn remove_policy(&mut self, id: &PolicyId) -> Change {
+        self.replace(id, None)
+    }
+
+    /// Learns an identity's labels, or that they changed.
+    pub fn upsert_identity(&mut self, identity: Identity, labels: IdentityLabels) -> Change {
+        if self.identities.get(&identity.id).is_some_and(|old| **old == labels) {
+            return Change::default();
+        }
+        let mut change = self.remove_identity(identity);
+        self.index.insert(identity.id, &labels);
+        self.identities.insert(identity.id, Arc::new(labels));
+        change.identities.insert(identity.id);
+        self.add_dependents(identity, &mut change);
+        change
+    }
+
+    /// Forgets an identity.
+    pub fn remove_identity(&mut self, identity: Identity) -> Change {
+        let mut change = Change::default();
+        if self.identities.contains_key(&identity.id) {
+            self.add_dependents(identity, &mut change);
+            change.identities.insert(identity.id);
+            self.index.remove(identity.id);
+            self.identities.remove(&identity.id);
+        }
+        change
+    }
+
+    /// The labels of an identity.
+    pub fn labels(&self, identity: Identity) -> Option<&IdentityLabels> {
+        self.identities.get(&identity.id).map(Arc::as_ref)
+    }
+
+    /// Every policy, by name.
+    pub fn policies(&self) -> impl Iterator<Item = &Policy> {
+        self.policies.values().map(|installed| &installed.policy)
+    }
+
+    /// The policies that select an identity, by name.
+    pub fn policies_of(&self, identity: Identity) -> impl Iterator<Item = &Policy> {
+        self.installed_for(identity.id).map(|installed| &installed.policy)
+    }
+
+    /// What is known of the rule with this cookie.
+    pub fn rule(&self, cookie: u32) -> Option<&RuleInfo> {
+        self.rules.get(&cookie)
+    }
+
+    /// Every rule, by cookie.
+    pub fn rules(&self) -> impl Iterator<Item = &RuleInfo> {
+        self.rules.values()
+    }
+
+    /// The address blocks that policies name.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    /// The configured filter, and every key kept that some policy selects pods by.
+    pub fn label_filter(&self) -> LabelFilter {
+        let mut filter = self.filter.clone();
+        for key in self.kept_keys() {
+            filter.keep(&key);
+        }
+        filter
+    }
+
+    /// Puts `policy` in the place of what has that name now. Answers what it touches.
+    fn replace(&mut self, id: &PolicyId, policy: Option<Policy>) -> Change {
+        let kept = self.kept_keys();
+        let mut change = Change::default();
+        let mut blocks = Vec::new();
+        let old = self.policies.remove(id);
+        if let Some(old) = &old {
+            change.identities.extend(self.index.matched(&old.policy.subject));
+            self.index.release(id, &old.policy);
+            for cookie in &old.cookies {
+                self.rules.remove(cookie);
+            }
+        }
+        // Take the new blocks before giving back the old ones, so that what both name stays.
+        for block in policy.iter().flat_map(Policy::address_blocks) {
+            blocks.extend(self.blocks.acquire(block));
+        }
+        for block in old.iter().flat_map(|old| old.policy.address_blocks()) {
+            blocks.extend(self.blocks.release(block));
+        }
+        if let Some(policy) = policy {
+            self.index.acquire(id, &policy, &self.identities);
+            change.identities.extend(self.index.matched(&policy.subject));
+            let cookies = self.number_rules(&policy);
+            self.policies.insert(id.clone(), Installed { policy, cookies });
+        }
+        change.blocks = !blocks.is_empty();
+        if change.blocks {
+            for installed in self.policies.values() {
+                let mut meant = installed.policy.address_blocks();
+                if meant.any(|block| blocks.iter().any(|net| block.cidr.contains(net))) {
+                    change.identities.extend(self.index.matched(&installed.policy.subject));
+                }
+            }
+        }
+        change.labels = kept != self.kept_keys();
+        change
+    }
+
+    /// Gives each rule a cookie that depends on what it says and whose it is alone, so that it is
+    /// the same after a restart and on every node, and moves with the rule when others are
+    /// inserted before it.
+    fn number_rules(&mut self, policy: &Policy) -> Vec<u32> {
+        let mut cookies = Vec::new();
+        for rule in &policy.rules {
+            let text = rule.to_string();
+            let hash = fnv64(format!("{}\n{}\n{text}", policy.id, rule.direction).as_bytes());
+            let mut cookie = ((hash >> 32) ^ hash) as u32;
+            while cookie < Cookie::FIRST_RULE || self.rules.contains_key(&cookie) {
+                cookie = cookie.wrapping_add(1).max(Cookie::FIRST_RULE);
+            }
+            let info = RuleInfo {
+                cookie,
+                kind: policy.id.kind,
+                namespace: policy.id.namespace.clone(),
+                policy: policy.id.name.clone(),
+                direction: rule.direction,
+                index: rule.index,
+                text,
+            };
+            self.rules.insert(cookie, info);
+            cookies.push(cookie);
+        }
+        cookies
+    }
+
+    /// Adds those whose policies name `identity` as a peer.
+    fn add_dependents(&self, identity: Identity, change: &mut Change) {
+        for id in self.index.policies_with_peer(identity.id) {
+            if let Some(installed) = self.policies.get(id) {
+                change.identities.extend(self.index.matched(&installed.policy.subject));
+            }
+        }
+    }
+
+    fn installed_for(&self, identity: u32) -> impl Iterator<Item = &Installed> {
+        self.index.policies_with_subject(identity).into_iter().filter_map(|id| self.policies.get(id))
+    }
+
+    fn kept_keys(&self) -> BTreeSet<String> {
+        self.index.pod_keys().filter(|key| !self.filter.admits(key)).map(str::to_string).collect()
+    }
+}

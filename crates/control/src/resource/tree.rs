@@ -1,0 +1,344 @@
+//! A YAML document with the place of every value, and a cursor that reads typed values from it.
+
+use super::ResourceError;
+use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_saphyr::Spanned;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Reads every document of `text` (YAML 1.2, of which JSON is a part).
+pub fn documents(file: &str, text: &str) -> Result<Vec<Tree>, ResourceError> {
+    let options = serde_saphyr::options! {
+        // A whole cluster's pods may stand in one file; the file's size bounds the work.
+        budget: None,
+        // In YAML 1.2 `yes`, `no`, `on`, `y` are strings.
+        strict_booleans: true,
+        with_snippet: false,
+    };
+    let trees: Vec<Spanned<Tree>> = serde_saphyr::from_multiple_with_options(text, options).map_err(|error| {
+        let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
+        let place = format!(" at line {line}, column {column}");
+        let message = error.to_string().replace(&place, "");
+        ResourceError::Syntax { at: super::Position { file: file.into(), line, column }, message }
+    })?;
+    Ok(trees.into_iter().map(Tree::placed).collect())
+}
+
+/// A value and where it stands.
+#[derive(Debug)]
+pub struct Tree {
+    value: Value,
+    line: u64,
+    column: u64,
+}
+
+#[derive(Debug)]
+enum Value {
+    Null,
+    Bool(bool),
+    Integer(i128),
+    Float(f64),
+    String(String),
+    List(Vec<Tree>),
+    Map(Vec<(Key, Tree)>),
+}
+
+#[derive(Debug)]
+struct Key {
+    name: String,
+    line: u64,
+    column: u64,
+}
+
+impl Tree {
+    fn placed(spanned: Spanned<Tree>) -> Tree {
+        let at = spanned.referenced;
+        Tree { value: spanned.value.value, line: at.line(), column: at.column() }
+    }
+
+    /// A cursor on the whole document.
+    pub fn cursor<'a>(&'a self, file: &'a str) -> Cursor<'a> {
+        Cursor { file, tree: self, path: String::new() }
+    }
+}
+
+/// A place in a document: the value, and how one gets there from the root.
+#[derive(Clone, Debug)]
+pub struct Cursor<'a> {
+    file: &'a str,
+    tree: &'a Tree,
+    path: String,
+}
+
+impl<'a> Cursor<'a> {
+    /// An error about this value.
+    pub fn error(&self, problem: impl Into<String>, hint: impl Into<String>) -> ResourceError {
+        error_at(self.file, (self.tree.line, self.tree.column), self.path.clone(), problem.into(), hint.into())
+    }
+
+    /// The value as a mapping in which no field stands beside `known`.
+    pub fn object(&self, known: &[&str]) -> Result<Object<'a>, ResourceError> {
+        let Value::Map(entries) = &self.tree.value else { return Err(self.wrong_type("a mapping of fields")) };
+        for (key, _) in entries {
+            if !known.contains(&key.name.as_str()) {
+                let hint = match nearest(&key.name, known) {
+                    Some(name) => format!("did you mean `{name}`? Otherwise remove it"),
+                    None => "remove it or correct its spelling or indentation".to_string(),
+                };
+                let path = join(&self.path, &key.name);
+                return Err(error_at(self.file, (key.line, key.column), path, "unknown field".into(), hint));
+            }
+        }
+        Ok(Object { cursor: self.clone(), entries })
+    }
+
+    /// The value as a mapping, whatever stands in it.
+    pub fn any_object(&self) -> Result<Object<'a>, ResourceError> {
+        let Value::Map(entries) = &self.tree.value else { return Err(self.wrong_type("a mapping of fields")) };
+        Ok(Object { cursor: self.clone(), entries })
+    }
+
+    /// The elements of a list.
+    pub fn list(&self) -> Result<Vec<Cursor<'a>>, ResourceError> {
+        let Value::List(items) = &self.tree.value else { return Err(self.wrong_type("a list")) };
+        let at = |(i, tree)| Cursor { file: self.file, tree, path: format!("{}[{i}]", self.path) };
+        Ok(items.iter().enumerate().map(at).collect())
+    }
+
+    /// A string.
+    pub fn string(&self) -> Result<&'a str, ResourceError> {
+        match &self.tree.value {
+            Value::String(text) => Ok(text),
+            _ => Err(self.wrong_type("a string")),
+        }
+    }
+
+    /// A string that `check` accepts.
+    pub fn checked<T>(&self, check: impl Fn(&str) -> Result<T, &'static str>) -> Result<&'a str, ResourceError> {
+        let text = self.string()?;
+        check(text).map_err(|why| self.refused(text, why))?;
+        Ok(text)
+    }
+
+    /// A string that `parse` understands.
+    pub fn parsed<T>(&self, parse: impl Fn(&str) -> Result<T, &'static str>) -> Result<T, ResourceError> {
+        let text = self.string()?;
+        parse(text).map_err(|why| self.refused(text, why))
+    }
+
+    /// A port number, 1 to 65535.
+    pub fn port(&self) -> Result<u16, ResourceError> {
+        match &self.tree.value {
+            Value::Integer(number) => u16::try_from(*number)
+                .ok()
+                .filter(|port| *port != 0)
+                .ok_or_else(|| self.error(format!("{number} is not a port"), "use 1 to 65535")),
+            _ => Err(self.wrong_type("a port number from 1 to 65535")),
+        }
+    }
+
+    /// Whether the value is a string (and not a number).
+    pub fn is_string(&self) -> bool {
+        matches!(self.tree.value, Value::String(_))
+    }
+
+    /// `true` or `false`.
+    pub fn bool(&self) -> Result<bool, ResourceError> {
+        match self.tree.value {
+            Value::Bool(value) => Ok(value),
+            _ => Err(self.wrong_type("true or false")),
+        }
+    }
+
+    /// A list of strings.
+    pub fn strings(&self) -> Result<Vec<String>, ResourceError> {
+        self.list()?.iter().map(|item| Ok(item.string()?.to_string())).collect()
+    }
+
+    /// A mapping of strings to strings. `check` sees each key and value.
+    pub fn string_map(
+        &self,
+        key: fn(&str) -> Result<(), &'static str>,
+        value: fn(&str) -> Result<(), &'static str>,
+    ) -> Result<BTreeMap<String, String>, ResourceError> {
+        let Value::Map(entries) = &self.tree.value else { return Err(self.wrong_type("a mapping of strings")) };
+        let mut out = BTreeMap::new();
+        for (name, tree) in entries {
+            let item = Cursor { file: self.file, tree, path: join(&self.path, &name.name) };
+            key(&name.name).map_err(|why| {
+                let (problem, hint) = split_reason(&name.name, why);
+                error_at(self.file, (name.line, name.column), item.path.clone(), problem, hint)
+            })?;
+            out.insert(name.name.clone(), item.checked(value)?.to_string());
+        }
+        Ok(out)
+    }
+
+    fn refused(&self, text: &str, why: &str) -> ResourceError {
+        let (problem, hint) = split_reason(text, why);
+        self.error(problem, hint)
+    }
+
+    fn wrong_type(&self, wanted: &str) -> ResourceError {
+        let (found, hint) = match &self.tree.value {
+            Value::Null => ("nothing", "fill it in or remove the field".to_string()),
+            Value::Bool(value) => ("true or false", format!("for a string, write \"{value}\" in quotes")),
+            Value::Integer(value) => ("a number", format!("for a string, write \"{value}\" in quotes")),
+            Value::Float(value) => ("a number", format!("for a string, write \"{value}\" in quotes")),
+            Value::String(_) => ("a string", "correct the value; a number stands without quotes".to_string()),
+            Value::List(_) => ("a list", "remove the '-'".to_string()),
+            Value::Map(_) => ("a mapping", "correct the value or its indentation".to_string()),
+        };
+        self.error(format!("expected {wanted}, found {found}"), hint)
+    }
+}
+
+/// A mapping whose fields are known.
+pub struct Object<'a> {
+    cursor: Cursor<'a>,
+    entries: &'a [(Key, Tree)],
+}
+
+impl<'a> Object<'a> {
+    /// The field's value; a field that is null counts as absent, as the API server has it.
+    pub fn get(&self, name: &str) -> Option<Cursor<'a>> {
+        let (_, tree) = self.entries.iter().find(|(key, _)| key.name == name)?;
+        if matches!(tree.value, Value::Null) {
+            return None;
+        }
+        Some(Cursor { file: self.cursor.file, tree, path: join(&self.cursor.path, name) })
+    }
+
+    /// The field's value, or an error that it is missing.
+    pub fn required(&self, name: &str) -> Result<Cursor<'a>, ResourceError> {
+        self.get(name).ok_or_else(|| {
+            let at = (self.cursor.tree.line, self.cursor.tree.column);
+            let path = join(&self.cursor.path, name);
+            error_at(self.cursor.file, at, path, "is missing".into(), format!("add `{name}`"))
+        })
+    }
+
+    /// The elements of a list that may be absent.
+    pub fn items(&self, name: &str) -> Result<Vec<Cursor<'a>>, ResourceError> {
+        self.get(name).map_or(Ok(Vec::new()), |list| list.list())
+    }
+
+    /// A list of strings that may be absent.
+    pub fn strings(&self, name: &str) -> Result<Vec<String>, ResourceError> {
+        self.get(name).map_or(Ok(Vec::new()), |list| list.strings())
+    }
+
+    /// A string that may be absent.
+    pub fn string(&self, name: &str) -> Result<Option<String>, ResourceError> {
+        self.get(name).map(|value| value.string().map(str::to_string)).transpose()
+    }
+}
+
+fn error_at(file: &str, at: (u64, u64), field: String, problem: String, hint: String) -> ResourceError {
+    let at = super::Position { file: file.into(), line: at.0, column: at.1 };
+    let field = if field.is_empty() { "document".to_string() } else { field };
+    ResourceError::Field { at, field, problem, hint }
+}
+
+/// `"is not a name: use ..."` about `text` as a problem and a hint.
+fn split_reason(text: &str, why: &str) -> (String, String) {
+    let (problem, hint) = why.split_once(": ").unwrap_or((why, "correct it"));
+    (format!("\"{text}\" {problem}"), hint.to_string())
+}
+
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() {
+        name.to_string()
+    } else if name.contains(['.', '/']) {
+        format!("{path}[{name}]")
+    } else {
+        format!("{path}.{name}")
+    }
+}
+
+/// The known name that `name` was probably meant to be.
+fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
+    let (distance, best) = known.iter().map(|k| (edits(&name.to_lowercase(), &k.to_lowercase()), *k)).min()?;
+    (distance <= 1 + name.len() / 4).then_some(best)
+}
+
+/// Least number of letters to insert, remove or replace (Levenshtein).
+fn edits(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.chars().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[row.len() - 1]
+}
+
+impl<'de> Deserialize<'de> for Tree {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Tree, D::Error> {
+        // The place is filled in by `placed`, from the `Spanned` around every value.
+        deserializer.deserialize_any(ValueVisitor).map(|value| Tree { value, line: 0, column: 0 })
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a YAML value")
+    }
+    fn visit_unit<E: de::Error>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_none<E: de::Error>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+    fn visit_bool<E: de::Error>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+    fn visit_i64<E: de::Error>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Integer(value.into()))
+    }
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Integer(value.into()))
+    }
+    fn visit_i128<E: de::Error>(self, value: i128) -> Result<Value, E> {
+        Ok(Value::Integer(value))
+    }
+    fn visit_u128<E: de::Error>(self, value: u128) -> Result<Value, E> {
+        Ok(i128::try_from(value).map_or(Value::Float(value as f64), Value::Integer))
+    }
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
+        Ok(Value::Float(value))
+    }
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::String(value.to_string()))
+    }
+    fn visit_string<E: de::Error>(self, value: String) -> Result<Value, E> {
+        Ok(Value::String(value))
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element::<Spanned<Tree>>()? {
+            items.push(Tree::placed(item));
+        }
+        Ok(Value::List(items))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut entries = Vec::new();
+        while let Some((key, value)) = map.next_entry::<Spanned<String>, Spanned<Tree>>()? {
+            let at = key.referenced;
+            let key = Key { name: key.value, line: at.line(), column: at.column() };
+            entries.push((key, Tree::placed(value)));
+        }
+        Ok(Value::Map(entries))
+    }
+}
