@@ -1,1 +1,31 @@
-//! TODO
+//! The only user-space room that touches the kernel: it loads the packet programs, attaches and
+//! upgrades them, reads and writes their tables, reads their events, collects ended flows, and sets
+//! up devices, routes and namespaces.
+//!
+//! Begin at [`Datapath`] for the programs and their [`Tables`], at [`net::Net`] for the network.
+//! Nothing here decides anything: what the tables should hold is `cirri-control`'s business.
+//!
+//! `unsafe` is permitted here and in `bpf` alone. It stands in `plain` (values as bytes), `sys`
+//! (the bpf system call) and one line of `events`, and nowhere else.
+
+#![deny(missing_docs)]
+
+mod datapath;
+mod error;
+mod events;
+mod features;
+pub mod gc;
+pub mod net;
+mod pins;
+mod plain;
+mod sys;
+mod table;
+mod tables;
+mod warnings;
+
+pub use datapath::{Attachment, Datapath, LoadOptions, ProgramStatus, Retired};
+pub use error::{LoadError, MapError};
+pub use events::{Batch, Events};
+pub use features::Hooking;
+pub use table::{Chunk, Cursor, Table};
+pub use tables::{MapStatus, RawEntry, Tables};

@@ -1,0 +1,234 @@
+//! Devices.
+
+use std::os::fd::AsRawFd;
+
+use futures::TryStreamExt;
+use rtnetlink::{
+    LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
+    packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+};
+
+use super::{Namespace, Net, NetError, absent_is_false, kernel};
+
+/// A device as the kernel describes it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Link {
+    /// Its number in this namespace.
+    pub index: u32,
+    /// Its name in this namespace.
+    pub name: String,
+    /// Its Ethernet address, if it has one.
+    pub mac: Option<[u8; 6]>,
+    /// Largest packet, bytes from the IP header on.
+    pub mtu: u32,
+    /// Whether it is up.
+    pub up: bool,
+    /// Its kind (`veth`, `vxlan`, `bridge`); empty for hardware and `lo`.
+    pub kind: String,
+    /// The bridge that it is a port of.
+    pub controller: Option<u32>,
+    /// The device at its other end (veth), by its number there.
+    pub peer: Option<u32>,
+}
+
+/// One end of a pair of virtual Ethernet devices.
+#[derive(Clone, Default, Debug)]
+pub struct VethEnd {
+    /// Its name.
+    pub name: String,
+    /// Its Ethernet address; the kernel picks one otherwise.
+    pub mac: Option<[u8; 6]>,
+    /// Largest packet; 1500 otherwise.
+    pub mtu: Option<u32>,
+    /// Where it shall be; the namespace of the [`Net`] otherwise.
+    pub namespace: Option<Namespace>,
+}
+
+impl Net {
+    /// All devices.
+    pub async fn links(&self) -> Result<Vec<Link>, NetError> {
+        let links: Vec<LinkMessage> =
+            self.checked(|| "devices".into(), "list", self.handle.link().get().execute().try_collect().await)?;
+        Ok(links.iter().map(described).collect())
+    }
+
+    /// The device with this name, if there is one.
+    pub async fn find_link(&self, name: &str) -> Result<Option<Link>, NetError> {
+        self.find(name, self.handle.link().get().match_name(name)).await
+    }
+
+    /// The device with this number, if there is one.
+    pub async fn find_link_by_index(&self, index: u32) -> Result<Option<Link>, NetError> {
+        self.find(&index.to_string(), self.handle.link().get().match_index(index)).await
+    }
+
+    /// The device with this name.
+    pub async fn link(&self, name: &str) -> Result<Link, NetError> {
+        let absent = || NetError::NoLink { namespace: self.namespace.path().into(), link: name.into() };
+        self.find_link(name).await?.ok_or_else(absent)
+    }
+
+    /// Makes a pair of devices, each at once with its name, address and size and in its namespace.
+    /// If the first exists already nothing is changed. Both are down.
+    pub async fn create_veth(&self, end: &VethEnd, peer: &VethEnd) -> Result<(), NetError> {
+        let mut other = LinkMessageBuilder::<LinkUnspec>::new().name(&peer.name);
+        if let Some(mac) = peer.mac {
+            other = other.address(mac.to_vec());
+        }
+        if let Some(mtu) = peer.mtu {
+            other = other.mtu(mtu);
+        }
+        if let Some(namespace) = &peer.namespace {
+            other = other.setns_by_fd(namespace.file().as_raw_fd());
+        }
+        let mut pair = LinkMessageBuilder::<LinkVeth>::new(&end.name, &peer.name)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(other.build())));
+        if let Some(mac) = end.mac {
+            pair = pair.address(mac.to_vec());
+        }
+        if let Some(mtu) = end.mtu {
+            pair = pair.mtu(mtu);
+        }
+        if let Some(namespace) = &end.namespace {
+            pair = pair.setns_by_fd(namespace.file().as_raw_fd());
+        }
+        self.create_link(&end.name, pair.build()).await
+    }
+
+    /// Makes an overlay device that takes peer and VNI from each packet's metadata. Down.
+    pub async fn create_vxlan(&self, name: &str, port: u16, mtu: u32) -> Result<(), NetError> {
+        let device = LinkMessageBuilder::<LinkVxlan>::new(name)
+            .collect_metadata(true)
+            .learning(false)
+            .port(port)
+            .udp_csum(false)
+            .udp_zero_csum6_tx(true)
+            .udp_zero_csum6_rx(true)
+            .mtu(mtu)
+            .arp(false);
+        self.create_link(name, device.build()).await
+    }
+
+    /// Makes a bridge. Down.
+    pub async fn create_bridge(&self, name: &str) -> Result<(), NetError> {
+        self.create_link(name, LinkBridge::new(name).build()).await
+    }
+
+    /// Brings a device up.
+    pub async fn set_up(&self, name: &str) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        if link.up {
+            return Ok(());
+        }
+        self.change(name, "bring up", LinkUnspec::new_with_index(link.index).up()).await
+    }
+
+    /// Takes a device down.
+    pub async fn set_down(&self, name: &str) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        self.change(name, "take down", LinkUnspec::new_with_index(link.index).down()).await
+    }
+
+    /// Sets the largest packet.
+    pub async fn set_mtu(&self, name: &str, mtu: u32) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        if link.mtu == mtu {
+            return Ok(());
+        }
+        self.change(name, "set the MTU", LinkUnspec::new_with_index(link.index).mtu(mtu)).await
+    }
+
+    /// Sets the Ethernet address.
+    pub async fn set_mac(&self, name: &str, mac: [u8; 6]) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        if link.mac == Some(mac) {
+            return Ok(());
+        }
+        self.change(name, "set the address", LinkUnspec::new_with_index(link.index).address(mac.to_vec())).await
+    }
+
+    /// Gives a device another name. It must be down on kernels before 6.2.
+    pub async fn rename(&self, name: &str, to: &str) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        self.change(name, "rename", LinkUnspec::new_with_index(link.index).name(to)).await
+    }
+
+    /// Moves a device into another namespace; there it is down and without addresses.
+    pub async fn move_to(&self, name: &str, namespace: &Namespace) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        let moved = LinkUnspec::new_with_index(link.index).setns_by_fd(namespace.file().as_raw_fd());
+        self.change(name, "move to another namespace", moved).await
+    }
+
+    /// Makes a device a port of a bridge.
+    pub async fn set_controller(&self, name: &str, bridge: &str) -> Result<(), NetError> {
+        let (link, bridge) = (self.link(name).await?, self.link(bridge).await?);
+        self.change(name, "make it a port", LinkUnspec::new_with_index(link.index).controller(bridge.index)).await
+    }
+
+    /// Removes a device, and with a veth its other end; whether there was one.
+    pub async fn delete_link(&self, name: &str) -> Result<bool, NetError> {
+        let Some(link) = self.find_link(name).await? else { return Ok(false) };
+        absent_is_false(self.handle.link().del(link.index).execute().await)
+            .map_err(|error| self.failed(format!("device {name}"), "delete", error))
+    }
+
+    async fn find(&self, what: &str, request: rtnetlink::LinkGetRequest) -> Result<Option<Link>, NetError> {
+        let found = request.execute().try_next().await;
+        match found.map_err(kernel) {
+            Ok(link) => Ok(link.as_ref().map(described)),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(self.failed(format!("device {what}"), "look up", error)),
+        }
+    }
+
+    async fn create_link(&self, name: &str, message: LinkMessage) -> Result<(), NetError> {
+        match self.handle.link().add(message).execute().await.map_err(kernel) {
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => {
+                Err(self.failed(format!("device {name}"), "create", error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn change(
+        &self,
+        name: &str,
+        action: &'static str,
+        to: LinkMessageBuilder<LinkUnspec>,
+    ) -> Result<(), NetError> {
+        let changed = self.handle.link().change(to.build()).execute().await;
+        self.checked(|| format!("device {name}"), action, changed)
+    }
+}
+
+fn described(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        kind: String::new(),
+        controller: None,
+        peer: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Controller(index) => link.controller = Some(*index),
+            LinkAttribute::Link(index) => link.peer = Some(*index),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::Kind(kind) = info {
+                        link.kind = kind.to_string();
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}

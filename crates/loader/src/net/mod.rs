@@ -1,0 +1,146 @@
+//! Devices, addresses, routes, neighbours and namespaces, over netlink.
+//!
+//! Every operation is idempotent: what is there already as it should be is left alone, what is gone
+//! already is no error. Errors name the object and the namespace.
+
+mod link;
+mod namespace;
+mod route;
+
+use std::{io, net::IpAddr, path::PathBuf};
+
+pub use link::{Link, VethEnd};
+pub use namespace::{Namespace, in_netns};
+pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
+
+/// The network of one namespace. Cheap to clone.
+///
+/// Its netlink socket stays in the namespace it was opened in, whatever thread uses it later.
+#[derive(Clone, Debug)]
+pub struct Net {
+    handle: rtnetlink::Handle,
+    namespace: Namespace,
+}
+
+/// A network operation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetError {
+    /// The kernel refused a change or a question.
+    #[error("{object} in {namespace}: {action}: {error}", namespace = .namespace.display())]
+    Kernel {
+        /// The namespace's file.
+        namespace: PathBuf,
+        /// The device, address, route or setting.
+        object: String,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        error: io::Error,
+    },
+    /// There is no such device.
+    #[error("there is no device {link} in {namespace}", namespace = .namespace.display())]
+    NoLink {
+        /// The namespace's file.
+        namespace: PathBuf,
+        /// Name or number.
+        link: String,
+    },
+    /// A namespace could not be used.
+    #[error("network namespace {path}: cannot {action} it: {error}", path = .path.display())]
+    Namespace {
+        /// Its file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        error: io::Error,
+    },
+}
+
+impl Net {
+    /// The network of the calling thread's namespace. Must be called on a tokio runtime.
+    pub fn here() -> Result<Net, NetError> {
+        Net::of(Namespace::current()?)
+    }
+
+    /// The network of any namespace. Must be called on a tokio runtime; the caller's thread stays
+    /// where it is.
+    pub fn of(namespace: Namespace) -> Result<Net, NetError> {
+        let runtime = tokio::runtime::Handle::current();
+        let opened = namespace.run(|| {
+            let _registers_here = runtime.enter();
+            rtnetlink::new_connection()
+        })?;
+        let (connection, handle, _) = opened.map_err(|error| NetError::Namespace {
+            path: namespace.path().into(),
+            action: "open netlink in",
+            error,
+        })?;
+        // Ends by itself when the last handle is dropped.
+        runtime.spawn(connection);
+        Ok(Net { handle, namespace })
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Writes a setting below `/proc/sys/net` of this namespace: `ipv4/conf/eth0/rp_filter`.
+    pub fn set_sysctl(&self, name: &str, value: &str) -> Result<(), NetError> {
+        let path = format!("/proc/sys/net/{name}");
+        let done = self.namespace.run(|| {
+            // Writing some settings has effects even if the value is the same, so it is read first.
+            match std::fs::read_to_string(&path) {
+                Ok(now) if now.trim() == value => Ok(()),
+                _ => std::fs::write(&path, value),
+            }
+        })?;
+        done.map_err(|error| self.failed(format!("setting {name}={value}"), "write", error))
+    }
+
+    /// Reads such a setting.
+    pub fn sysctl(&self, name: &str) -> Result<String, NetError> {
+        let path = format!("/proc/sys/net/{name}");
+        let read = self.namespace.run(|| std::fs::read_to_string(&path))?;
+        read.map(|value| value.trim().to_owned()).map_err(|error| self.failed(format!("setting {name}"), "read", error))
+    }
+
+    fn failed(&self, object: impl Into<String>, action: &'static str, error: io::Error) -> NetError {
+        NetError::Kernel { namespace: self.namespace.path().into(), object: object.into(), action, error }
+    }
+
+    /// Turns what rtnetlink answers into an error that names the object.
+    fn checked<T>(
+        &self,
+        object: impl FnOnce() -> String,
+        action: &'static str,
+        result: Result<T, rtnetlink::Error>,
+    ) -> Result<T, NetError> {
+        result.map_err(|error| self.failed(object(), action, kernel(error)))
+    }
+}
+
+/// The kernel's error number, if it is one.
+fn kernel(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other),
+    }
+}
+
+/// The answer to a removal: whether there was something to remove.
+fn absent_is_false(result: Result<(), rtnetlink::Error>) -> Result<bool, io::Error> {
+    const ABSENT: [i32; 4] = [libc::ENOENT, libc::ESRCH, libc::ENODEV, libc::EADDRNOTAVAIL];
+    match result.map_err(kernel) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error().is_some_and(|code| ABSENT.contains(&code)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Bits of a host's prefix.
+fn host_bits(ip: IpAddr) -> u8 {
+    if ip.is_ipv4() { 32 } else { 128 }
+}

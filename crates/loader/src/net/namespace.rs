@@ -1,0 +1,168 @@
+//! Network namespaces: entering, naming, removing.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use rustix::{
+    fs::fstatfs,
+    mount::{UnmountFlags, mount_bind, unmount},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+};
+
+use super::NetError;
+
+/// A network namespace, kept alive as long as this is.
+///
+/// Nothing changes the namespace of the caller's thread: code that must run inside gets a thread of
+/// its own.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+/// Where named namespaces stand, as iproute2 has it.
+const NAMED: &str = "/run/netns";
+
+impl Namespace {
+    /// That of the calling thread.
+    pub fn current() -> Result<Namespace, NetError> {
+        Namespace::open("/proc/thread-self/ns/net")
+    }
+
+    /// One that a file stands for: `/run/netns/NAME`, `/proc/PID/ns/net`.
+    pub fn open(path: impl AsRef<Path>) -> Result<Namespace, NetError> {
+        let path = path.as_ref();
+        let failed = |error| NetError::Namespace { path: path.into(), action: "open", error };
+        let file = File::open(path).map_err(failed)?;
+        if !is_namespace(&file) {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is no namespace")));
+        }
+        Ok(Namespace { file: Arc::new(file), path: path.into() })
+    }
+
+    /// The path of a named namespace.
+    pub fn path_of(name: &str) -> PathBuf {
+        Path::new(NAMED).join(name)
+    }
+
+    /// A namespace with a name, made if it is not there. In a new one even `lo` is down.
+    pub fn create(name: &str) -> Result<Namespace, NetError> {
+        let path = Namespace::path_of(name);
+        if let Ok(there) = Namespace::open(&path) {
+            return Ok(there);
+        }
+        let failed = |action| {
+            let path = path.clone();
+            move |error| NetError::Namespace { path, action, error }
+        };
+        if name.is_empty() || name.contains('/') || name.starts_with('.') {
+            return Err(failed("create")(io::Error::new(io::ErrorKind::InvalidInput, "it is no good name")));
+        }
+        fs::create_dir_all(NAMED).map_err(failed("create its directory for"))?;
+        // A file without a mount is what a crash between the two steps leaves; it is used again.
+        File::options().create(true).truncate(false).write(true).open(&path).map_err(failed("create"))?;
+        on_own_thread(|| {
+            // SAFETY: only NEWNET is unshared, which concerns this thread's sockets to be and
+            // nothing that another thread could observe; descriptors stay shared.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+            mount_bind("/proc/thread-self/ns/net", &path)
+        })
+        .map_err(|error| failed("create")(error.into()))?;
+        Namespace::open(&path)
+    }
+
+    /// Removes a name, and with it the namespace once no process or file holds it. Whether there
+    /// was one.
+    pub fn delete(name: &str) -> Result<bool, NetError> {
+        let path = Namespace::path_of(name);
+        let failed = |action, error| NetError::Namespace { path: path.clone(), action, error };
+        // Not mounted or not there: the file alone is left, or nothing.
+        match unmount(&path, UnmountFlags::DETACH) {
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(failed("unmount", error.into())),
+        }
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed("remove", error)),
+        }
+    }
+
+    /// What it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file, for handing the namespace to the kernel.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Runs code inside, on a thread of its own, and waits for it.
+    pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> Result<T, NetError> {
+        on_own_thread(|| self.enter().map(|()| inside()))
+    }
+
+    /// Runs asynchronous code inside, on a thread and a runtime of its own. Dropping the future
+    /// does not stop it.
+    pub async fn run_async<T, F, A>(&self, inside: F) -> Result<T, NetError>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> A + Send + 'static,
+        A: Future<Output = T>,
+    {
+        let (done, result) = tokio::sync::oneshot::channel();
+        let here = self.clone();
+        let body = move || {
+            let run = || {
+                here.enter()?;
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let runtime = runtime.map_err(|error| here.failed("start a runtime in", error))?;
+                Ok(runtime.block_on(inside()))
+            };
+            // Nobody listens any more if the caller gave up; that is its right.
+            let _ = done.send(run());
+        };
+        let spawned = thread::Builder::new().name("netns".into()).spawn(body);
+        spawned.map_err(|error| self.failed("start a thread for", error))?;
+        match result.await {
+            Ok(result) => result,
+            Err(_) => Err(self.failed("run in", io::Error::other("the code in it panicked"))),
+        }
+    }
+
+    /// Moves this thread inside, for good. Only for threads that were made for it.
+    fn enter(&self) -> Result<(), NetError> {
+        move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|error| self.failed("enter", error.into()))
+    }
+
+    fn failed(&self, action: &'static str, error: io::Error) -> NetError {
+        NetError::Namespace { path: self.path.clone(), action, error }
+    }
+}
+
+/// Runs code in the network namespace that a file stands for; see [`Namespace::run`].
+pub fn in_netns<T: Send>(path: impl AsRef<Path>, inside: impl FnOnce() -> T + Send) -> Result<T, NetError> {
+    Namespace::open(path)?.run(inside)
+}
+
+fn on_own_thread<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| match scope.spawn(body).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+fn is_namespace(file: &File) -> bool {
+    const NSFS: u32 = 0x6e73_6673;
+    const PROC: u32 = 0x9fa0;
+    fstatfs(file).is_ok_and(|fs| [NSFS, PROC].contains(&(fs.f_type as u32)))
+}

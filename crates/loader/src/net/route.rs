@@ -1,0 +1,285 @@
+//! Addresses, routes and neighbours.
+
+use std::net::IpAddr;
+
+use futures::TryStreamExt;
+use rtnetlink::{
+    RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+        },
+    },
+};
+
+use super::{Net, NetError, absent_is_false, host_bits, kernel};
+
+/// The routing protocol number of Cirri's routes, so that a restart knows which are its own.
+pub const ROUTE_PROTOCOL: u8 = 193;
+
+/// An address of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Bits of its network.
+    pub prefix: u8,
+    /// The device.
+    pub device: u32,
+}
+
+/// A route of the main table, made by Cirri.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Route {
+    /// Where to.
+    pub to: IpAddr,
+    /// Bits of that network; 0 with the unspecified address is the default route.
+    pub prefix: u8,
+    /// The router; without one the destination is on the device's link.
+    pub via: Option<IpAddr>,
+    /// The device to leave by.
+    pub device: u32,
+    /// The address that this node's own packets get.
+    pub source: Option<IpAddr>,
+    /// The router is on the link although no route says so.
+    pub onlink: bool,
+}
+
+/// A neighbour that is known for good.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Neighbour {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// The device.
+    pub device: u32,
+}
+
+impl Route {
+    /// To everything of the family of `via`, through `via`, which is on the link of `device`.
+    pub fn default_via(via: IpAddr, device: u32) -> Route {
+        let to = match via {
+            IpAddr::V4(_) => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+        };
+        Route { to, prefix: 0, via: Some(via), device, source: None, onlink: true }
+    }
+
+    /// To one host, which is on the link of `device`.
+    pub fn host(to: IpAddr, device: u32, source: Option<IpAddr>) -> Route {
+        Route { to, prefix: host_bits(to), via: None, device, source, onlink: false }
+    }
+}
+
+impl Net {
+    /// Adds an address, without duplicate address detection.
+    pub async fn add_address(&self, address: &Address) -> Result<(), NetError> {
+        let Address { ip, prefix, device } = *address;
+        let mut request = self.handle.address().add(device, ip, prefix).replace();
+        if ip.is_ipv6() {
+            let message = request.message_mut();
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        self.checked(|| format!("address {ip}/{prefix} of device {device}"), "add", request.execute().await)
+    }
+
+    /// Removes an address; whether there was one.
+    pub async fn delete_address(&self, address: &Address) -> Result<bool, NetError> {
+        let Address { ip, prefix, device } = *address;
+        let mut message = AddressMessage::default();
+        message.header.family = family(ip);
+        message.header.index = device;
+        message.header.prefix_len = prefix;
+        if ip.is_ipv4() {
+            message.attributes.push(AddressAttribute::Local(ip));
+        }
+        message.attributes.push(AddressAttribute::Address(ip));
+        absent_is_false(self.handle.address().del(message).execute().await)
+            .map_err(|error| self.failed(format!("address {ip}/{prefix} of device {device}"), "delete", error))
+    }
+
+    /// The addresses of all devices, link-local ones included.
+    pub async fn addresses(&self) -> Result<Vec<Address>, NetError> {
+        let all: Vec<AddressMessage> =
+            self.checked(|| "addresses".into(), "list", self.handle.address().get().execute().try_collect().await)?;
+        let described = |message: &AddressMessage| {
+            // The local address where there is one: on a point-to-point device the other is the peer's.
+            let local = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(ip) => Some(*ip),
+                _ => None,
+            });
+            let any = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            });
+            Some(Address { ip: local.or(any)?, prefix: message.header.prefix_len, device: message.header.index })
+        };
+        Ok(all.iter().filter_map(described).collect())
+    }
+
+    /// Adds a route, in place of another to the same network if there is one.
+    pub async fn put_route(&self, route: &Route) -> Result<(), NetError> {
+        let added = self.handle.route().add(self.message(route)?).replace().execute().await;
+        self.checked(|| shown(route), "add", added)
+    }
+
+    /// Removes a route; whether there was one.
+    pub async fn delete_route(&self, route: &Route) -> Result<bool, NetError> {
+        let deleted = self.handle.route().del(self.message(route)?).execute().await;
+        absent_is_false(deleted).map_err(|error| self.failed(shown(route), "delete", error))
+    }
+
+    /// Cirri's own routes ([`ROUTE_PROTOCOL`]) of both families.
+    pub async fn routes(&self) -> Result<Vec<Route>, NetError> {
+        let own = |message: &RouteMessage| message.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL);
+        Ok(self.route_messages().await?.iter().filter(|message| own(message)).filter_map(described).collect())
+    }
+
+    /// The device and the router of the default route with the smallest metric, whoever made it.
+    pub async fn default_route(&self, v6: bool) -> Result<Option<Route>, NetError> {
+        let wanted = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let metric = |message: &RouteMessage| {
+            message.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Priority(metric) => Some(*metric),
+                _ => None,
+            })
+        };
+        let all = self.route_messages().await?;
+        let defaults = all.iter().filter(|message| {
+            message.header.address_family == wanted
+                && message.header.destination_prefix_length == 0
+                && message.header.kind == RouteType::Unicast
+        });
+        Ok(defaults.min_by_key(|message| metric(message).unwrap_or_default()).and_then(described))
+    }
+
+    /// Makes a neighbour known for good.
+    pub async fn put_neighbour(&self, neighbour: &Neighbour) -> Result<(), NetError> {
+        let Neighbour { ip, mac, device } = *neighbour;
+        let request = self.handle.neighbours().add(device, ip).link_layer_address(&mac).replace();
+        self.checked(|| format!("neighbour {ip} of device {device}"), "add", request.execute().await)
+    }
+
+    /// Forgets a neighbour; whether it was known.
+    pub async fn delete_neighbour(&self, device: u32, ip: IpAddr) -> Result<bool, NetError> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(ip);
+        message.header.ifindex = device;
+        message.attributes.push(NeighbourAttribute::Destination(match ip {
+            IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
+            IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
+        }));
+        absent_is_false(self.handle.neighbours().del(message).execute().await)
+            .map_err(|error| self.failed(format!("neighbour {ip} of device {device}"), "delete", error))
+    }
+
+    /// The neighbours that are known for good.
+    pub async fn neighbours(&self) -> Result<Vec<Neighbour>, NetError> {
+        let all: Vec<NeighbourMessage> =
+            self.checked(|| "neighbours".into(), "list", self.handle.neighbours().get().execute().try_collect().await)?;
+        let described = |message: &NeighbourMessage| {
+            let ip = message.attributes.iter().find_map(|attribute| match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+                _ => None,
+            })?;
+            let mac = message.attributes.iter().find_map(|attribute| match attribute {
+                NeighbourAttribute::LinkLayerAddress(mac) => mac.as_slice().try_into().ok(),
+                _ => None,
+            })?;
+            Some(Neighbour { ip, mac, device: message.header.ifindex })
+        };
+        let permanent = |message: &&NeighbourMessage| message.header.state == NeighbourState::Permanent;
+        Ok(all.iter().filter(permanent).filter_map(described).collect())
+    }
+
+    /// All unicast routes of the main tables.
+    async fn route_messages(&self) -> Result<Vec<RouteMessage>, NetError> {
+        let mut all = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            let listed = self.handle.route().get(request).execute().try_collect::<Vec<_>>().await;
+            match listed.map_err(kernel) {
+                Ok(routes) => all.extend(routes),
+                // A kernel without this family has no routes of it.
+                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+                Err(error) => return Err(self.failed("routes", "list", error)),
+            }
+        }
+        all.retain(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
+        Ok(all)
+    }
+
+    fn message(&self, route: &Route) -> Result<RouteMessage, NetError> {
+        let refuse = |error: String| self.failed(shown(route), "describe", std::io::Error::other(error));
+        let scope = if route.via.is_none() && route.to.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+        let mut builder = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(route.to, route.prefix)
+            .map_err(|error| refuse(error.to_string()))?
+            .output_interface(route.device)
+            .protocol(RouteProtocol::from(ROUTE_PROTOCOL))
+            .scope(scope);
+        if let Some(source) = route.source {
+            builder = builder.pref_source(source).map_err(|error| refuse(error.to_string()))?;
+        }
+        if let Some(via) = route.via {
+            builder = builder.gateway(via).map_err(|error| refuse(error.to_string()))?;
+        }
+        if route.onlink {
+            builder = builder.onlink();
+        }
+        Ok(builder.build())
+    }
+}
+
+fn described(message: &RouteMessage) -> Option<Route> {
+    let unspecified = match message.header.address_family {
+        AddressFamily::Inet => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+        _ => return None,
+    };
+    let mut route = Route {
+        to: unspecified,
+        prefix: message.header.destination_prefix_length,
+        via: None,
+        device: 0,
+        source: None,
+        onlink: message.header.flags.contains(RouteFlags::Onlink),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(to) => route.to = ip(to)?,
+            RouteAttribute::Gateway(via) => route.via = ip(via),
+            RouteAttribute::PrefSource(source) => route.source = ip(source),
+            RouteAttribute::Oif(device) => route.device = *device,
+            _ => {}
+        }
+    }
+    Some(route)
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    }
+}
+
+fn family(ip: IpAddr) -> AddressFamily {
+    if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+fn shown(route: &Route) -> String {
+    let Route { to, prefix, via, device, .. } = route;
+    match via {
+        Some(via) => format!("route to {to}/{prefix} via {via} by device {device}"),
+        None => format!("route to {to}/{prefix} by device {device}"),
+    }
+}

@@ -1,0 +1,180 @@
+//! Where maps and links are kept on the BPF file system.
+//!
+//! ```text
+//! <pin root>/<instance>/<ABI hash>/FLOWS4 ...     the maps, one complete set
+//! <pin root>/<instance>/<ABI hash>-new/           a set being made; never used
+//! <pin root>/<instance>/links/from_workload-12    program on device
+//! ```
+//!
+//! A set is made aside and renamed when it is complete and every program has passed the verifier,
+//! so what stands under the hash alone is never half made. All of a set is used or none: recipes
+//! rest on epochs, and flow entries beside fresh epochs could look valid when they are not.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use cirri_abi::{ABI_HASH, map};
+
+use crate::{
+    error::{LoadError, MapError},
+    sys::{self, LinkInfo, RawMap},
+    table::compatible,
+};
+
+/// The directory of one instance.
+#[derive(Clone, Debug)]
+pub(crate) struct Pins {
+    dir: PathBuf,
+}
+
+/// Whether the maps of an earlier run can be used.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// There are none.
+    Nothing,
+    /// All of them, as the ABI and the configuration want them.
+    Usable,
+    /// Some are missing or have another shape; why.
+    Unusable(String),
+}
+
+const NEW: &str = "-new";
+
+impl Pins {
+    /// The directory, made if it is not there.
+    pub fn open(root: &Path, instance: &str) -> Result<Pins, LoadError> {
+        // The BPF file system reserves names with a dot.
+        let good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if instance.is_empty() || !instance.chars().all(good) {
+            return Err(LoadError::Sizes(format!(
+                "instance name {instance:?} must be made of letters, digits, - and _ only"
+            )));
+        }
+        let pins = Pins { dir: root.join(instance) };
+        create(&pins.links())?;
+        Ok(pins)
+    }
+
+    /// The maps in use.
+    pub fn live(&self) -> PathBuf {
+        self.dir.join(format!("{ABI_HASH:016x}"))
+    }
+
+    fn new_set(&self) -> PathBuf {
+        self.dir.join(format!("{ABI_HASH:016x}{NEW}"))
+    }
+
+    pub fn links(&self) -> PathBuf {
+        self.dir.join("links")
+    }
+
+    pub fn link(&self, program: &str, ifindex: u32) -> PathBuf {
+        self.links().join(format!("{program}-{ifindex}"))
+    }
+
+    /// Looks at the maps that an earlier run left. A map is opened here only to ask for its shape.
+    pub fn inspect(&self, sizes: &BTreeMap<&'static str, u32>) -> Result<Found, LoadError> {
+        let live = self.live();
+        if !live.exists() {
+            return Ok(Found::Nothing);
+        }
+        match open_set(&live, sizes) {
+            Ok(_) => Ok(Found::Usable),
+            Err(LoadError::Map(error @ MapError::Incompatible { .. })) => Ok(Found::Unusable(error.to_string())),
+            Err(LoadError::Pin { path, error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(Found::Unusable(format!("{} is missing", path.display())))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// An empty directory for a new set.
+    pub fn begin(&self) -> Result<PathBuf, LoadError> {
+        let dir = self.new_set();
+        remove(&dir)?;
+        create(&dir)?;
+        Ok(dir)
+    }
+
+    /// Makes the new set the live one. Programs that run on the old one keep it alive.
+    pub fn commit(&self) -> Result<(), LoadError> {
+        let live = self.live();
+        remove(&live)?;
+        fs::rename(self.new_set(), &live).map_err(at(&live, "make the new maps live"))
+    }
+
+    /// Gives up a new set.
+    pub fn abandon(&self) {
+        if let Err(error) = remove(&self.new_set()) {
+            tracing::warn!("a half made set of maps stays behind and is removed at the next start: {error}");
+        }
+    }
+
+    /// Removes the sets of other ABIs, and half made ones. Answers their names.
+    pub fn retire_others(&self) -> Result<Vec<String>, LoadError> {
+        let mut retired = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(at(&self.dir, "list"))? {
+            let name = entry.map_err(at(&self.dir, "list"))?.file_name().to_string_lossy().into_owned();
+            let hash = name.strip_suffix(NEW).unwrap_or(&name);
+            let is_set = hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit());
+            if is_set && self.dir.join(&name) != self.live() {
+                remove(&self.dir.join(&name))?;
+                retired.push(name);
+            }
+        }
+        Ok(retired)
+    }
+
+    /// Every pinned link with what the kernel says about it.
+    pub fn links_now(&self) -> Result<Vec<(PathBuf, LinkInfo)>, LoadError> {
+        let dir = self.links();
+        let mut links = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(at(&dir, "list"))? {
+            let path = entry.map_err(at(&dir, "list"))?.path();
+            let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
+            let info = sys::link_info(std::os::fd::AsFd::as_fd(&fd)).map_err(at(&path, "ask for its link"))?;
+            links.push((path, info));
+        }
+        Ok(links)
+    }
+
+    /// Removes everything of the instance; links that were pinned are detached.
+    pub fn purge(root: &Path, instance: &str) -> Result<(), LoadError> {
+        remove(&root.join(instance))
+    }
+}
+
+/// Opens every map of a set and checks its shape.
+pub(crate) fn open_set(
+    dir: &Path,
+    sizes: &BTreeMap<&'static str, u32>,
+) -> Result<BTreeMap<&'static str, RawMap>, LoadError> {
+    let mut maps = BTreeMap::new();
+    for map in map::ALL {
+        let path = dir.join(map.name);
+        let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
+        let raw = RawMap::new(fd).map_err(at(&path, "ask for its map"))?;
+        compatible(raw.info(), map, sizes.get(map.name).copied().unwrap_or(map.max_entries))?;
+        maps.insert(map.name, raw);
+    }
+    Ok(maps)
+}
+
+pub(crate) fn at(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> LoadError {
+    let path = path.to_owned();
+    move |error| LoadError::Pin { path, action, error }
+}
+
+fn create(dir: &Path) -> Result<(), LoadError> {
+    fs::create_dir_all(dir).map_err(at(dir, "create"))
+}
+
+fn remove(dir: &Path) -> Result<(), LoadError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(dir, "remove")(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,308 @@
+//! The maps of a node, each with its types, and what goes beyond one map's reads and writes.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use cirri_abi::{
+    Addr, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey, Map, NodeConfig,
+    PolicyEntry, PolicyKey, Recipe, RulesetSlot, Tuple, epoch_slot, map,
+};
+
+use crate::{
+    error::MapError,
+    plain::{bytes, bytes_of_all, read},
+    sys::RawMap,
+    table::{self, BATCH, Table},
+};
+
+/// All tables of one node. Cheap to clone; clones share the maps and may outlive [`crate::Datapath`].
+///
+/// Writers follow one order: write the entry, then [`Tables::bump`] the epoch that recipes made
+/// from it rest on. There is one writer per node, the agent.
+#[derive(Clone, Debug)]
+pub struct Tables {
+    /// Established IPv4 connections.
+    pub flows4: Table<FlowKey4, Recipe>,
+    /// Established IPv6 connections.
+    pub flows6: Table<Tuple, Recipe>,
+    /// Unfinished IPv4 connections.
+    pub pending4: Table<FlowKey4, Recipe>,
+    /// Unfinished IPv6 connections.
+    pub pending6: Table<Tuple, Recipe>,
+    /// Ports of fragmented datagrams.
+    pub fragments: Table<FragmentKey, FragmentPorts>,
+    /// Workloads of this node by address.
+    pub endpoints: Table<Addr, Endpoint>,
+    /// Workloads of this node by device.
+    pub devices: Table<u32, Endpoint>,
+    /// Identity, block and peer of addresses. [`Table::get`] matches the longest prefix.
+    pub ipcache: Table<IpcacheKey, Ipcache>,
+    epochs: Table<u32, u32>,
+    node: Table<u32, NodeConfig>,
+    rulesets: Arc<RawMap>,
+    all: Arc<BTreeMap<&'static str, Arc<RawMap>>>,
+}
+
+/// Key and value of an entry as bytes.
+pub type RawEntry = (Vec<u8>, Vec<u8>);
+
+/// One map, as `cirri map list` shows it.
+#[derive(Clone, Debug)]
+pub struct MapStatus {
+    /// Name.
+    pub name: &'static str,
+    /// What it is for.
+    pub about: &'static str,
+    /// The kernel's number of it.
+    pub id: u32,
+    /// The most entries it can hold; bytes for the ring of events.
+    pub max_entries: u32,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value.
+    pub value_size: u32,
+    /// Kernel memory it takes, bytes.
+    pub memory: u64,
+}
+
+impl Tables {
+    pub(crate) fn new(maps: BTreeMap<&'static str, RawMap>) -> Result<Tables, MapError> {
+        let all: BTreeMap<&'static str, Arc<RawMap>> =
+            maps.into_iter().map(|(name, raw)| (name, Arc::new(raw))).collect();
+        let raw = |map: &Map| find(&all, map.name).cloned();
+        Ok(Tables {
+            flows4: Table::new(raw(&map::FLOWS4)?, &map::FLOWS4)?,
+            flows6: Table::new(raw(&map::FLOWS6)?, &map::FLOWS6)?,
+            pending4: Table::new(raw(&map::PENDING4)?, &map::PENDING4)?,
+            pending6: Table::new(raw(&map::PENDING6)?, &map::PENDING6)?,
+            fragments: Table::new(raw(&map::FRAGMENTS)?, &map::FRAGMENTS)?,
+            endpoints: Table::new(raw(&map::ENDPOINTS)?, &map::ENDPOINTS)?,
+            devices: Table::new(raw(&map::DEVICES)?, &map::DEVICES)?,
+            ipcache: Table::new(raw(&map::IPCACHE)?, &map::IPCACHE)?,
+            epochs: Table::new(raw(&map::EPOCHS)?, &map::EPOCHS)?,
+            node: Table::new(raw(&map::NODE)?, &map::NODE)?,
+            rulesets: raw(&map::RULESETS)?,
+            all: Arc::new(all),
+        })
+    }
+
+    // === The node and its epochs ===
+
+    /// What the programs know about their node.
+    pub fn node(&self) -> Result<NodeConfig, MapError> {
+        Ok(self.node.get(&0)?.unwrap_or_default())
+    }
+
+    /// Tells the programs about their node. Bump [`epoch_slot::NODE`] afterwards.
+    pub fn set_node(&self, config: &NodeConfig) -> Result<(), MapError> {
+        self.node.put(&0, config)
+    }
+
+    /// The epoch in a slot.
+    pub fn epoch(&self, slot: u16) -> Result<u32, MapError> {
+        Ok(self.epochs.get(&slot.into())?.unwrap_or_default())
+    }
+
+    /// Moves the epoch in a slot on: every recipe that rests on it is decided again with its next
+    /// packet. Answers the new epoch.
+    pub fn bump(&self, slot: u16) -> Result<u32, MapError> {
+        let next = self.epoch(slot)?.wrapping_add(1);
+        self.epochs.put(&slot.into(), &next)?;
+        Ok(next)
+    }
+
+    // === Rule sets ===
+
+    /// Makes a rule set live: builds its table beside the old one, reads it back, flips the outer
+    /// entry and bumps the slot's epoch. No packet sees a mix; if anything fails before the flip,
+    /// the old rule set stays in force. Answers the new epoch, which is its generation.
+    pub fn install_ruleset(&self, slot: RulesetSlot, entries: &[(PolicyKey, PolicyEntry)]) -> Result<u32, MapError> {
+        check_slot(slot)?;
+        let ruleset = &map::RULESET;
+        let capacity = u32::try_from(entries.len()).unwrap_or(u32::MAX).max(1);
+        if capacity > ruleset.max_entries {
+            return Err(MapError::Full { map: format!("rule set {slot}"), max_entries: ruleset.max_entries });
+        }
+        let name = format!("ruleset_{slot}");
+        let inner = RawMap::create_trie(ruleset.key_size, ruleset.value_size, capacity, ruleset.flags, &name)
+            .map_err(|error| MapError::Kernel { map: name.clone(), action: "create", error })?;
+        for chunk in entries.chunks(BATCH) {
+            let keys: Vec<PolicyKey> = chunk.iter().map(|entry| entry.0).collect();
+            let values: Vec<PolicyEntry> = chunk.iter().map(|entry| entry.1).collect();
+            inner
+                .update_batch(bytes_of_all(&keys), bytes_of_all(&values), chunk.len())
+                .map_err(|(_, error)| table::failed(&name, inner.info(), "update", error))?;
+        }
+        // Entries that collapse into one key (bits past the prefix) would be lost silently.
+        let written = walk(&inner, &name, |_, _| true)?;
+        if written != entries.len() {
+            return Err(MapError::Incomplete { slot, written, wanted: entries.len() });
+        }
+        inner.freeze().map_err(|error| MapError::Kernel { map: name, action: "freeze", error })?;
+        self.rulesets
+            .update_inner(bytes(&u32::from(slot)), &inner)
+            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "update", error))?;
+        self.bump(slot)
+    }
+
+    /// Takes a rule set away; whether there was one. Endpoints that still name the slot are then
+    /// closed: without a rule set nothing passes.
+    pub fn remove_ruleset(&self, slot: RulesetSlot) -> Result<bool, MapError> {
+        check_slot(slot)?;
+        let there = self
+            .rulesets
+            .delete(bytes(&u32::from(slot)))
+            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "delete", error))?;
+        if there {
+            self.bump(slot)?;
+        }
+        Ok(there)
+    }
+
+    /// The rule set that is live, `None` if there is none; to compare with after a restart.
+    pub fn read_ruleset(&self, slot: RulesetSlot) -> Result<Option<Vec<(PolicyKey, PolicyEntry)>>, MapError> {
+        check_slot(slot)?;
+        let mut id = [0; 4];
+        let there = self
+            .rulesets
+            .lookup(bytes(&u32::from(slot)), &mut id)
+            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "lookup", error))?;
+        if !there {
+            return Ok(None);
+        }
+        let name = format!("rule set {slot}");
+        let inner = RawMap::from_id(u32::from_ne_bytes(id)).map_err(|error| MapError::Kernel {
+            map: name.clone(),
+            action: "open",
+            error,
+        })?;
+        table::compatible(inner.info(), &map::RULESET, inner.info().max_entries)?;
+        let mut entries = Vec::new();
+        walk(&inner, &name, |key, value| {
+            entries.extend(read(key).zip(read(value)));
+            true
+        })?;
+        Ok(Some(entries))
+    }
+
+    /// The slots that hold a rule set.
+    pub fn ruleset_slots(&self) -> Result<Vec<RulesetSlot>, MapError> {
+        let mut slots = Vec::new();
+        walk(&self.rulesets, map::RULESETS.name, |key, _| {
+            slots.extend(read::<u32>(key).and_then(|slot| RulesetSlot::try_from(slot).ok()));
+            true
+        })?;
+        slots.sort_unstable();
+        Ok(slots)
+    }
+
+    // === Counters ===
+
+    /// All counters, summed over the CPUs; see [`CounterIndex`].
+    pub fn counters(&self) -> Result<Vec<Counter>, MapError> {
+        let raw = find(&self.all, map::COUNTERS.name)?;
+        let mut counters = vec![Counter::default(); CounterIndex::COUNT as usize];
+        walk(raw, map::COUNTERS.name, |key, per_cpu| {
+            if let Some(sum) = read::<u32>(key).and_then(|index| counters.get_mut(index as usize)) {
+                *sum = summed(per_cpu);
+            }
+            true
+        })?;
+        Ok(counters)
+    }
+
+    /// One counter, summed over the CPUs.
+    pub fn counter(&self, index: u32) -> Result<Counter, MapError> {
+        let raw = find(&self.all, map::COUNTERS.name)?;
+        let mut per_cpu = vec![0; raw.value_bytes()];
+        raw.lookup(bytes(&index), &mut per_cpu)
+            .map_err(|error| table::failed(map::COUNTERS.name, raw.info(), "lookup", error))?;
+        Ok(summed(&per_cpu))
+    }
+
+    // === Any map ===
+
+    /// Every map with its size and the kernel memory it takes.
+    pub fn status(&self) -> Result<Vec<MapStatus>, MapError> {
+        let of = |map: &Map| {
+            let raw = find(&self.all, map.name)?;
+            let memory = raw.memory().map_err(|error| MapError::Kernel {
+                map: map.name.into(),
+                action: "asking its memory",
+                error,
+            })?;
+            let info = raw.info();
+            Ok(MapStatus {
+                name: map.name,
+                about: map.about,
+                id: info.id,
+                max_entries: info.max_entries,
+                key_size: info.key_size,
+                value_size: info.value_size,
+                memory,
+            })
+        };
+        map::ALL.iter().map(of).collect()
+    }
+
+    /// Up to `limit` entries of any map as bytes. Values of per-CPU maps have one part for each
+    /// possible CPU.
+    pub fn dump(&self, name: &str, limit: usize) -> Result<Vec<RawEntry>, MapError> {
+        let raw = find(&self.all, name)?;
+        if raw.info().key_size == 0 {
+            return Err(MapError::NoEntries { map: name.into() });
+        }
+        let mut entries = Vec::new();
+        if limit == 0 {
+            return Ok(entries);
+        }
+        walk(raw, name, |key, value| {
+            entries.push((key.to_vec(), value.to_vec()));
+            entries.len() < limit
+        })?;
+        Ok(entries)
+    }
+}
+
+/// Shows every entry until `each` answers false; how many it showed.
+fn walk(raw: &RawMap, name: &str, mut each: impl FnMut(&[u8], &[u8]) -> bool) -> Result<usize, MapError> {
+    let mut seen = 0;
+    let mut at = None;
+    loop {
+        let batch = raw.lookup_batch(at.as_ref(), BATCH).map_err(|error| MapError::Kernel {
+            map: name.into(),
+            action: "walking it",
+            error,
+        })?;
+        let keys = batch.keys.chunks_exact(raw.info().key_size as usize);
+        for (key, value) in keys.zip(batch.values.chunks_exact(raw.value_bytes())) {
+            seen += 1;
+            if !each(key, value) {
+                return Ok(seen);
+            }
+        }
+        match batch.next {
+            Some(next) => at = Some(next),
+            None => return Ok(seen),
+        }
+    }
+}
+
+fn summed(per_cpu: &[u8]) -> Counter {
+    per_cpu.chunks_exact(size_of::<Counter>()).filter_map(read::<Counter>).fold(Counter::default(), |sum, one| {
+        Counter { packets: sum.packets.wrapping_add(one.packets), bytes: sum.bytes.wrapping_add(one.bytes) }
+    })
+}
+
+fn find<'a>(all: &'a BTreeMap<&'static str, Arc<RawMap>>, name: &str) -> Result<&'a Arc<RawMap>, MapError> {
+    all.get(name).ok_or_else(|| MapError::Unknown {
+        name: name.into(),
+        known: all.keys().copied().collect::<Vec<_>>().join(", "),
+    })
+}
+
+fn check_slot(slot: RulesetSlot) -> Result<(), MapError> {
+    if (epoch_slot::FIRST_RULESET..=epoch_slot::LAST_RULESET).contains(&slot) {
+        return Ok(());
+    }
+    Err(MapError::Slot { slot })
+}
