@@ -1,1 +1,21 @@
-fn main() {}
+//! `cirri`: identity-based networking, security and observability for Linux workloads.
+#![forbid(unsafe_code)]
+
+mod agent;
+mod api;
+mod cli;
+mod client;
+mod cmd;
+mod cni;
+mod config;
+mod exit;
+mod files;
+mod lab;
+mod output;
+mod workload;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

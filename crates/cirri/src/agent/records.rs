@@ -1,0 +1,75 @@
+//! What agents tell each other through the store, beside resources.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
+
+/// `nodes/<name>`, bound to the agent's lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// Name of the node.
+    pub name: String,
+    /// Its IPv4 address, which packets for its workloads are sent to.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+    /// Its workloads' IPv4 range.
+    pub pod_v4: Option<Ipv4Net>,
+    /// Its workloads' IPv6 range.
+    pub pod_v6: Option<Ipv6Net>,
+}
+
+/// `ips/<node>/<ip>`, bound to the agent's lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IpRecord {
+    /// The address.
+    pub ip: IpAddr,
+    /// Who is there.
+    pub identity: u32,
+    /// The node that it is on.
+    pub node: String,
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Name of the pod.
+    pub pod: String,
+}
+
+/// `identities/labels/<hash>`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdentityRecord {
+    /// The number.
+    pub id: u32,
+    /// The labels' canonical line.
+    pub labels: String,
+}
+
+/// The whole key of a node's record.
+pub fn node_key(name: &str) -> String {
+    format!("{}nodes/{name}", cirri_store::PREFIX)
+}
+
+/// The whole key of an address's record.
+pub fn ip_key(node: &str, ip: IpAddr) -> String {
+    format!("{}ips/{node}/{ip}", cirri_store::PREFIX)
+}
+
+/// The whole key of an identity by number.
+pub fn identity_key(id: u32) -> String {
+    format!("{}identities/id/{id}", cirri_store::PREFIX)
+}
+
+/// The whole key of an identity by the hash of its labels.
+pub fn labels_key(hash: &str) -> String {
+    format!("{}identities/labels/{hash}", cirri_store::PREFIX)
+}
+
+/// Prefix of the keys that say which node has which range, `family` being `v4` or `v6`.
+pub fn pool_prefix(family: &str) -> String {
+    format!("{}pools/{family}/", cirri_store::PREFIX)
+}
+
+/// Prefix of resources.
+pub fn resource_prefix() -> String {
+    format!("{}resources/", cirri_store::PREFIX)
+}

@@ -1,0 +1,276 @@
+//! Desired rows, what the kernel (or the store) really holds, and how far apart they are.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::time::{Duration, Instant};
+
+use crate::api::{RowError, TableStatus};
+
+/// A table of desired rows with one reconciler.
+///
+/// Sources call [`Table::set`], [`Table::unset`] or [`Table::replace`]; the reconciler takes the
+/// rows that are [`Table::due`], makes the world like them, and reports with [`Table::settle`]. A
+/// row that failed is due again after a pause that doubles each time. What a reconciler found in
+/// the world at start goes in by [`Table::adopt`], so that a restart repairs only what differs.
+#[derive(Clone, Debug)]
+pub struct Table<K, V> {
+    name: &'static str,
+    rows: BTreeMap<K, Row<V>>,
+}
+
+#[derive(Clone, Debug)]
+struct Row<V> {
+    /// `None`: it should not be there.
+    desired: Option<V>,
+    /// What was last written, or found at start. `None`: nothing.
+    actual: Option<V>,
+    state: State,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    /// The reconciler has not come to it.
+    Pending,
+    /// The world is as desired.
+    Done,
+    /// It was tried.
+    Failed { why: String, attempts: u32, next: Instant },
+}
+
+/// A row for the reconciler.
+#[derive(Clone, Debug)]
+pub struct Due<K, V> {
+    /// Its key.
+    pub key: K,
+    /// What to make of it; `None`: remove it.
+    pub desired: Option<V>,
+    /// What is there.
+    pub actual: Option<V>,
+}
+
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
+    /// Empty.
+    pub fn new(name: &'static str) -> Table<K, V> {
+        Table { name, rows: BTreeMap::new() }
+    }
+
+    /// The row should be like this.
+    pub fn set(&mut self, key: K, value: V) {
+        self.desire(key, Some(value));
+    }
+
+    /// The row should not be there.
+    pub fn unset(&mut self, key: &K) {
+        if self.rows.contains_key(key) {
+            self.desire(key.clone(), None);
+        }
+    }
+
+    /// Exactly these rows should be there.
+    pub fn replace(&mut self, rows: BTreeMap<K, V>) {
+        let gone: Vec<K> = self.rows.keys().filter(|key| !rows.contains_key(key)).cloned().collect();
+        for key in gone {
+            self.desire(key, None);
+        }
+        for (key, value) in rows {
+            self.desire(key, Some(value));
+        }
+    }
+
+    /// The world holds this row already. Without a later [`Table::set`] it is removed.
+    pub fn adopt(&mut self, key: K, value: V) {
+        let row = self.rows.entry(key).or_insert(Row { desired: None, actual: None, state: State::Pending });
+        row.state = if row.desired.as_ref() == Some(&value) { State::Done } else { State::Pending };
+        row.actual = Some(value);
+    }
+
+    /// The world is not what it was written to be: this row must be looked at again.
+    pub fn suspect(&mut self, key: &K) {
+        if let Some(row) = self.rows.get_mut(key) {
+            row.actual = None;
+            row.state = State::Pending;
+        }
+    }
+
+    /// Rows to work on now.
+    pub fn due(&self, now: Instant) -> Vec<Due<K, V>> {
+        let is_due = |row: &Row<V>| match &row.state {
+            State::Pending => true,
+            State::Done => false,
+            State::Failed { next, .. } => *next <= now,
+        };
+        self.rows
+            .iter()
+            .filter(|(_, row)| is_due(row))
+            .map(|(key, row)| Due { key: key.clone(), desired: row.desired.clone(), actual: row.actual.clone() })
+            .collect()
+    }
+
+    /// What came of a row. `desired` is what the reconciler was asked for: if that changed
+    /// meanwhile, the row is due again.
+    pub fn settle<E: Display>(&mut self, key: &K, desired: Option<V>, outcome: Result<(), E>, now: Instant) {
+        let Some(row) = self.rows.get_mut(key) else { return };
+        match outcome {
+            Ok(()) => {
+                row.actual = desired;
+                if row.actual != row.desired {
+                    row.state = State::Pending;
+                } else if row.desired.is_some() {
+                    row.state = State::Done;
+                } else {
+                    self.rows.remove(key);
+                }
+            }
+            Err(error) => {
+                let attempts = match &row.state {
+                    State::Failed { attempts, .. } => attempts + 1,
+                    State::Pending | State::Done => 1,
+                };
+                let pause = FIRST_PAUSE.saturating_mul(1 << (attempts - 1).min(20)).min(LONGEST_PAUSE);
+                row.state = State::Failed { why: error.to_string(), attempts, next: now + pause };
+            }
+        }
+    }
+
+    /// When the next row that failed is due; `None` if none failed.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.rows
+            .values()
+            .filter_map(|row| match &row.state {
+                State::Failed { next, .. } => Some(*next),
+                State::Pending | State::Done => None,
+            })
+            .min()
+    }
+
+    /// Whether every row is as desired.
+    pub fn is_done(&self) -> bool {
+        self.rows.values().all(|row| matches!(row.state, State::Done))
+    }
+
+    /// `pending`, `done`, `error: why`, or nothing if there is no such row.
+    pub fn state(&self, key: &K) -> Option<String> {
+        self.rows.get(key).map(|row| match &row.state {
+            State::Pending => "pending".to_owned(),
+            State::Done => "done".to_owned(),
+            State::Failed { why, .. } => format!("error: {why}"),
+        })
+    }
+
+    /// What the row should be.
+    pub fn desired(&self, key: &K) -> Option<&V> {
+        self.rows.get(key)?.desired.as_ref()
+    }
+
+    /// All rows that should be there.
+    pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        self.rows.iter().filter_map(|(key, row)| Some((key, row.desired.as_ref()?)))
+    }
+
+    /// For `cirri status`.
+    pub fn status(&self) -> TableStatus {
+        let mut status = TableStatus { name: self.name.to_owned(), done: 0, pending: 0, errors: Vec::new() };
+        for (key, row) in &self.rows {
+            match &row.state {
+                State::Done => status.done += 1,
+                State::Pending => status.pending += 1,
+                State::Failed { why, attempts, .. } => {
+                    status.errors.push(RowError { key: key.to_string(), error: why.clone(), attempts: *attempts });
+                }
+            }
+        }
+        status
+    }
+
+    fn desire(&mut self, key: K, desired: Option<V>) {
+        let row = self.rows.entry(key.clone()).or_insert(Row { desired: None, actual: None, state: State::Pending });
+        if desired.is_none() && row.actual.is_none() && matches!(row.state, State::Pending) {
+            self.rows.remove(&key);
+            return;
+        }
+        if row.desired != desired {
+            row.state = if desired == row.actual { State::Done } else { State::Pending };
+            row.desired = desired;
+        } else if row.actual == row.desired {
+            row.state = State::Done;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settle(table: &mut Table<&'static str, u32>, key: &'static str, outcome: Result<(), &str>, now: Instant) {
+        let desired = table.desired(&key).copied();
+        table.settle(&key, desired, outcome, now);
+    }
+
+    fn due(table: &Table<&'static str, u32>, now: Instant) -> Vec<(&'static str, Option<u32>, Option<u32>)> {
+        table.due(now).into_iter().map(|due| (due.key, due.desired, due.actual)).collect()
+    }
+
+    #[test]
+    fn a_row_is_written_once_and_again_when_it_changes() {
+        let now = Instant::now();
+        let mut table = Table::new("t");
+        table.set("a", 1);
+        assert_eq!(due(&table, now), [("a", Some(1), None)]);
+        settle(&mut table, "a", Ok(()), now);
+        table.set("a", 1);
+        assert!(due(&table, now).is_empty() && table.is_done());
+        table.set("a", 2);
+        assert_eq!(due(&table, now), [("a", Some(2), Some(1))]);
+    }
+
+    #[test]
+    fn a_failure_waits_longer_each_time_and_is_visible() {
+        let now = Instant::now();
+        let mut table = Table::new("t");
+        table.set("a", 1);
+        settle(&mut table, "a", Err("no"), now);
+        assert_eq!(table.state(&"a").as_deref(), Some("error: no"));
+        assert!(due(&table, now).is_empty());
+        let second = now + FIRST_PAUSE;
+        assert_eq!(due(&table, second).len(), 1);
+        settle(&mut table, "a", Err("no"), second);
+        assert_eq!(table.next_due(), Some(second + FIRST_PAUSE * 2));
+        assert_eq!(table.status().errors[0].attempts, 2);
+    }
+
+    #[test]
+    fn what_was_found_at_start_is_kept_repaired_or_removed() {
+        let now = Instant::now();
+        let mut table = Table::new("t");
+        table.adopt("same", 1);
+        table.adopt("wrong", 1);
+        table.adopt("stray", 1);
+        table.replace(BTreeMap::from([("same", 1), ("wrong", 2)]));
+        assert_eq!(due(&table, now), [("stray", None, Some(1)), ("wrong", Some(2), Some(1))]);
+        settle(&mut table, "stray", Ok(()), now);
+        assert_eq!(table.state(&"stray"), None);
+    }
+
+    #[test]
+    fn a_change_during_the_work_is_not_lost() {
+        let now = Instant::now();
+        let mut table = Table::new("t");
+        table.set("a", 1);
+        table.set("a", 2);
+        table.settle(&"a", Some(1), Ok::<(), &str>(()), now);
+        assert_eq!(due(&table, now), [("a", Some(2), Some(1))]);
+        table.unset(&"a");
+        assert_eq!(due(&table, now), [("a", None, Some(1))]);
+    }
+
+    #[test]
+    fn a_row_that_was_never_written_leaves_without_work() {
+        let mut table = Table::new("t");
+        table.set("a", 1);
+        table.unset(&"a");
+        assert!(table.is_done() && table.state(&"a").is_none());
+    }
+}

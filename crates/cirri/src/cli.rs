@@ -1,0 +1,129 @@
+//! The command line: what there is, and who does it.
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+
+use crate::client::ClientArgs;
+use crate::exit::{self, Error, Failure};
+use crate::{cmd, cni, lab};
+
+/// Identity-based networking, security and observability for Linux workloads.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cirri",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = exit::HELP,
+    after_long_help = LONG_HELP,
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(flatten)]
+    client: ClientArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node's agent: it keeps the packet path as the cluster's state says
+    Agent(cmd::agent::AgentArgs),
+    /// Attach a container: the CNI plugin (1.1.0), driven by a runtime through its environment
+    #[command(long_about = cni::ABOUT)]
+    Cni,
+    /// Nodes and pods out of network namespaces on this machine, from plain Kubernetes YAML
+    Lab(lab::LabArgs),
+    /// How the agent is doing: store, tables, peers, drops
+    Status(cmd::status::StatusArgs),
+    /// Watch connections: who talked to whom, what was dropped, and the rule that decided
+    Observe(cmd::observe::ObserveArgs),
+    /// Watch the packet path's events as they come, with their numbers
+    Monitor(cmd::monitor::MonitorArgs),
+    /// The workloads of this node
+    Endpoint(cmd::endpoint::EndpointArgs),
+    /// The identities of the cluster and the labels they stand for
+    Identity(cmd::identity::IdentityArgs),
+    /// Policies: what is enforced, why a connection passes or not, and checking a file
+    Policy(cmd::policy::PolicyArgs),
+    /// The packet path's maps
+    Map(cmd::map::MapArgs),
+    /// Every value of the configuration and where it came from
+    Config(cmd::config::ConfigArgs),
+}
+
+const LONG_HELP: &str = "\
+Try it on one machine, from plain Kubernetes YAML and without Kubernetes:
+  cirri lab up --nodes 2
+  cirri lab apply -f DIR --wait
+  cirri lab probe --all-pairs
+
+Look at a node (the agent's socket: --socket or CIRRI_SOCKET):
+  cirri status                                   is it well, and what is not done
+  cirri observe --follow --verdict dropped       drops as they happen, with the rule
+  cirri policy explain --from shop/client --to shop/web --port 80
+  cirri endpoint list -o json                    for programs
+
+Exit codes:
+  0  done
+  1  tried and failed
+  2  wrong command line, file or manifest
+  3  agent or store not reachable
+  4  answered with no: a probe or a verdict was denied";
+
+/// Runs the command that was asked for.
+pub fn main() -> ExitCode {
+    if cni::invoked_as_plugin() {
+        return cni::main();
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            let printed = error.print();
+            return match (asked, printed) {
+                (true, Ok(())) => ExitCode::SUCCESS,
+                (true, Err(_)) => ExitCode::from(Failure::Failed as u8),
+                (false, _) => ExitCode::from(Failure::BadInput as u8),
+            };
+        }
+    };
+    let client = &cli.client;
+    let outcome = match cli.command {
+        Command::Agent(args) => cmd::agent::run(&args),
+        Command::Cni => return cni::main(),
+        Command::Lab(args) => {
+            return lab::run(args).unwrap_or_else(|error| Error::new(Failure::Failed, format!("{error:#}")).report());
+        }
+        Command::Status(args) => cmd::status::run(client, &args),
+        Command::Observe(args) => cmd::observe::run(client, &args),
+        Command::Monitor(args) => cmd::monitor::run(client, &args),
+        Command::Endpoint(args) => cmd::endpoint::run(client, &args),
+        Command::Identity(args) => cmd::identity::run(client, &args),
+        Command::Policy(args) => cmd::policy::run(client, &args),
+        Command::Map(args) => cmd::map::run(client, &args),
+        Command::Config(args) => cmd::config::run(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_long_help_holds_the_exit_codes() {
+        assert!(LONG_HELP.ends_with(exit::HELP));
+    }
+}

@@ -1,0 +1,11 @@
+//! One file per command.
+
+pub mod agent;
+pub mod config;
+pub mod endpoint;
+pub mod identity;
+pub mod map;
+pub mod monitor;
+pub mod observe;
+pub mod policy;
+pub mod status;

@@ -1,0 +1,109 @@
+//! `cirri status`.
+
+use std::fmt::Write as _;
+
+use crate::api::Status;
+use crate::client::ClientArgs;
+use crate::exit::{Error, Failure, Result};
+use crate::output::{self, OutputArgs, Table};
+
+/// Prints how the agent is doing: the store, what is enforced, tables with rows that are not done,
+/// the other nodes, drops by reason. With `--check` it exits 1 unless everything is well.
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    /// Exit 1 unless the store answers, every row is done, and there are no warnings
+    #[arg(long)]
+    check: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Runs it.
+pub fn run(client: &ClientArgs, args: &StatusArgs) -> Result<()> {
+    let status: Status = client.call("status", serde_json::json!({}))?;
+    output::print(args.output.output, &status, table)?;
+    if args.check && !is_well(&status) {
+        return Err(Error::new(Failure::Failed, "not everything is well"));
+    }
+    Ok(())
+}
+
+fn is_well(status: &Status) -> bool {
+    status.store.healthy
+        && status.store.synced
+        && status.warnings.is_empty()
+        && status.tables.iter().all(|table| table.errors.is_empty() && table.pending == 0)
+}
+
+fn table(status: &Status) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(out, "{name:<12}{value}");
+    };
+    line("Node", format!("{} (instance {}, pid {}, {})", status.node, status.instance, status.pid, status.version));
+    line("Up", format!("{} s, {} MiB", status.uptime_s, status.memory_bytes / (1 << 20)));
+    let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
+    line("Addresses", addresses.join(", "));
+    line("Pods", format!("{} (routing: {})", status.pod_cidrs.join(", "), status.routing));
+    let store = match (status.store.healthy, status.store.synced) {
+        (true, true) => "ok".to_owned(),
+        (true, false) => "not seen whole yet; running on what was pinned".to_owned(),
+        (false, _) => format!("NOT REACHABLE, last good state is in force: {}", status.store.error),
+    };
+    line("Store", format!("{}: {store}", status.store.kind));
+    line("Revision", format!("{} enforced, {} seen", status.enforced_revision, status.seen_revision));
+    line("Endpoints", status.endpoints.to_string());
+    line(
+        "Flows",
+        format!(
+            "{} of {} kept, {} seen, {} lost",
+            status.flows.kept, status.flows.capacity, status.flows.seen, status.flows.lost
+        ),
+    );
+    for attachment in &status.attachments {
+        line("Attached", attachment.clone());
+    }
+    for warning in &status.warnings {
+        line("WARNING", warning.clone());
+    }
+
+    let width = output::terminal_width();
+    let mut tables = Table::new(["table", "done", "pending", "error"]);
+    for table in &status.tables {
+        tables.row([
+            table.name.clone(),
+            table.done.to_string(),
+            table.pending.to_string(),
+            table.errors.len().to_string(),
+        ]);
+    }
+    out.push('\n');
+    out.push_str(&tables.render(width));
+    for table in &status.tables {
+        for row in &table.errors {
+            let _ = writeln!(out, "  {} {}: {} (tried {} times)", table.name, row.key, row.error, row.attempts);
+        }
+    }
+    if !status.peers.is_empty() {
+        let mut peers = Table::new(["peer", "addresses", "pod ranges", "workloads"]);
+        for peer in &status.peers {
+            let addresses: Vec<String> = peer.addresses.iter().map(ToString::to_string).collect();
+            peers.row([
+                peer.name.clone(),
+                addresses.join(","),
+                peer.pod_cidrs.join(","),
+                peer.workloads.to_string(),
+            ]);
+        }
+        out.push('\n');
+        out.push_str(&peers.render(width));
+    }
+    let mut counters = Table::new(["counter", "packets", "bytes"]);
+    for (name, counter) in status.counters.iter().filter(|(_, counter)| counter.packets > 0) {
+        counters.row([name.clone(), counter.packets.to_string(), counter.bytes.to_string()]);
+    }
+    out.push('\n');
+    out.push_str(&counters.render(width));
+    out
+}

@@ -1,0 +1,300 @@
+//! The CNI plugin: translates a runtime's call to the agent's socket and back.
+//!
+//! It decides nothing. The one thing it does by itself is DEL while the agent is down: the device
+//! goes at once, and a note in the state directory tells the agent to free the rest when it is back.
+
+mod queue;
+mod spec;
+
+use std::io::{self, Read, Write};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::api::{ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointGc, Removed, Status};
+use crate::client::{self, CallError};
+use spec::{CniError, NetConf, code};
+
+pub use queue::{Queued, pending_deletions};
+
+/// For `cirri cni --help`.
+pub const ABOUT: &str = "\
+Attach a container: the CNI plugin, versions 0.3.1 to 1.1.0 (ADD, DEL, CHECK, GC, STATUS, VERSION).
+
+A container runtime runs it with CNI_COMMAND and its siblings in the environment and the network
+configuration on standard input. Install it by linking the binary as `cirri-cni` into the runtime's
+plugin directory. Keys of its own: `socket` (the agent's, default /run/cirri/agent.sock) and
+`stateDir` (default: where the socket is). A configuration:
+
+  {\"cniVersion\": \"1.1.0\", \"name\": \"cirri\", \"type\": \"cirri-cni\"}
+
+The pod is named by K8S_POD_NAMESPACE and K8S_POD_NAME in CNI_ARGS; without them it is
+`default/` and the start of the container's id.";
+
+/// How long an answer may take. Attaching takes milliseconds; a store that does not answer, seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Whether the binary was started under the plugin's name.
+pub fn invoked_as_plugin() -> bool {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    name.as_deref().and_then(Path::file_name).is_some_and(|name| name == "cirri-cni")
+}
+
+/// Runs the command that the environment names.
+pub fn main() -> ExitCode {
+    let mut input = String::new();
+    let outcome = match io::stdin().read_to_string(&mut input) {
+        Ok(_) => run(&input, &|name| std::env::var(name).ok().filter(|value| !value.is_empty())),
+        Err(error) => Err(Failed {
+            version: spec::VERSIONS[0].to_owned(),
+            error: CniError::new(code::IO, format!("cannot read the configuration: {error}"), "give it on stdin"),
+        }),
+    };
+    let (text, exit) = match outcome {
+        Ok(Some(value)) => (value.to_string(), ExitCode::SUCCESS),
+        Ok(None) => (String::new(), ExitCode::SUCCESS),
+        Err(failed) => (failed.error.to_json(&failed.version).to_string(), ExitCode::FAILURE),
+    };
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => exit,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// A refusal, in the version that the runtime speaks.
+#[derive(Debug)]
+struct Failed {
+    version: String,
+    error: CniError,
+}
+
+fn run(input: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Value>, Failed> {
+    let mut version = spec::VERSIONS[0].to_owned();
+    dispatch(input, env, &mut version).map_err(|error| Failed { version, error })
+}
+
+fn dispatch(
+    input: &str,
+    env: &dyn Fn(&str) -> Option<String>,
+    version: &mut String,
+) -> Result<Option<Value>, CniError> {
+    let command = need(env, "CNI_COMMAND")?;
+    if command == "VERSION" {
+        return Ok(Some(spec::versions()));
+    }
+    let conf: NetConf = serde_json::from_str(input).map_err(|error| {
+        CniError::new(code::DECODE, format!("the network configuration is no JSON that fits: {error}"), "see the CNI specification")
+    })?;
+    if !spec::VERSIONS.contains(&conf.cni_version.as_str()) {
+        return Err(CniError::new(
+            code::INCOMPATIBLE_VERSION,
+            format!("cniVersion {} is not spoken", conf.cni_version),
+            format!("use one of {}", spec::VERSIONS.join(", ")),
+        ));
+    }
+    version.clone_from(&conf.cni_version);
+    if conf.name.is_empty() {
+        return Err(CniError::new(code::INVALID_CONFIG, "the network configuration has no `name`", "add one"));
+    }
+    match command.as_str() {
+        "ADD" => add(&conf, env).map(Some),
+        "DEL" => del(&conf, env).map(|()| None),
+        "CHECK" => check(&conf, env).map(|()| None),
+        "GC" => gc(&conf).map(|()| None),
+        "STATUS" => status(&conf).map(|()| None),
+        other => Err(CniError::new(
+            code::INVALID_ENVIRONMENT,
+            format!("CNI_COMMAND is `{other}`"),
+            "use ADD, DEL, CHECK, GC, STATUS or VERSION",
+        )),
+    }
+}
+
+fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, CniError> {
+    let attachment = attachment(env)?;
+    let netns = need(env, "CNI_NETNS")?;
+    let args = spec::parse_args(&env("CNI_ARGS").unwrap_or_default())?;
+    let pod = args.get("K8S_POD_NAME").cloned();
+    let params = EndpointAdd {
+        namespace: args.get("K8S_POD_NAMESPACE").cloned().unwrap_or_else(|| "default".to_owned()),
+        pod: pod.unwrap_or_else(|| attachment.container_id.chars().take(12).collect()),
+        mac: [conf.runtime_config.mac.as_ref(), conf.args.cni.mac.as_ref(), args.get("MAC")]
+            .into_iter()
+            .flatten()
+            .next()
+            .cloned(),
+        container_id: attachment.container_id,
+        ifname: attachment.ifname,
+        netns: netns.clone(),
+    };
+    let added: EndpointAdded =
+        client::call(&conf.socket, "endpoint.add", &params, PATIENCE).map_err(|error| from_call(error, code::REFUSED))?;
+    Ok(spec::added(&conf.cni_version, &params.ifname, &netns, &added))
+}
+
+fn del(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniError> {
+    let attachment = attachment(env)?;
+    match client::call::<Removed>(&conf.socket, "endpoint.delete", &attachment, PATIENCE) {
+        Ok(_) => Ok(()),
+        Err(CallError::NoAgent { .. } | CallError::Broken(_)) => {
+            let state_dir = state_dir(conf);
+            queue::queue(&state_dir, &attachment).map_err(|error| {
+                CniError::new(
+                    code::IO,
+                    format!("the agent is down and the deletion cannot be noted in {}: {error}", state_dir.display()),
+                    "start the agent or free the disk, then delete again",
+                )
+            })
+        }
+        Err(error) => Err(from_call(error, code::REFUSED)),
+    }
+}
+
+fn check(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniError> {
+    let attachment = attachment(env)?;
+    let previous = conf.prev_result.as_ref().ok_or_else(|| {
+        CniError::new(code::INVALID_CONFIG, "CHECK needs `prevResult`", "the runtime must pass what ADD answered")
+    })?;
+    let endpoint: crate::api::EndpointInfo =
+        client::call(&conf.socket, "endpoint.check", &attachment, PATIENCE).map_err(|error| from_call(error, code::CHECK_FAILED))?;
+    for ip in previous["ips"].as_array().into_iter().flatten() {
+        let text = ip["address"].as_str().unwrap_or_default();
+        let address: Option<IpAddr> = text.split('/').next().and_then(|text| text.parse().ok());
+        if !address.is_some_and(|address| endpoint.addresses.contains(&address)) {
+            return Err(CniError::new(
+                code::CHECK_FAILED,
+                format!("{text} is no address of endpoint {}", endpoint.id),
+                "delete the container and add it again",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn gc(conf: &NetConf) -> Result<(), CniError> {
+    let valid = conf.valid_attachments.clone().ok_or_else(|| {
+        CniError::new(
+            code::INVALID_CONFIG,
+            "GC needs `cni.dev/valid-attachments`",
+            "without it everything would be removed; pass an empty list if that is meant",
+        )
+    })?;
+    let params = EndpointGc { valid: valid.into_iter().map(Attachment::from).collect() };
+    client::call::<Removed>(&conf.socket, "endpoint.gc", &params, PATIENCE)
+        .map(drop)
+        .map_err(|error| from_call(error, code::REFUSED))
+}
+
+fn status(conf: &NetConf) -> Result<(), CniError> {
+    let unavailable = |why: String, advice: &str| Err(CniError::new(code::NOT_AVAILABLE, why, advice));
+    match client::call::<Status>(&conf.socket, "status", &serde_json::json!({}), PATIENCE) {
+        Ok(status) if status.pod_cidrs.is_empty() => {
+            unavailable("the node has no pod range yet".to_owned(), "see `cirri status`: the store must be reachable once")
+        }
+        Ok(_) => Ok(()),
+        Err(error) => unavailable(error.to_string(), "start the agent"),
+    }
+}
+
+fn from_call(error: CallError, refused: u32) -> CniError {
+    match error {
+        CallError::NoAgent { .. } => CniError::new(code::TRY_AGAIN_LATER, error, "start the agent"),
+        CallError::Broken(_) => CniError::new(code::TRY_AGAIN_LATER, error, "the agent stopped while it was at work"),
+        CallError::Refused(ApiError { code, message, hint }) => {
+            let number = match code.as_str() {
+                "not-found" => code::UNKNOWN_CONTAINER,
+                "bad-request" => code::INVALID_ENVIRONMENT,
+                "unavailable" | "timeout" => code::TRY_AGAIN_LATER,
+                _ => refused,
+            };
+            CniError::new(number, message, hint)
+        }
+        other => CniError::new(refused, other, ""),
+    }
+}
+
+fn attachment(env: &dyn Fn(&str) -> Option<String>) -> Result<Attachment, CniError> {
+    let attachment = Attachment { container_id: need(env, "CNI_CONTAINERID")?, ifname: need(env, "CNI_IFNAME")? };
+    let wrong = |what: &str, rule: &str| Err(CniError::new(code::INVALID_ENVIRONMENT, format!("{what} is not valid"), rule));
+    let simple = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    let id = &attachment.container_id;
+    if !id.starts_with(|c: char| c.is_ascii_alphanumeric()) || !id.chars().all(simple) || id.len() > 200 {
+        return wrong("CNI_CONTAINERID", "letters, digits, `_`, `.` and `-`, the first a letter or digit");
+    }
+    let ifname = &attachment.ifname;
+    let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    if ifname.len() > 15 || [".", ".."].contains(&ifname.as_str()) || ifname.contains(forbidden) {
+        return wrong("CNI_IFNAME", "at most 15 characters, no slash, colon or blank");
+    }
+    Ok(attachment)
+}
+
+fn need(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<String, CniError> {
+    env(name).ok_or_else(|| {
+        CniError::new(
+            code::INVALID_ENVIRONMENT,
+            format!("{name} is not set"),
+            "this is a CNI plugin, run by a container runtime; see `cirri cni --help`",
+        )
+    })
+}
+
+fn state_dir(conf: &NetConf) -> PathBuf {
+    let beside = || conf.socket.parent().unwrap_or(Path::new("/run/cirri")).to_owned();
+    conf.state_dir.clone().unwrap_or_else(beside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run_with(input: &str, env: &[(&str, &str)]) -> Result<Option<Value>, CniError> {
+        let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        run(input, &env).map_err(|failed| failed.error)
+    }
+
+    const CONTAINER: [(&str, &str); 3] =
+        [("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", "/run/netns/x")];
+
+    fn with<'a>(command: &'a str) -> Vec<(&'a str, &'a str)> {
+        [("CNI_COMMAND", command)].into_iter().chain(CONTAINER).collect()
+    }
+
+    #[test]
+    fn version_lists_what_is_spoken() {
+        let answer = run_with("", &[("CNI_COMMAND", "VERSION")]).unwrap().unwrap();
+        assert_eq!(answer["supportedVersions"], serde_json::json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+    }
+
+    #[test]
+    fn every_wrong_call_has_its_code() {
+        let conf = r#"{"cniVersion":"1.1.0","name":"n","type":"cirri-cni"}"#;
+        let code = |input: &str, env: &[(&str, &str)]| run_with(input, env).unwrap_err().code;
+        assert_eq!(code(conf, &[]), code::INVALID_ENVIRONMENT);
+        assert_eq!(code("{", &with("ADD")), code::DECODE);
+        assert_eq!(code(r#"{"cniVersion":"0.1.0","name":"n"}"#, &with("ADD")), code::INCOMPATIBLE_VERSION);
+        assert_eq!(code(r#"{"cniVersion":"1.1.0"}"#, &with("ADD")), code::INVALID_CONFIG);
+        assert_eq!(code(conf, &with("MAKE")), code::INVALID_ENVIRONMENT);
+        assert_eq!(code(conf, &with("GC")), code::INVALID_CONFIG);
+        assert_eq!(code(conf, &[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "../x"), ("CNI_IFNAME", "e")]), code::INVALID_ENVIRONMENT);
+    }
+
+    #[test]
+    fn without_an_agent_add_asks_to_come_back_and_del_is_noted_once() {
+        let dir = std::env::temp_dir().join(format!("cirri-cni-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let conf = format!(r#"{{"cniVersion":"1.1.0","name":"n","socket":"{}/agent.sock"}}"#, dir.display());
+        assert_eq!(run_with(&conf, &with("ADD")).unwrap_err().code, code::TRY_AGAIN_LATER);
+        assert_eq!(run_with(&conf, &with("STATUS")).unwrap_err().code, code::NOT_AVAILABLE);
+        for _ in 0..2 {
+            assert_eq!(run_with(&conf, &with("DEL")).unwrap(), None);
+        }
+        let queued = pending_deletions(&dir).unwrap();
+        assert_eq!(queued.len(), 1);
+        assert_eq!(queued[0].attachment, Attachment { container_id: "c1".into(), ifname: "eth0".into() });
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}
