@@ -4,5 +4,6 @@
 #![deny(missing_docs)]
 
 pub mod cases;
+pub mod lab;
 pub mod random;
 pub mod reference;

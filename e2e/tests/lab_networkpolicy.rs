@@ -1,0 +1,155 @@
+//! Every NetworkPolicy case on a real lab of two nodes: real connections, both families, every cell.
+//!
+//! `CIRRI_CASE=named-port` runs only the cases whose name contains that.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use cirri_e2e::cases::{self, Addresses, Case, Cell, Family, Matrix, PROBES};
+use cirri_e2e::lab::{Lab, LabError, Probed};
+
+/// Milliseconds that a probe waits; silence is tried once more.
+const TIMEOUT: &str = "500";
+/// Differences of one case that are printed in full.
+const SHOWN: usize = 12;
+
+#[test]
+fn every_case_comes_out_as_expected_on_two_nodes() {
+    let wanted = std::env::var("CIRRI_CASE").unwrap_or_default();
+    let cases: Vec<Case> = cases::all().unwrap().into_iter().filter(|case| case.name.contains(&wanted)).collect();
+    assert!(!cases.is_empty(), "no case is called {wanted:?}");
+
+    let lab = Lab::up("e2e_np", 2, &[]).unwrap_or_else(|error| panic!("{error}"));
+    let mut bench = Bench { lab, surroundings: String::new(), addresses: Addresses::default() };
+    let (mut compared, mut failed, mut report) = (0, 0, String::new());
+    for case in &cases {
+        let outcome = run(&mut bench, case).unwrap_or_else(|error| Outcome { compared: 0, wrong: vec![error] });
+        compared += outcome.compared;
+        println!("{}: {} cells, {} wrong", case.name, outcome.compared, outcome.wrong.len());
+        if !outcome.wrong.is_empty() {
+            failed += 1;
+            let _ = writeln!(report, "\n{}: {}", case.name, case.about);
+            for line in outcome.wrong.iter().take(SHOWN) {
+                let _ = writeln!(report, "  {line}");
+            }
+            if outcome.wrong.len() > SHOWN {
+                let _ = writeln!(report, "  and {} more", outcome.wrong.len() - SHOWN);
+            }
+        }
+    }
+    println!("{} cases, {compared} cells compared", cases.len());
+    assert!(compared >= cases.len() * 9 * 9 * 8, "only {compared} cells of {} cases were compared", cases.len());
+    assert!(report.is_empty(), "{failed} of {} cases came out wrong\n{report}", cases.len());
+}
+
+/// The lab with what is in it besides policies.
+struct Bench {
+    lab: Lab,
+    surroundings: String,
+    addresses: Addresses,
+}
+
+struct Outcome {
+    compared: usize,
+    wrong: Vec<String>,
+}
+
+fn run(bench: &mut Bench, case: &Case) -> Result<Outcome, String> {
+    let told = |error: LabError| error.to_string();
+    let surroundings = case.surroundings();
+    if bench.surroundings != surroundings {
+        // The pods first: the policies' placeholders need their addresses.
+        bench.lab.apply(&surroundings).map_err(told)?;
+        bench.addresses = Addresses(bench.lab.addresses().map_err(told)?);
+        bench.surroundings.clone_from(&surroundings);
+    }
+    let lab = &bench.lab;
+    let policies = case.policies(&bench.addresses).map_err(|error| error.to_string())?;
+    lab.apply(&format!("{surroundings}\n---\n{policies}")).map_err(told)?;
+
+    let expected = case.expected().map_err(|error| error.to_string())?;
+    let ports = PROBES.map(|probe| format!("{}/{}", probe.port, probe.protocol)).join(",");
+    let everyone = ["--all-pairs", "--with-world", "--with-nodes", "--ports", &ports, "--timeout", TIMEOUT];
+    let mut probed = lab.probe(&everyone).map_err(told)?;
+    probed.extend(towards_nodes(lab, &expected).map_err(told)?);
+    compare(&expected, &probed)
+}
+
+/// Pods calling nodes, in the cases that forbid some of it. Nothing listens there, so that a refusal
+/// of the node's own stack is what shows that the packet got through.
+fn towards_nodes(lab: &Lab, expected: &Matrix) -> Result<Vec<Probed>, LabError> {
+    let pairs: BTreeSet<(&str, &str)> = expected
+        .cells()
+        .filter(|(cell, _)| cell.probe == PROBES[0] && is_node(&cell.to))
+        .map(|(cell, _)| (cell.from.as_str(), cell.to.as_str()))
+        .collect();
+    if expected.cells().all(|(cell, passes)| passes || !is_node(&cell.to)) {
+        return Ok(Vec::new());
+    }
+    let answers: Vec<Result<Vec<Probed>, LabError>> = std::thread::scope(|scope| {
+        let asking: Vec<_> = pairs
+            .into_iter()
+            .map(|(from, to)| {
+                scope.spawn(move || {
+                    let to = format!("node:{to}");
+                    lab.probe(&["--from", from, "--to", &to, "--port", "80", "--timeout", TIMEOUT])
+                })
+            })
+            .collect();
+        asking.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    Ok(answers.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+fn compare(expected: &Matrix, probed: &[Probed]) -> Result<Outcome, String> {
+    let mut by_cell = BTreeMap::new();
+    for answer in probed {
+        by_cell.insert(cell(answer)?, answer);
+    }
+    let mut outcome = Outcome { compared: 0, wrong: Vec::new() };
+    for (cell, passes) in expected.cells() {
+        let Some(answer) = by_cell.remove(cell) else {
+            if !is_node(&cell.to) {
+                outcome.wrong.push(format!("{cell}: was not probed"));
+            }
+            continue;
+        };
+        outcome.compared += 1;
+        let problem = answer.error.as_deref().unwrap_or("no reason given");
+        match (passes, answer.verdict.as_str()) {
+            (true, "allowed") if answer.answered_by.as_ref().is_some_and(|by| is_pod(&cell.to) && *by != cell.to) => {
+                outcome.wrong.push(format!("{cell}: answered by {:?}", answer.answered_by));
+            }
+            (true, "allowed") | (false, "denied") => {}
+            (true, "error") if !is_pod(&cell.to) && problem.contains("refused") => {}
+            (true, verdict) => outcome.wrong.push(format!("{cell}: should pass, is {verdict}: {problem}")),
+            (false, verdict) => outcome.wrong.push(format!("{cell}: should be dropped, is {verdict}: {problem}")),
+        }
+    }
+    outcome.wrong.extend(by_cell.keys().map(|cell| format!("{cell}: was probed, and the case does not speak of it")));
+    Ok(outcome)
+}
+
+fn cell(answer: &Probed) -> Result<Cell, String> {
+    let wanted = format!("{}/{}", answer.protocol, answer.port.unwrap_or_default());
+    let probe = PROBES.into_iter().find(|probe| probe.to_string() == wanted);
+    Ok(Cell {
+        family: if answer.family == 4 { Family::V4 } else { Family::V6 },
+        probe: probe.ok_or_else(|| format!("the lab probed {wanted}, which nobody asked for"))?,
+        from: participant(&answer.from),
+        to: participant(&answer.to),
+    })
+}
+
+/// The lab writes nodes as `node:NAME`.
+fn participant(name: &str) -> String {
+    name.strip_prefix("node:").unwrap_or(name).to_string()
+}
+
+fn is_pod(name: &str) -> bool {
+    name.contains('/')
+}
+
+fn is_node(name: &str) -> bool {
+    !is_pod(name) && name != cases::OUTSIDE
+}
