@@ -26,9 +26,7 @@ mod reason;
 pub use address::{Addr, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Port};
 pub use endpoint::{Endpoint, Ipcache, IpcacheKey, NodeConfig, endpoint_flag, ipcache_flag, node_flag};
 pub use event::{Counter, CounterIndex, Direction, EventKind, FlowEvent, event_flag};
-pub use flow::{
-    Action, FlowKey4, FragmentKey, FragmentPorts, Hook, Recipe, Rewrite, State, Tick, Tuple, recipe_flag,
-};
+pub use flow::{Action, FlowKey4, FragmentKey, FragmentPorts, Hook, Recipe, Rewrite, State, Tick, Tuple, recipe_flag};
 pub use identity::Identity;
 pub use layout::{ABI_HASH, Plain, abi_text};
 pub use maps::{Map, MapKind, epoch_slot, map};

@@ -52,14 +52,23 @@ pub mod map {
     use super::*;
 
     const fn new<K, V>(name: &'static str, kind: MapKind, max_entries: u32, flags: u32, about: &'static str) -> Map {
-        Map { name, kind, key_size: size_of::<K>() as u32, value_size: size_of::<V>() as u32, max_entries, flags, about }
+        Map {
+            name,
+            kind,
+            key_size: size_of::<K>() as u32,
+            value_size: size_of::<V>() as u32,
+            max_entries,
+            flags,
+            about,
+        }
     }
 
     /// Established IPv4 connections.
     pub const FLOWS4: Map =
         new::<FlowKey4, Recipe>("FLOWS4", MapKind::LruHash, 524_288, 0, "established IPv4 connections");
     /// Established IPv6 connections.
-    pub const FLOWS6: Map = new::<Tuple, Recipe>("FLOWS6", MapKind::LruHash, 262_144, 0, "established IPv6 connections");
+    pub const FLOWS6: Map =
+        new::<Tuple, Recipe>("FLOWS6", MapKind::LruHash, 262_144, 0, "established IPv6 connections");
     /// Unfinished IPv4 connections.
     pub const PENDING4: Map =
         new::<FlowKey4, Recipe>("PENDING4", MapKind::LruHash, 65_536, 0, "unfinished IPv4 connections");
@@ -86,8 +95,7 @@ pub mod map {
     /// Counters that recipes rest on.
     pub const EPOCHS: Map = new::<u32, u32>("EPOCHS", MapKind::Array, 65_536, 0, "counters that recipes rest on");
     /// Rule sets by slot.
-    pub const RULESETS: Map =
-        new::<u32, u32>("RULESETS", MapKind::HashOfMaps, 4096, 0, "compiled rule sets by slot");
+    pub const RULESETS: Map = new::<u32, u32>("RULESETS", MapKind::HashOfMaps, 4096, 0, "compiled rule sets by slot");
     /// One rule set: what [`RULESETS`] holds.
     pub const RULESET: Map =
         new::<PolicyKey, PolicyEntry>("ruleset", MapKind::LpmTrie, 65_536, NO_PREALLOC, "one compiled rule set");

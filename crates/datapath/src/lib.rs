@@ -1,1 +1,179 @@
-//! TODO
+//! What happens to a packet.
+//!
+//! This is the packet path: the same source runs in the kernel (`bpf`), in the simulator and under
+//! fuzz (`sim`). It sees the world through two traits, [`Packet`] and [`Tables`], and answers with a
+//! [`Verdict`]. It has no clock, no allocation, no panic and no unsafe code.
+//!
+//! # The path
+//!
+//! [`process`] looks the packet up in the flow table, once. A hit whose epochs still hold carries
+//! its recipe out ([`carry`]). Everything else goes through [`slow_path`]: parse completely, find
+//! both ends, ask policy, bind a masquerade port, write the recipes of both directions, report.
+//!
+//! # Layout for the verifier
+//!
+//! Everything is `#[inline(always)]` and generic; where to cut the code into kernel subprograms is
+//! `bpf`'s business, which hands [`process`] the slow path as a closure. What is too large for the
+//! 512-byte stack lives in a [`Scratch`] that the host provides.
+
+#![no_std]
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod carry;
+mod connection;
+mod icmp;
+mod masquerade;
+mod neighbour;
+mod parse;
+mod place;
+mod policy;
+mod slow;
+mod traits;
+mod wire;
+
+pub use parse::Parsed;
+pub use place::{Place, PlaceKind};
+pub use slow::{Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
+pub use traits::{Flow, NextHop, Packet, Table, Tables, TunnelKey};
+pub use wire::{Cursor, Wire};
+
+use cirri_abi::{DropReason, FlowKey4, Hook, Port, Recipe, Tick, Tuple, proto};
+
+/// What the hook does with the packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Let it go on to where it was going.
+    Continue,
+    /// Into the workload behind this device, past the device's own egress hook.
+    Local {
+        /// The node's side of the workload's device.
+        ifindex: u32,
+    },
+    /// Out of this device, Ethernet header as it is.
+    Device {
+        /// The device.
+        ifindex: u32,
+    },
+    /// Out of this device, to the neighbour that the kernel finds.
+    Neighbour {
+        /// The device.
+        ifindex: u32,
+        /// IPv4 neighbour in network order; 0 to ask the routes.
+        peer: u32,
+    },
+    /// Drop it.
+    Drop(DropReason),
+}
+
+/// One packet at one hook.
+///
+/// `slow` runs [`slow_path`]; in the kernel it is a subprogram of its own.
+#[inline(always)]
+pub fn process<P: Packet, T: Tables>(
+    hook: u8,
+    packet: &mut P,
+    tables: &T,
+    slow: impl FnOnce(&mut P, &T) -> Verdict,
+) -> Verdict {
+    match fast_path(hook, packet, tables) {
+        Some(verdict) => verdict,
+        None => slow(packet, tables),
+    }
+}
+
+/// The established packet: parse just enough, one lookup, obey.
+///
+/// `None` sends the packet to the slow path: no flow, another door, an epoch that moved, a TCP flag
+/// that changes state, a fragment, IP options, ICMP, anything unusual.
+#[inline(always)]
+fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
+    let eth: wire::Ethernet = packet.load(0)?;
+    match u16::from_be(eth.ethertype) {
+        wire::ETHERTYPE_IPV4 => {
+            let ip: wire::Ipv4 = packet.load(wire::L3)?;
+            if ip.version_ihl != 0x45 || ip.fragment & wire::FRAGMENT_MASK != 0 {
+                return None;
+            }
+            let (sport, dport) = established_ports(packet, wire::L3 + 20, ip.proto)?;
+            let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: [0; 3] };
+            let flow = tables.flow4(&key)?;
+            obey(hook, packet, tables, flow, carry::Rewritten::v4(&key))
+        }
+        wire::ETHERTYPE_IPV6 => {
+            let ip: wire::Ipv6 = packet.load(wire::L3)?;
+            let (sport, dport) = established_ports(packet, wire::L3 + 40, ip.next)?;
+            let key = Tuple {
+                src: cirri_abi::Addr { words: ip.src },
+                dst: cirri_abi::Addr { words: ip.dst },
+                sport,
+                dport,
+                proto: ip.next,
+                _pad: [0; 3],
+            };
+            let flow = tables.flow6(&key)?;
+            obey(hook, packet, tables, flow, carry::Rewritten::v6(&key))
+        }
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn obey<P: Packet, T: Tables>(
+    hook: u8,
+    packet: &mut P,
+    tables: &T,
+    flow: T::Flow,
+    headers: carry::Rewritten,
+) -> Option<Verdict> {
+    let recipe = flow.load();
+    if recipe.hook != hook || recipe.door != door(hook, packet)? || epochs(tables, &recipe.slots) != recipe.epoch {
+        return None;
+    }
+    flow.touch(tables.now(), packet.length());
+    Some(carry::carry(packet, tables, &recipe, &headers))
+}
+
+/// Ports of a TCP segment that changes no state, or of a UDP datagram.
+#[inline(always)]
+fn established_ports<P: Packet>(packet: &P, offset: u32, protocol: u8) -> Option<(Port, Port)> {
+    match protocol {
+        proto::TCP => {
+            let tcp: wire::Tcp = packet.load(offset)?;
+            if tcp.flags & wire::TCP_STATE_FLAGS != 0 {
+                return None;
+            }
+            Some((Port { be: tcp.sport }, Port { be: tcp.dport }))
+        }
+        proto::UDP => {
+            let udp: wire::Udp = packet.load(offset)?;
+            Some((Port { be: udp.sport }, Port { be: udp.dport }))
+        }
+        _ => None,
+    }
+}
+
+/// The sum that a recipe's epoch must equal; see [`Recipe::epoch`].
+#[inline(always)]
+fn epochs<T: Tables>(tables: &T, slots: &[u16; 3]) -> u32 {
+    tables.epoch(slots[0]).wrapping_add(tables.epoch(slots[1])).wrapping_add(tables.epoch(slots[2]))
+}
+
+/// What a packet must have come through, as [`Recipe::door`] holds it: the device; from the
+/// overlay, the identity that its VNI names; from the network, nothing (routes may be asymmetric).
+#[inline(always)]
+fn door<P: Packet>(hook: u8, packet: &P) -> Option<u32> {
+    match hook {
+        Hook::FROM_OVERLAY => Some(place::peer_identity(packet.tunnel_key()?.vni).id),
+        Hook::FROM_NETWORK => Some(0),
+        _ => Some(packet.ifindex()),
+    }
+}
+
+/// Whether `last_seen` must be written: at most once a tick.
+#[inline(always)]
+pub const fn stale(last_seen: Tick, now: Tick) -> bool {
+    last_seen.count != now.count
+}
+
+const _: () = assert!(core::mem::size_of::<Recipe>() == 96);

@@ -1,0 +1,281 @@
+//! The tables, as maps of the kernel.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST, bpf_fib_lookup as FibParams},
+    helpers::{
+        bpf_fib_lookup, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_map_delete_elem,
+        bpf_map_lookup_elem, bpf_map_update_elem,
+    },
+};
+use cirri_abi::{
+    Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey,
+    NodeConfig, PolicyEntry, PolicyKey, Recipe, Tick, Tuple,
+};
+use cirri_datapath::{Flow, NextHop, Outcome, Packet, Scratch, Stage, Table, Tables};
+
+use crate::{
+    maps::{
+        COUNTERS, DEVICES, ENDPOINTS, EPOCHS, EVENTS, FLOWS4, FLOWS6, FRAGMENTS, IPCACHE, NODE, PENDING4, PENDING6,
+        RULESETS,
+    },
+    seams,
+    skb::AF_INET,
+};
+
+const AF_INET6: u8 = 10;
+/// Do not resolve the neighbour: `bpf_redirect_neigh` will (Linux 6.3).
+const BPF_FIB_LOOKUP_SKIP_NEIGH: u32 = 1 << 2;
+const FIB_SUCCESS: i64 = 0;
+const FIB_NO_NEIGHBOUR: i64 = 7;
+const FIB_TOO_LARGE: i64 = 8;
+
+/// The maps of this object, and the packet's context where a helper wants it.
+pub struct Kernel(pub *mut __sk_buff);
+
+/// A recipe in its map.
+#[derive(Clone, Copy)]
+pub struct FlowRef(*mut Recipe);
+
+impl Flow for FlowRef {
+    #[inline(always)]
+    fn load(&self) -> Recipe {
+        // SAFETY: a live map value; the program holds RCU, so it is not freed. An evicted entry may
+        // be reused by another flow: such a packet obeys a recipe that was true a moment ago.
+        unsafe { ptr::read(self.0) }
+    }
+
+    #[inline(always)]
+    fn touch(&self, now: Tick, length: u32) {
+        // SAFETY: as above. Lost counts between CPUs are documented at `Recipe::packets`.
+        unsafe {
+            (*self.0).packets = (*self.0).packets.wrapping_add(1);
+            (*self.0).bytes = (*self.0).bytes.wrapping_add(length as u64);
+            if cirri_datapath::stale((*self.0).last_seen, now) {
+                (*self.0).last_seen = now;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn copy_to(&self, out: &mut Recipe) {
+        // SAFETY: as above.
+        *out = unsafe { ptr::read(self.0) };
+    }
+
+    #[inline(always)]
+    fn set_state(&self, state: u8, tcp_flags: u8) {
+        // SAFETY: as above.
+        unsafe {
+            (*self.0).state = state;
+            (*self.0).tcp_flags |= tcp_flags;
+        }
+    }
+}
+
+impl Tables for Kernel {
+    type Flow = FlowRef;
+
+    #[inline(always)]
+    fn flow4(&self, key: &FlowKey4) -> Option<FlowRef> {
+        lookup(&raw const FLOWS4, key).map(FlowRef)
+    }
+
+    #[inline(always)]
+    fn flow6(&self, key: &Tuple) -> Option<FlowRef> {
+        lookup(&raw const FLOWS6, key).map(FlowRef)
+    }
+
+    #[inline(always)]
+    fn flow(&self, table: Table, tuple: &Tuple) -> Option<FlowRef> {
+        if tuple.src.is_v4() {
+            let key = tuple.key4();
+            lookup(select4(table), &key).map(FlowRef)
+        } else {
+            lookup(select6(table), tuple).map(FlowRef)
+        }
+    }
+
+    #[inline(always)]
+    fn insert(&self, table: Table, tuple: &Tuple, recipe: &Recipe, new: bool) -> bool {
+        let flags = if new { BPF_NOEXIST } else { BPF_ANY } as u64;
+        if tuple.src.is_v4() {
+            update(select4(table), &tuple.key4(), recipe, flags)
+        } else {
+            update(select6(table), tuple, recipe, flags)
+        }
+    }
+
+    #[inline(always)]
+    fn promote(&self, tuple: &Tuple, flow: &FlowRef) -> bool {
+        // SAFETY: as in `FlowRef::load`; the kernel copies the value from where it stands.
+        self.insert(Table::Flows, tuple, unsafe { &*flow.0 }, false)
+    }
+
+    #[inline(always)]
+    fn remove(&self, table: Table, tuple: &Tuple) {
+        if tuple.src.is_v4() {
+            delete(select4(table), &tuple.key4());
+        } else {
+            delete(select6(table), tuple);
+        }
+    }
+
+    #[inline(always)]
+    fn epoch(&self, slot: u16) -> u32 {
+        match EPOCHS.get(slot as u32) {
+            Some(epoch) => *epoch,
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn endpoint(&self, addr: &Addr) -> Option<&Endpoint> {
+        deref(lookup(&raw const ENDPOINTS, addr))
+    }
+
+    #[inline(always)]
+    fn device(&self, ifindex: u32) -> Option<&Endpoint> {
+        deref(lookup(&raw const DEVICES, &ifindex))
+    }
+
+    #[inline(always)]
+    fn ipcache(&self, addr: &Addr) -> Option<&Ipcache> {
+        deref(lookup(&raw const IPCACHE, &IpcacheKey { prefix_len: 128, addr: *addr }))
+    }
+
+    #[inline(always)]
+    fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry> {
+        let inner: *mut c_void = lookup(&raw const RULESETS, &(ruleset as u32))?;
+        deref(lookup(inner.cast_const(), key))
+    }
+
+    #[inline(always)]
+    fn node(&self) -> Option<&NodeConfig> {
+        NODE.get(0)
+    }
+
+    #[inline(always)]
+    fn route(&self, tuple: &Tuple) -> Option<NextHop> {
+        // SAFETY: zeroes are a valid parameter block.
+        let mut params: FibParams = unsafe { core::mem::zeroed() };
+        params.l4_protocol = tuple.proto;
+        // As for a packet that came in where this one did.
+        // SAFETY: a field of the context.
+        params.ifindex = unsafe { (*self.0).ifindex };
+        let v4 = tuple.src.is_v4();
+        if v4 {
+            params.family = AF_INET as u8;
+            params.__bindgen_anon_3.ipv4_src = tuple.src.word();
+            params.__bindgen_anon_4.ipv4_dst = tuple.dst.word();
+        } else {
+            params.family = AF_INET6;
+            params.__bindgen_anon_3.ipv6_src = tuple.src.words;
+            params.__bindgen_anon_4.ipv6_dst = tuple.dst.words;
+        }
+        let flags = BPF_FIB_LOOKUP_SKIP_NEIGH;
+        // SAFETY: the block lives on this stack and its size is passed.
+        let answer =
+            unsafe { bpf_fib_lookup(self.0.cast(), &mut params, size_of::<FibParams>() as i32, flags) };
+        // A packet that is too large now does not make the route a bad one.
+        if answer != FIB_SUCCESS && answer != FIB_NO_NEIGHBOUR && answer != FIB_TOO_LARGE {
+            return None;
+        }
+        // SAFETY: for IPv4 the kernel leaves the next hop here; all zeroes and addresses are valid.
+        let next = unsafe { params.__bindgen_anon_4.ipv4_dst };
+        Some(NextHop { ifindex: params.ifindex, peer: if v4 { next } else { 0 } })
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        deref::<FragmentPorts>(lookup(&raw const FRAGMENTS, key)).copied()
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
+        update(&raw const FRAGMENTS, key, ports, BPF_ANY as u64);
+    }
+
+    #[inline(always)]
+    fn now(&self) -> Tick {
+        // SAFETY: helper without arguments.
+        Tick::from_ns(unsafe { bpf_ktime_get_coarse_ns() })
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: helper without arguments.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn count(&self, index: u32, bytes: u32) {
+        if let Some(counter) = COUNTERS.get_ptr_mut(index) {
+            // SAFETY: this CPU's own slot; programs at tc hooks are not re-entered on one CPU.
+            unsafe {
+                let Counter { packets, bytes: total } = *counter;
+                *counter = Counter { packets: packets.wrapping_add(1), bytes: total.wrapping_add(bytes as u64) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn emit(&self, event: &mut FlowEvent) {
+        // SAFETY: helper without arguments.
+        event.time_ns = unsafe { bpf_ktime_get_ns() };
+        if EVENTS.output_untyped::<FlowEvent>(&*event, 0).is_err() {
+            self.count(CounterIndex::LOST_EVENTS, 0);
+        }
+    }
+
+    #[inline(always)]
+    fn stage<P: Packet>(&self, stage: Stage, _packet: &mut P, scratch: &mut Scratch) -> Outcome {
+        seams::run(stage, self.0, scratch)
+    }
+}
+
+#[inline(always)]
+const fn select4(table: Table) -> *const c_void {
+    match table {
+        Table::Flows => (&raw const FLOWS4).cast(),
+        Table::Pending => (&raw const PENDING4).cast(),
+    }
+}
+
+#[inline(always)]
+const fn select6(table: Table) -> *const c_void {
+    match table {
+        Table::Flows => (&raw const FLOWS6).cast(),
+        Table::Pending => (&raw const PENDING6).cast(),
+    }
+}
+
+#[inline(always)]
+fn lookup<M, K, V>(map: *const M, key: &K) -> Option<*mut V> {
+    // SAFETY: `map` is a map of this object whose keys are `K` (its declaration, or the caller's
+    // choice by table); the kernel reads exactly one key.
+    let value = unsafe { bpf_map_lookup_elem(map.cast_mut().cast(), ptr::from_ref(key).cast()) };
+    if value.is_null() { None } else { Some(value.cast()) }
+}
+
+#[inline(always)]
+fn update<M, K, V>(map: *const M, key: &K, value: &V, flags: u64) -> bool {
+    // SAFETY: as in `lookup`, and for one value.
+    unsafe {
+        bpf_map_update_elem(map.cast_mut().cast(), ptr::from_ref(key).cast(), ptr::from_ref(value).cast(), flags) == 0
+    }
+}
+
+#[inline(always)]
+fn delete<M, K>(map: *const M, key: &K) {
+    // SAFETY: as in `lookup`. A key that is not there is no error.
+    unsafe { bpf_map_delete_elem(map.cast_mut().cast(), ptr::from_ref(key).cast()) };
+}
+
+/// A value for reading. Values of these maps are written by user space only, whole.
+#[inline(always)]
+fn deref<'a, V>(value: Option<*mut V>) -> Option<&'a V> {
+    // SAFETY: a live map value; the program holds RCU until it returns.
+    value.map(|value| unsafe { &*value })
+}

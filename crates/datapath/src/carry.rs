@@ -1,0 +1,146 @@
+//! Carrying a recipe out.
+
+use cirri_abi::{Action, DropReason, FlowKey4, GATEWAY_MAC, Hook, Port, Recipe, Rewrite, Tuple, proto};
+
+use crate::{
+    Verdict,
+    parse::Parsed,
+    traits::{Packet, Tables},
+    wire::{self, L3},
+};
+
+/// What a rewrite must know of the packet's headers.
+#[derive(Clone, Copy)]
+pub(crate) struct Rewritten {
+    /// Offset of the transport header; 0 if there is none (a later fragment).
+    pub l4: u32,
+    pub sport: Port,
+    pub dport: Port,
+    pub proto: u8,
+    pub v6: bool,
+}
+
+impl Rewritten {
+    #[inline(always)]
+    pub fn v4(key: &FlowKey4) -> Self {
+        Rewritten { l4: L3 + 20, sport: key.sport, dport: key.dport, proto: key.proto, v6: false }
+    }
+
+    #[inline(always)]
+    pub fn v6(key: &Tuple) -> Self {
+        Rewritten { l4: L3 + 40, sport: key.sport, dport: key.dport, proto: key.proto, v6: true }
+    }
+
+    #[inline(always)]
+    pub fn parsed(parsed: &Parsed) -> Self {
+        Rewritten {
+            l4: if parsed.later_fragment { 0 } else { parsed.l4 },
+            sport: parsed.tuple.sport,
+            dport: parsed.tuple.dport,
+            proto: parsed.tuple.proto,
+            v6: !parsed.tuple.src.is_v4(),
+        }
+    }
+}
+
+/// Rewrites the packet and says where it goes.
+#[inline(always)]
+pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe, headers: &Rewritten) -> Verdict {
+    if recipe.rewrite != Rewrite::NONE && !rewrite(packet, recipe, headers) {
+        return refuse(tables, packet, DropReason::WRITE_ERROR);
+    }
+    dispatch(packet, tables, recipe)
+}
+
+/// Sends the packet the recipe's way, as it is.
+#[inline(always)]
+pub(crate) fn dispatch<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe) -> Verdict {
+    match recipe.action {
+        Action::LOCAL => {
+            let macs = wire::Macs { dst: wire::mac_words(recipe.mac), src: wire::mac_words(GATEWAY_MAC) };
+            if !packet.store(0, &macs) {
+                return refuse(tables, packet, DropReason::WRITE_ERROR);
+            }
+            if recipe.hook != Hook::FROM_WORKLOAD {
+                packet.set_for_us();
+            }
+            Verdict::Local { ifindex: recipe.out }
+        }
+        Action::TUNNEL => {
+            if !packet.set_tunnel_key(recipe.peer, recipe.src_identity.id) {
+                return refuse(tables, packet, DropReason::NO_TUNNEL_PEER);
+            }
+            packet.set_decided();
+            Verdict::Device { ifindex: recipe.out }
+        }
+        Action::DEVICE => Verdict::Neighbour { ifindex: recipe.out, peer: recipe.peer },
+        _ => Verdict::Continue,
+    }
+}
+
+#[inline(always)]
+fn refuse<P: Packet, T: Tables>(tables: &T, packet: &P, reason: DropReason) -> Verdict {
+    tables.count(cirri_abi::CounterIndex::reason(reason.code, cirri_abi::Direction::EGRESS), packet.length());
+    Verdict::Drop(reason)
+}
+
+/// Replaces one end's address and port, checksums included.
+#[inline(always)]
+fn rewrite<P: Packet>(packet: &mut P, recipe: &Recipe, headers: &Rewritten) -> bool {
+    let source = recipe.rewrite == Rewrite::SOURCE;
+    let addressed = if headers.v6 {
+        packet.store(L3 + if source { 8 } else { 24 }, &recipe.address.words)
+    } else {
+        packet.store(L3 + if source { 12 } else { 16 }, &recipe.address.word())
+            && packet.update_l3_checksum(L3 + 10, recipe.csum_delta)
+    };
+    if !addressed {
+        return false;
+    }
+    if headers.l4 == 0 {
+        return true;
+    }
+    let Some(checksum) = wire::checksum_offset(headers.proto) else {
+        return true;
+    };
+    let checksum = headers.l4 + checksum;
+    let udp = headers.proto == proto::UDP;
+    if headers.proto != proto::ICMP && !packet.update_l4_checksum(checksum, recipe.csum_delta, true, udp, headers.v6) {
+        return false;
+    }
+    let old = if source { headers.sport } else { headers.dport };
+    if old == recipe.port {
+        return true;
+    }
+    let at = match headers.proto {
+        proto::ICMP | proto::ICMPV6 => headers.l4 + 4,
+        _ if source => headers.l4,
+        _ => headers.l4 + 2,
+    };
+    packet.store(at, &recipe.port.be)
+        && packet.update_l4_checksum(checksum, difference(old.be as u32, recipe.port.be as u32), false, udp, headers.v6)
+}
+
+/// Ones'-complement difference of one word, as `bpf_csum_diff` forms it.
+#[inline(always)]
+pub(crate) const fn difference(old: u32, new: u32) -> u32 {
+    fold(!old as u64 + new as u64)
+}
+
+/// The difference between two addresses.
+#[inline(always)]
+pub(crate) fn address_difference(old: &cirri_abi::Addr, new: &cirri_abi::Addr) -> u32 {
+    let mut sum = 0u64;
+    let mut i = 0;
+    while i < 4 {
+        sum += !old.words[i] as u64 + new.words[i] as u64;
+        i += 1;
+    }
+    fold(sum)
+}
+
+#[inline(always)]
+const fn fold(sum: u64) -> u32 {
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    ((sum & 0xffff_ffff) + (sum >> 32)) as u32
+}

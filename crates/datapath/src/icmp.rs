@@ -1,0 +1,160 @@
+//! ICMP errors: they belong to the flow that they quote.
+
+use cirri_abi::{Addr, DropReason, Hook, Port, Rewrite, Tuple, proto};
+
+use crate::{
+    Verdict,
+    carry::{self, difference},
+    door, epochs,
+    place::is_host,
+    slow::{Next, Outcome, Scratch},
+    traits::{Flow, Packet, Table, Tables},
+    wire::{self, L3},
+};
+
+/// Finds the flow that the error's quoted packet belongs to and sends the error its way, so that
+/// path-MTU messages and unreachables arrive, translated, and nothing else does.
+#[inline(always)]
+pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
+    let hook = s.hook;
+    let inner = s.parsed.l4 + 8;
+    let v6 = !s.parsed.tuple.src.is_v4();
+    quoted(packet, inner, v6, &mut s.opener)?;
+    // The error travels against the packet that it quotes: the way of that packet's answers.
+    s.answer = s.opener.turned();
+    let flow = match tables.flow(Table::Flows, &s.answer) {
+        Some(flow) => Some(flow),
+        None => tables.flow(Table::Pending, &s.answer),
+    };
+    let Some(flow) = flow else {
+        return unrelated(hook, tables, s);
+    };
+    flow.copy_to(&mut s.forward);
+    let through = match hook {
+        // Any node on the way may report; who it is does not matter.
+        Hook::FROM_OVERLAY => true,
+        _ => door(hook, packet) == Some(s.forward.door),
+    };
+    if s.forward.hook != hook || !through {
+        return unrelated(hook, tables, s);
+    }
+    if epochs(tables, &s.forward.slots) != s.forward.epoch {
+        return Err(DropReason::UNKNOWN_STATE.into());
+    }
+    s.from.identity = s.forward.src_identity;
+    s.to.identity = s.forward.dst_identity;
+    if s.forward.rewrite != Rewrite::NONE && !translate(packet, s, inner, v6) {
+        return Err(DropReason::WRITE_ERROR.into());
+    }
+    Ok(Next::Done(carry::dispatch(packet, tables, &s.forward)))
+}
+
+/// An error about no flow of a workload: the node's own business, or nobody's.
+#[inline(always)]
+fn unrelated<T: Tables>(hook: u8, tables: &T, s: &Scratch) -> Outcome {
+    let own = match hook {
+        Hook::FROM_NETWORK => true,
+        Hook::TO_WORKLOAD => is_host(tables, &s.parsed.tuple.src),
+        _ => is_host(tables, &s.parsed.tuple.dst),
+    };
+    if own { Ok(Next::Done(Verdict::Continue)) } else { Err(DropReason::UNKNOWN_STATE.into()) }
+}
+
+/// The tuple of the quoted packet.
+#[inline(always)]
+fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<(), DropReason> {
+    *out = Tuple::default();
+    let l4 = if v6 {
+        let Some(ip) = packet.load::<wire::Ipv6>(inner) else {
+            return Err(DropReason::CT_INVALID_HEADER);
+        };
+        out.src.words = ip.src;
+        out.dst.words = ip.dst;
+        out.proto = ip.next;
+        inner + 40
+    } else {
+        let Some(ip) = packet.load::<wire::Ipv4>(inner) else {
+            return Err(DropReason::CT_INVALID_HEADER);
+        };
+        if ip.version_ihl & 0xf < 5 {
+            return Err(DropReason::CT_INVALID_HEADER);
+        }
+        out.src = Addr::v4_word(ip.src);
+        out.dst = Addr::v4_word(ip.dst);
+        out.proto = ip.proto;
+        inner + (ip.version_ihl as u32 & 0xf) * 4
+    };
+    match out.proto {
+        proto::TCP | proto::UDP | proto::SCTP => {
+            let Some(ports) = packet.load::<wire::Ports>(l4) else {
+                return Err(DropReason::CT_INVALID_HEADER);
+            };
+            out.sport = Port { be: ports.sport };
+            out.dport = Port { be: ports.dport };
+        }
+        proto::ICMP | proto::ICMPV6 => {
+            let Some(icmp) = packet.load::<wire::Icmp>(l4) else {
+                return Err(DropReason::CT_INVALID_HEADER);
+            };
+            match icmp.kind {
+                8 | 128 => out.sport = Port { be: icmp.id },
+                0 | 129 => out.dport = Port { be: icmp.id },
+                _ => {}
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Rewrites the error as the recipe rewrites the flow, and its quotation the other way round.
+///
+/// The quoted IP header stays valid, so it adds nothing to the ICMP checksum; only the port does,
+/// and in IPv6 the addresses (outer in the pseudo header, quoted in the body). The quoted
+/// transport checksum is left: nobody checks it, and it is mostly cut off.
+#[inline(always)]
+fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, v6: bool) -> bool {
+    let recipe = &s.forward;
+    let source = recipe.rewrite == Rewrite::SOURCE;
+    let checksum = s.parsed.l4 + 2;
+    let echo = matches!(s.opener.proto, proto::ICMP | proto::ICMPV6);
+    // Quoted the other way round: where the flow's source changes, the quotation's destination does.
+    let old = if source { s.opener.dport } else { s.opener.sport };
+    let addressed = if v6 {
+        packet.store(L3 + if source { 8 } else { 24 }, &recipe.address.words)
+            && packet.store(inner + if source { 24 } else { 8 }, &recipe.address.words)
+            && packet.update_l4_checksum(checksum, recipe.csum_delta, true, false, true)
+            && packet.update_l4_checksum(checksum, recipe.csum_delta, false, false, true)
+    } else {
+        packet.store(L3 + if source { 12 } else { 16 }, &recipe.address.word())
+            && packet.update_l3_checksum(L3 + 10, recipe.csum_delta)
+            && packet.store(inner + if source { 16 } else { 12 }, &recipe.address.word())
+            && packet.update_l3_checksum(inner + 10, recipe.csum_delta)
+    };
+    if !addressed {
+        return false;
+    }
+    if old == recipe.port {
+        return true;
+    }
+    let header = if v6 { 40 } else { quoted_header(packet, inner) };
+    let at = inner
+        + header
+        + if echo {
+            4
+        } else if source {
+            2
+        } else {
+            0
+        };
+    packet.store(at, &recipe.port.be)
+        && packet.update_l4_checksum(checksum, difference(old.be as u32, recipe.port.be as u32), false, false, v6)
+}
+
+#[inline(always)]
+fn quoted_header<P: Packet>(packet: &P, inner: u32) -> u32 {
+    match packet.load::<u8>(inner) {
+        Some(version_ihl) => (version_ihl as u32 & 0xf) * 4,
+        None => 20,
+    }
+}

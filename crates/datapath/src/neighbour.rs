@@ -1,0 +1,121 @@
+//! The workload's gateway: a link-local address that only the packet path answers for.
+
+use cirri_abi::{Addr, DropReason, Endpoint, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, proto};
+
+use crate::{
+    Verdict,
+    parse::Parsed,
+    traits::Packet,
+    wire::{self, L3},
+};
+
+const GATEWAY_WORDS: [u16; 3] = wire::mac_words(GATEWAY_MAC);
+const ARP_REQUEST: u16 = 1u16.to_be();
+const ARP_REPLY: u16 = 2u16.to_be();
+const SOLICITATION: u8 = 135;
+const ADVERTISEMENT: u8 = 136;
+/// Router, solicited, override (RFC 4861, 4.4).
+const ADVERTISEMENT_FLAGS: u32 = 0xe000_0000u32.to_be();
+/// Length of a neighbour message with its one option.
+const ADVERTISEMENT_LENGTH: u32 = 32;
+
+/// A workload's ARP. The gateway's address is answered; nothing else on this link is anybody's.
+#[inline(always)]
+pub(crate) fn answer_arp<P: Packet>(packet: &mut P, endpoint: &Endpoint) -> Result<Verdict, DropReason> {
+    let Some(mut arp) = packet.load::<wire::Arp>(L3) else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    let sender = word(arp.sender_ip);
+    if sender != endpoint.v4.word() {
+        return Err(DropReason::INVALID_SOURCE_IP);
+    }
+    if arp.operation != ARP_REQUEST || word(arp.target_ip) != GATEWAY_V4.word() {
+        return Err(DropReason::UNKNOWN_L3_TARGET);
+    }
+    let asker = arp.sender_mac;
+    arp.operation = ARP_REPLY;
+    arp.target_mac = asker;
+    arp.target_ip = arp.sender_ip;
+    arp.sender_mac = GATEWAY_WORDS;
+    let gateway = GATEWAY_V4.word().to_ne_bytes();
+    arp.sender_ip = [u16::from_ne_bytes([gateway[0], gateway[1]]), u16::from_ne_bytes([gateway[2], gateway[3]])];
+    if !packet.store(L3, &arp) || !packet.store(0, &wire::Macs { dst: asker, src: GATEWAY_WORDS }) {
+        return Err(DropReason::WRITE_ERROR);
+    }
+    packet.set_for_us();
+    Ok(Verdict::Local { ifindex: packet.ifindex() })
+}
+
+/// A workload's neighbour solicitation for its gateway. `Err` for all other link-local business.
+#[inline(always)]
+pub(crate) fn answer_solicitation<P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed,
+    endpoint: &Endpoint,
+) -> Result<Verdict, DropReason> {
+    if parsed.icmp[0] != SOLICITATION || parsed.length != 40 + ADVERTISEMENT_LENGTH || parsed.l4 != L3 + 40 {
+        return Err(DropReason::FORBIDDEN_ICMPV6);
+    }
+    let asker = parsed.tuple.src;
+    if asker != endpoint.v6 && !is_link_local(&asker) {
+        return Err(DropReason::INVALID_SOURCE_IP);
+    }
+    let (Some(mut message), Some(macs), Some(mut ip)) =
+        (packet.load::<wire::Neighbour>(L3 + 40), packet.load::<wire::Macs>(0), packet.load::<wire::Ipv6>(L3))
+    else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    if message.target != GATEWAY_V6.words {
+        return Err(DropReason::FORBIDDEN_ICMPV6);
+    }
+    message.kind = ADVERTISEMENT;
+    message.code = 0;
+    message.checksum = 0;
+    message.flags = ADVERTISEMENT_FLAGS;
+    message.option = 2;
+    message.option_length = 1;
+    message.mac = GATEWAY_WORDS;
+    ip.src = GATEWAY_V6.words;
+    ip.dst = asker.words;
+    ip.hop_limit = 255;
+    message.checksum = checksum(&ip, &message);
+    if !packet.store(L3 + 40, &message)
+        || !packet.store(L3, &ip)
+        || !packet.store(0, &wire::Macs { dst: macs.src, src: GATEWAY_WORDS })
+    {
+        return Err(DropReason::WRITE_ERROR);
+    }
+    packet.set_for_us();
+    Ok(Verdict::Local { ifindex: packet.ifindex() })
+}
+
+/// Whether an address is of `fe80::/10`.
+#[inline(always)]
+pub(crate) fn is_link_local(addr: &Addr) -> bool {
+    u32::from_be(addr.words[0]) >> 22 == 0xfe80 >> 6
+}
+
+/// The ICMPv6 checksum (RFC 4443, 2.3). Sums in memory order work as in network order (RFC 1071).
+#[inline(always)]
+fn checksum(ip: &wire::Ipv6, message: &wire::Neighbour) -> u16 {
+    let mut sum = 0u64;
+    let mut i = 0;
+    while i < 4 {
+        sum += ip.src[i] as u64 + ip.dst[i] as u64 + message.target[i] as u64;
+        i += 1;
+    }
+    sum += ADVERTISEMENT_LENGTH.to_be() as u64 + (proto::ICMPV6 as u32).to_be() as u64 + message.flags as u64;
+    sum += u16::from_ne_bytes([message.kind, message.code]) as u64;
+    sum += u16::from_ne_bytes([message.option, message.option_length]) as u64;
+    sum += message.mac[0] as u64 + message.mac[1] as u64 + message.mac[2] as u64;
+    sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    !(sum as u16)
+}
+
+#[inline(always)]
+fn word(halves: [u16; 2]) -> u32 {
+    let (a, b) = (halves[0].to_ne_bytes(), halves[1].to_ne_bytes());
+    u32::from_ne_bytes([a[0], a[1], b[0], b[1]])
+}

@@ -1,0 +1,239 @@
+//! What a packet says about itself.
+
+use cirri_abi::{Addr, DropReason, FragmentKey, FragmentPorts, Port, Tuple, proto};
+
+use crate::{
+    traits::{Packet, Tables},
+    wire::{self, Ipv4, Ipv6, L3},
+};
+
+/// A packet, taken apart completely.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Parsed {
+    /// Addresses and ports. A later fragment has those of its first.
+    pub tuple: Tuple,
+    /// Offset of the transport header; for a later fragment, of its payload.
+    pub l4: u32,
+    /// From the IP header on, bytes.
+    pub length: u32,
+    /// What kind of packet.
+    pub class: Class,
+    /// TCP flags.
+    pub tcp_flags: u8,
+    /// ICMP type and code.
+    pub icmp: [u8; 2],
+    /// A fragment without transport header.
+    pub later_fragment: bool,
+}
+
+/// Kinds of packet that are treated differently.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Class {
+    /// Neither IP nor ARP.
+    #[default]
+    Other = 0,
+    /// ARP.
+    Arp,
+    /// Belongs to a flow of its own.
+    Flow,
+    /// An ICMP error: belongs to the flow that it quotes.
+    IcmpError,
+    /// IPv6 neighbour or router discovery, multicast listener discovery: link-local business.
+    LinkLocal,
+}
+
+/// Most IPv6 extension headers that are walked; more make the packet invalid.
+const MAX_EXTENSIONS: u32 = 6;
+/// Where the transport header must begin at the latest.
+const MAX_L4: u32 = 1024;
+
+/// Takes the packet apart. `Err`: malformed, or a fragment whose first one was never seen.
+#[inline(always)]
+pub(crate) fn parse<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> Result<(), DropReason> {
+    *out = Parsed::default();
+    let Some(eth) = packet.load::<wire::Ethernet>(0) else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    match u16::from_be(eth.ethertype) {
+        wire::ETHERTYPE_IPV4 => parse_v4(packet, tables, out),
+        wire::ETHERTYPE_IPV6 => parse_v6(packet, tables, out),
+        wire::ETHERTYPE_ARP => {
+            out.class = Class::Arp;
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+#[inline(always)]
+fn parse_v4<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> Result<(), DropReason> {
+    let Some(ip) = packet.load::<Ipv4>(L3) else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    let header = (ip.version_ihl as u32 & 0xf) * 4;
+    if ip.version_ihl >> 4 != 4 || header < 20 || (u16::from_be(ip.length) as u32) < header {
+        return Err(DropReason::INVALID_PACKET);
+    }
+    out.tuple.src = Addr::v4_word(ip.src);
+    out.tuple.dst = Addr::v4_word(ip.dst);
+    out.tuple.proto = ip.proto;
+    out.length = u16::from_be(ip.length) as u32;
+    out.l4 = L3 + header;
+    let fragment = Fragment {
+        id: ip.id as u32,
+        later: ip.fragment & wire::FRAGMENT_OFFSET != 0,
+        any: ip.fragment & wire::FRAGMENT_MASK != 0,
+    };
+    parse_transport(packet, tables, out, &fragment)
+}
+
+#[inline(always)]
+fn parse_v6<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> Result<(), DropReason> {
+    let Some(ip) = packet.load::<Ipv6>(L3) else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    if u32::from_be(ip.version_class_flow) >> 28 != 6 {
+        return Err(DropReason::INVALID_PACKET);
+    }
+    out.tuple.src = Addr { words: ip.src };
+    out.tuple.dst = Addr { words: ip.dst };
+    // A mapped address on the wire would pass for IPv4 in our tables.
+    if out.tuple.src.is_v4() || out.tuple.dst.is_v4() {
+        return Err(DropReason::INVALID_PACKET);
+    }
+    out.length = u16::from_be(ip.length) as u32 + 40;
+    let mut fragment = Fragment { id: 0, later: false, any: false };
+    let mut next = ip.next;
+    let mut offset = L3 + 40;
+    for _ in 0..MAX_EXTENSIONS {
+        match next {
+            // Hop-by-hop, routing, destination options, mobility, HIP, shim6.
+            0 | 43 | 60 | 135 | 139 | 140 => {
+                let Some(ext) = packet.load::<wire::Extension>(offset) else {
+                    return Err(DropReason::INVALID_EXTENSION_HEADER);
+                };
+                next = ext.next;
+                offset += (ext.length as u32 + 1) * 8;
+            }
+            // Authentication: counted in words of four, less two.
+            51 => {
+                let Some(ext) = packet.load::<wire::Extension>(offset) else {
+                    return Err(DropReason::INVALID_EXTENSION_HEADER);
+                };
+                next = ext.next;
+                offset += (ext.length as u32 + 2) * 4;
+            }
+            44 => {
+                let Some(ext) = packet.load::<wire::Fragment6>(offset) else {
+                    return Err(DropReason::INVALID_EXTENSION_HEADER);
+                };
+                next = ext.next;
+                offset += 8;
+                let at = u16::from_be(ext.offset);
+                fragment.id = ext.id;
+                fragment.later = at & 0xfff8 != 0;
+                fragment.any = at & 0xfff9 != 0;
+            }
+            _ => break,
+        }
+        if fragment.later {
+            break;
+        }
+        if offset > MAX_L4 {
+            return Err(DropReason::INVALID_EXTENSION_HEADER);
+        }
+    }
+    if !fragment.later && matches!(next, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140) {
+        return Err(DropReason::INVALID_EXTENSION_HEADER);
+    }
+    out.tuple.proto = next;
+    out.l4 = offset;
+    parse_transport(packet, tables, out, &fragment)
+}
+
+struct Fragment {
+    id: u32,
+    later: bool,
+    any: bool,
+}
+
+#[inline(always)]
+fn parse_transport<P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    out: &mut Parsed,
+    fragment: &Fragment,
+) -> Result<(), DropReason> {
+    out.class = Class::Flow;
+    out.later_fragment = fragment.later;
+    if fragment.later {
+        let Some(ports) = tables.fragment(&fragment_key(&out.tuple, fragment.id)) else {
+            return Err(DropReason::FIRST_FRAGMENT_MISSING);
+        };
+        out.tuple.sport = ports.sport;
+        out.tuple.dport = ports.dport;
+        return Ok(());
+    }
+    match out.tuple.proto {
+        proto::TCP => {
+            let Some(tcp) = packet.load::<wire::Tcp>(out.l4) else {
+                return Err(DropReason::CT_INVALID_HEADER);
+            };
+            if tcp.offset >> 4 < 5 {
+                return Err(DropReason::CT_INVALID_HEADER);
+            }
+            out.tuple.sport = Port { be: tcp.sport };
+            out.tuple.dport = Port { be: tcp.dport };
+            out.tcp_flags = tcp.flags;
+        }
+        proto::UDP | proto::SCTP => {
+            let Some(ports) = packet.load::<wire::Ports>(out.l4) else {
+                return Err(DropReason::CT_INVALID_HEADER);
+            };
+            out.tuple.sport = Port { be: ports.sport };
+            out.tuple.dport = Port { be: ports.dport };
+        }
+        proto::ICMP if out.tuple.src.is_v4() => parse_icmp(packet, out, 8, 0)?,
+        proto::ICMPV6 if !out.tuple.src.is_v4() => parse_icmp(packet, out, 128, 129)?,
+        // Other protocols have no ports; policy can still allow their peers.
+        _ => {}
+    }
+    if fragment.any {
+        let ports = FragmentPorts { sport: out.tuple.sport, dport: out.tuple.dport };
+        tables.remember_fragment(&fragment_key(&out.tuple, fragment.id), &ports);
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn parse_icmp<P: Packet>(packet: &P, out: &mut Parsed, request: u8, reply: u8) -> Result<(), DropReason> {
+    let Some(icmp) = packet.load::<wire::Icmp>(out.l4) else {
+        return Err(DropReason::CT_INVALID_HEADER);
+    };
+    out.icmp = [icmp.kind, icmp.code];
+    if icmp.kind == request {
+        out.tuple.sport = Port { be: icmp.id };
+    } else if icmp.kind == reply {
+        out.tuple.dport = Port { be: icmp.id };
+    } else if out.tuple.proto == proto::ICMP {
+        // Unreachable, time exceeded, parameter problem (RFC 792, 1122).
+        if matches!(icmp.kind, 3 | 11 | 12) {
+            out.class = Class::IcmpError;
+        }
+    } else {
+        match icmp.kind {
+            // Unreachable, too big, time exceeded, parameter problem (RFC 4443).
+            1..=4 => out.class = Class::IcmpError,
+            // Listener discovery (RFC 2710, 3810), router and neighbour discovery (RFC 4861).
+            130..=137 | 143 => out.class = Class::LinkLocal,
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn fragment_key(tuple: &Tuple, id: u32) -> FragmentKey {
+    FragmentKey { src: tuple.src, dst: tuple.dst, id, proto: tuple.proto, _pad: [0; 3] }
+}

@@ -1,0 +1,137 @@
+//! The two doors of the room: the packet, and the tables.
+
+use cirri_abi::{
+    Addr, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache, NodeConfig, PolicyEntry, PolicyKey,
+    Recipe, Tick, Tuple,
+};
+
+use crate::{Outcome, Scratch, Stage, Wire};
+
+/// A packet at a hook, from its Ethernet header on.
+///
+/// Offsets are bytes from the start of the Ethernet header. Every access is checked by the host;
+/// `None` and `false` mean that the packet is too short or the kernel refused.
+pub trait Packet {
+    /// Reads a header.
+    fn load<W: Wire>(&self, offset: u32) -> Option<W>;
+    /// Writes a header.
+    fn store<W: Wire>(&mut self, offset: u32, value: &W) -> bool;
+    /// Length in bytes, Ethernet header included.
+    fn length(&self) -> u32;
+    /// The device that the packet is met on.
+    fn ifindex(&self) -> u32;
+    /// Makes sure that the first `length` bytes (or all, if there are fewer) can be loaded.
+    fn pull(&mut self, length: u32);
+    /// Adds a difference (as `bpf_csum_diff` forms it) to the IPv4 header checksum at `offset`.
+    fn update_l3_checksum(&mut self, offset: u32, delta: u32) -> bool;
+    /// Adds a difference to the transport checksum at `offset`. `pseudo`: the difference is of
+    /// addresses, which stand in the pseudo header. `udp`: a checksum of zero means none and stays.
+    fn update_l4_checksum(&mut self, offset: u32, delta: u32, pseudo: bool, udp: bool, v6: bool) -> bool;
+    /// From the overlay: who sent it, as the outer headers say.
+    fn tunnel_key(&self) -> Option<TunnelKey>;
+    /// Before it goes into the overlay: to which node (IPv4, network order) and as whom.
+    fn set_tunnel_key(&mut self, peer: u32, vni: u32) -> bool;
+    /// Whether a hook of this node has already decided on it (only ever set by this node).
+    fn decided(&self) -> bool;
+    /// Marks it as decided on.
+    fn set_decided(&mut self);
+    /// Marks it as meant for us, whatever Ethernet address it carried.
+    fn set_for_us(&mut self);
+}
+
+/// Outer headers of a packet from the overlay.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TunnelKey {
+    /// The VNI: the sender's identity, 24 bits.
+    pub vni: u32,
+    /// The sending node's IPv4 address, network order.
+    pub remote: u32,
+}
+
+/// Which of the flow tables.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Table {
+    /// Connections that both sides have agreed to.
+    Flows,
+    /// Connections that only one side has spoken for. A flood fills this one only.
+    Pending,
+}
+
+/// A recipe in its table. Other CPUs may write to it meanwhile.
+pub trait Flow {
+    /// A copy of the recipe. Hosts make it so that fields that are not used are not read.
+    fn load(&self) -> Recipe;
+    /// Copies the recipe to where it is needed whole.
+    fn copy_to(&self, out: &mut Recipe);
+    /// Counts a packet of `length` bytes, and notes the time if the tick moved.
+    fn touch(&self, now: Tick, length: u32);
+    /// Sets the state and adds TCP flags.
+    fn set_state(&self, state: u8, tcp_flags: u8);
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NextHop {
+    /// Device to leave by.
+    pub ifindex: u32,
+    /// IPv4 neighbour in network order; 0 to let the kernel ask its routes.
+    pub peer: u32,
+}
+
+/// Everything the packet path remembers or is told.
+pub trait Tables {
+    /// A recipe in its table.
+    type Flow: Flow;
+
+    /// Looks an IPv4 flow up among the established.
+    fn flow4(&self, key: &FlowKey4) -> Option<Self::Flow>;
+    /// Looks an IPv6 flow up among the established.
+    fn flow6(&self, key: &Tuple) -> Option<Self::Flow>;
+    /// Looks a flow of either family up.
+    fn flow(&self, table: Table, tuple: &Tuple) -> Option<Self::Flow>;
+    /// Inserts or replaces. `false`: the table is full, or with `new` the key exists.
+    fn insert(&self, table: Table, tuple: &Tuple, recipe: &Recipe, new: bool) -> bool;
+    /// Inserts a pending connection's recipe, as it stands, into the flow table.
+    fn promote(&self, tuple: &Tuple, flow: &Self::Flow) -> bool;
+    /// Removes, if it is there.
+    fn remove(&self, table: Table, tuple: &Tuple);
+
+    /// The epoch of a slot; see `cirri_abi::epoch_slot`.
+    fn epoch(&self, slot: u16) -> u32;
+    /// The workload of this node that has this address.
+    fn endpoint(&self, addr: &Addr) -> Option<&Endpoint>;
+    /// The workload of this node behind this device.
+    fn device(&self, ifindex: u32) -> Option<&Endpoint>;
+    /// What is known about an address, by longest prefix.
+    fn ipcache(&self, addr: &Addr) -> Option<&Ipcache>;
+    /// What a rule set answers; see `cirri_abi::policy` for how keys are asked. `None` also if the
+    /// slot holds no rule set.
+    fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry>;
+    /// This node.
+    fn node(&self) -> Option<&NodeConfig>;
+    /// Where the node's routes lead for a packet of this tuple.
+    fn route(&self, tuple: &Tuple) -> Option<NextHop>;
+
+    /// Ports of a datagram whose first fragment was seen.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
+    /// Remembers them.
+    fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
+
+    /// The tick of now.
+    fn now(&self) -> Tick;
+    /// A number that a sender cannot foresee, to spread masquerade ports.
+    fn random(&self) -> u32;
+    /// Adds a packet of `bytes` to a counter; see `cirri_abi::CounterIndex`.
+    fn count(&self, index: u32, bytes: u32);
+    /// Fills in the time and reports. A full ring counts a lost event.
+    fn emit(&self, event: &mut FlowEvent);
+
+    /// Runs one stage of the slow path. A host with a small stack gives each a frame of its own.
+    #[inline(always)]
+    fn stage<P: Packet>(&self, stage: Stage, packet: &mut P, scratch: &mut Scratch) -> Outcome
+    where
+        Self: Sized,
+    {
+        crate::run_stage(stage, packet, self, scratch)
+    }
+}
