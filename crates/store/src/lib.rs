@@ -12,6 +12,7 @@
 mod embedded;
 mod error;
 mod etcd;
+pub mod folder;
 
 pub use embedded::{Embedded, SetAside};
 pub use error::StoreError;

@@ -11,8 +11,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableErro
 use super::{Change, Memory, SetAside, Value};
 use crate::StoreError;
 
-/// An open redb file. An input/output error closes it; the next commit opens it again and writes
-/// the whole state from memory, which is the truth by then.
+/// A redb file. An input/output error closes it; the next commit opens it again and brings it back to
+/// what the memory says, which is the truth by then.
 pub(super) struct StateFile {
     path: PathBuf,
     database: Option<Database>,
@@ -45,29 +45,35 @@ impl StateFile {
         self.set_aside.as_ref()
     }
 
-    /// The file was closed by an error: the next commit needs the whole state.
-    pub(super) fn must_rewrite(&self) -> bool {
+    /// An error closed the file: the next commit must be told the state before it.
+    pub(super) fn is_closed(&self) -> bool {
         self.database.is_none()
     }
 
-    /// Makes one revision durable. `whole`: the state before it, needed after an error.
+    /// Makes one revision durable. `before`: the state before it, needed if the file is closed.
     pub(super) fn commit(
         &mut self,
         revision: u64,
         changes: &[Change],
-        whole: Option<&Memory>,
+        before: Option<&Memory>,
     ) -> Result<(), StoreError> {
+        let mut rewrite = None;
         let database = match self.database.take() {
             Some(database) => database,
-            None => reopen(&self.path)?,
+            None => {
+                let (database, found) = reopen(&self.path)?;
+                // The write that failed may have reached the file after all, or the file was
+                // damaged: then all of it is replaced. Otherwise nothing is missing in it.
+                rewrite = before.filter(|before| before.revision != found.revision);
+                database
+            }
         };
-        match write(&database, revision, changes, whole) {
+        match write(&database, revision, changes, rewrite) {
             Ok(()) => {
                 self.database = Some(database);
                 Ok(())
             }
-            // The file stays closed: whether the revision reached it is unknown until it is opened
-            // again, and then it is overwritten.
+            // The file stays closed: redb takes nothing more before it is opened again.
             Err(error) => Err(explain(error, "write", &self.path)),
         }
     }
@@ -132,15 +138,14 @@ fn read(path: &Path) -> Result<(Database, Memory), Unreadable> {
     }
 }
 
-/// Opens a file that an error closed. Its content does not matter, it is about to be overwritten.
-fn reopen(path: &Path) -> Result<Database, StoreError> {
+/// Opens a file that an error closed.
+fn reopen(path: &Path) -> Result<(Database, Memory), StoreError> {
     match read(path) {
-        Ok((database, _)) => Ok(database),
+        Ok(opened) => Ok(opened),
         Err(Unreadable::Refused(error)) => Err(error),
         Err(Unreadable::Damaged(reason)) => {
             set_aside(path, reason)?;
-            let (database, _) = read(path).map_err(|error| error.into_error(path))?;
-            Ok(database)
+            read(path).map_err(|error| error.into_error(path))
         }
     }
 }

@@ -194,7 +194,7 @@ impl Inner {
         let (changes, answer, before) = {
             let memory = self.memory();
             let (changes, answer) = plan(&memory);
-            (changes, answer, memory.clone_if(file.must_rewrite()))
+            (changes, answer, file.is_closed().then(|| memory.clone()))
         };
         if changes.is_empty() {
             return Ok((self.memory().revision, answer));
@@ -262,10 +262,6 @@ impl Memory {
                 Event::Delete { key, revision }
             }
         }
-    }
-
-    fn clone_if(&self, wanted: bool) -> Option<Memory> {
-        wanted.then(|| self.clone())
     }
 }
 

@@ -173,7 +173,8 @@ impl Store for Etcd {
     }
 
     async fn list(&self, prefix: &str) -> Result<(Vec<Entry>, u64), StoreError> {
-        let question = RangeRequest { key: prefix.into(), range_end: wire::range_end(prefix), count_only: false };
+        let (key, range_end) = wire::below(prefix);
+        let question = RangeRequest { key, range_end, count_only: false };
         let answer: RangeResponse = self.call("a listing", wire::RANGE, question).await?;
         let revision = revision(answer.header.as_ref());
         Ok((answer.kvs.into_iter().filter_map(entry).collect(), revision))
@@ -227,7 +228,8 @@ impl Store for Etcd {
     async fn delete_prefix(&self, prefix: &str) -> Result<u64, StoreError> {
         let mut keys = self.inner.lease.keys().await;
         keys.retain(|key, _| !key.starts_with(prefix));
-        let question = DeleteRangeRequest { key: prefix.into(), range_end: wire::range_end(prefix) };
+        let (key, range_end) = wire::below(prefix);
+        let question = DeleteRangeRequest { key, range_end };
         let answer: WriteResponse = self.call("a removal", wire::DELETE_RANGE, question).await?;
         drop(keys);
         Ok(revision(answer.header.as_ref()))

@@ -86,11 +86,8 @@ impl Watch {
         // Also for a watch that only goes on: a stream that starts beyond the newest revision just
         // stays silent, so a store that was restored from a backup must be noticed here. The read
         // goes through the leader, so a member that lags behind cannot be mistaken for that.
-        let question = RangeRequest {
-            key: self.prefix.clone().into_bytes(),
-            range_end: wire::range_end(&self.prefix),
-            count_only: self.position.is_some(),
-        };
+        let (key, range_end) = wire::below(&self.prefix);
+        let question = RangeRequest { key, range_end, count_only: self.position.is_some() };
         let (answer, _): (RangeResponse, _) =
             self.connection.call(wire::RANGE, question).await.map_err(|error| error.into_store_error("a listing"))?;
         let now = Position::of(answer.header.as_ref());
@@ -119,10 +116,11 @@ impl Watch {
 
     async fn open(&self, from: u64) -> Result<Stream, StoreError> {
         let over = self.connection.current();
+        let (key, range_end) = wire::below(&self.prefix);
         let question = WatchRequest {
             create: Some(WatchCreateRequest {
-                key: self.prefix.clone().into_bytes(),
-                range_end: wire::range_end(&self.prefix),
+                key,
+                range_end,
                 start_revision: i64::try_from(from).unwrap_or(i64::MAX),
                 progress_notify: true,
             }),

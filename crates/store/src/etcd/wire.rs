@@ -57,17 +57,17 @@ fn request<T>(message: T) -> Request<T> {
     request
 }
 
-/// The end of the range of all keys that start with `prefix`, as etcd wants it.
-pub(super) fn range_end(prefix: &str) -> Vec<u8> {
+/// First and end of the range of all keys that start with `prefix`, as etcd wants them.
+pub(super) fn below(prefix: &str) -> (Vec<u8>, Vec<u8>) {
     let mut end = prefix.as_bytes().to_vec();
     while let Some(last) = end.pop() {
         if last < 0xff {
             end.push(last + 1);
-            return end;
+            return (prefix.into(), end);
         }
     }
-    // No prefix: all keys.
-    vec![0]
+    // No prefix: all keys, which has a notation of its own.
+    (vec![0], vec![0])
 }
 
 /// A listing of a whole cluster comes as one message.
@@ -263,12 +263,12 @@ pub(super) struct LeaseKeepAliveResponse {
 
 #[cfg(test)]
 mod tests {
-    use super::range_end;
+    use super::below;
 
     #[test]
-    fn a_prefix_ends_where_its_last_byte_that_can_grow_has_grown() {
-        assert_eq!(range_end("cirri/"), b"cirri0");
-        assert_eq!(range_end("a\u{7f}"), b"a\x80");
-        assert_eq!(range_end(""), b"\0");
+    fn a_range_ends_where_the_last_byte_of_its_prefix_has_grown() {
+        assert_eq!(below("cirri/"), (b"cirri/".to_vec(), b"cirri0".to_vec()));
+        assert_eq!(below("a\u{7f}"), (b"a\x7f".to_vec(), b"a\x80".to_vec()));
+        assert_eq!(below(""), (vec![0], vec![0]));
     }
 }

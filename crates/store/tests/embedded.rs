@@ -1,0 +1,279 @@
+//! The embedded store: what it promises, and what it does when the machine does not.
+
+use std::{
+    io::{BufRead, BufReader},
+    os::unix::fs::MetadataExt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use cirri_store::{Embedded, Event, EventStream, Store, StoreError};
+use futures::{FutureExt, StreamExt};
+
+async fn open(path: &Path) -> Embedded {
+    Embedded::open(path).await.expect("open")
+}
+
+async fn next(watch: &mut EventStream) -> Event {
+    watch.next().await.expect("a watch never ends")
+}
+
+#[tokio::test]
+async fn state_and_revisions_outlive_the_process_and_leased_keys_do_not() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.redb");
+    let store = open(&path).await;
+    assert!(store.create("t/a", b"1", false).await.expect("create"));
+    assert!(!store.create("t/a", b"2", false).await.expect("create"));
+    assert!(!store.create_all(&[("t/b", b"x"), ("t/a", b"x")]).await.expect("create"));
+    assert!(store.create_all(&[("t/b", b"1"), ("t/c", b"1")]).await.expect("create"));
+    store.put("t/leased", b"", true).await.expect("put");
+    assert_eq!(store.delete("t/nothing").await.expect("delete"), 3);
+    let last = store.delete("t/c").await.expect("delete");
+    assert_eq!(last, 4);
+    let (before, _) = store.list("t/").await.expect("list");
+    assert_eq!(before.len(), 3);
+    drop(store);
+
+    let store = open(&path).await;
+    assert_eq!(store.set_aside(), None);
+    let (after, revision) = store.list("t/").await.expect("list");
+    assert_eq!(after, before[..2]);
+    assert_eq!(revision, last + 1, "the removal of leased keys is a revision");
+    assert_eq!(store.put("t/a", b"2", false).await.expect("put"), revision + 1);
+}
+
+#[tokio::test]
+async fn a_watch_gets_a_snapshot_then_each_revision_whole_and_in_order() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = open(&dir.path().join("store.redb")).await;
+    store.put("t/a", b"1", false).await.expect("put");
+    let mut watch = store.watch("t/");
+    store.create_all(&[("t/b", b"2"), ("u/b", b"2")]).await.expect("create");
+    store.put("u/c", b"3", false).await.expect("put");
+    store.delete_prefix("t/").await.expect("delete");
+
+    assert!(matches!(next(&mut watch).await, Event::Snapshot(entries, 1) if entries.len() == 1));
+    assert!(matches!(next(&mut watch).await, Event::Put(entry) if entry.key == "t/b" && entry.revision == 2));
+    assert_eq!(next(&mut watch).await, Event::Progress(2));
+    assert_eq!(next(&mut watch).await, Event::Progress(3));
+    for key in ["t/a", "t/b"] {
+        let key = key.to_owned();
+        assert_eq!(next(&mut watch).await, Event::Delete { key, revision: 4 });
+    }
+    assert_eq!(next(&mut watch).await, Event::Progress(4));
+    assert!(watch.next().now_or_never().is_none());
+}
+
+#[tokio::test]
+async fn a_watch_that_fell_behind_gets_a_snapshot() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = open(&dir.path().join("store.redb")).await;
+    let mut watch = store.watch("t/");
+    next(&mut watch).await;
+    let mut last = 0;
+    for number in 0..5000_u32 {
+        last = store.put("t/x", &number.to_be_bytes(), false).await.expect("put");
+    }
+    let Event::Snapshot(entries, revision) = next(&mut watch).await else {
+        panic!("history is gone: only a snapshot will do");
+    };
+    assert_eq!((entries[0].revision, revision), (last, last));
+}
+
+#[tokio::test]
+async fn of_many_who_create_one_key_one_wins() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = open(&dir.path().join("store.redb")).await;
+    let attempts = (0..32_u8).map(|number| {
+        let store = store.clone();
+        async move { store.create("t/x", &[number], false).await.expect("create") }
+    });
+    let won = futures::future::join_all(attempts).await;
+    assert_eq!(won.iter().filter(|won| **won).count(), 1);
+}
+
+#[tokio::test]
+async fn two_agents_cannot_share_one_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.redb");
+    let _first = open(&path).await;
+    let second = Embedded::open(&path).await.err();
+    assert!(matches!(second, Some(StoreError::InUse { .. })), "{second:?}");
+}
+
+#[tokio::test]
+async fn a_damaged_file_is_set_aside_and_a_new_one_started() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.redb");
+    let store = open(&path).await;
+    for number in 0..200 {
+        store.put(&format!("t/{number}"), &[7; 500], false).await.expect("put");
+    }
+    drop(store);
+    let good = std::fs::read(&path).expect("read");
+
+    let mut cases = vec![
+        ("not a store at all", b"hello".to_vec()),
+        ("cut off", good[..good.len() / 2].to_vec()),
+        ("only the first page", good[..4096].to_vec()),
+    ];
+    // A value on disk that nobody wrote: the first page that holds many of them.
+    let mut flipped = good.clone();
+    let at = flipped.windows(64).position(|window| window == [7; 64]).expect("a value");
+    flipped[at] = 8;
+    cases.push(("one flipped byte", flipped));
+
+    for (case, content) in cases {
+        std::fs::write(&path, &content).expect("write");
+        let store = open(&path).await;
+        let aside = store.set_aside().unwrap_or_else(|| panic!("{case}: was taken for good"));
+        assert!(aside.path.exists(), "{case}: not kept");
+        let warning = store.health().await.expect("health").warning;
+        assert!(warning.is_some_and(|text| text.contains(&aside.reason)), "{case}");
+        let (entries, _) = store.list("").await.expect("list");
+        assert!(entries.is_empty(), "{case}");
+        store.put("t/x", b"", false).await.expect("put");
+    }
+    std::fs::write(&path, b"").expect("write");
+    assert_eq!(open(&path).await.set_aside(), None, "an empty file is a new one");
+}
+
+#[tokio::test]
+async fn a_file_of_another_schema_is_left_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.redb");
+    let database = redb::Database::create(&path).expect("create");
+    let write = database.begin_write().expect("begin");
+    let meta = redb::TableDefinition::<&str, u64>::new("meta");
+    write.open_table(meta).expect("table").insert("schema", 99).expect("insert");
+    write.commit().expect("commit");
+    drop(database);
+
+    let error = Embedded::open(&path).await.err();
+    assert!(matches!(error, Some(StoreError::Schema { found: 99, .. })), "{error:?}");
+    let files = std::fs::read_dir(dir.path()).expect("list").count();
+    assert_eq!(files, 1, "it was not set aside");
+    let database = redb::Database::open(&path).expect("still a store");
+    let read = redb::ReadableDatabase::begin_read(&database).expect("begin");
+    let found = read.open_table(meta).expect("table").get("schema").expect("get");
+    assert_eq!(found.expect("there").value(), 99);
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_survives_kill_9() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.redb");
+    let mut acknowledged = 0;
+    for _ in 0..5 {
+        let mut child = this_test("the_writer_that_is_killed")
+            .env(CHILD_PATH, &path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start the writer");
+        let lines = BufReader::new(child.stdout.take().expect("its output")).lines();
+        let revisions = lines.filter_map(|line| line.ok()?.parse::<u64>().ok());
+        for revision in revisions.take(40) {
+            assert!(revision > acknowledged, "{revision} after {acknowledged}");
+            acknowledged = revision;
+        }
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+
+        let store = open(&path).await;
+        assert_eq!(store.set_aside(), None);
+        let (lefts, revision) = store.list("left/").await.expect("list");
+        assert!(revision >= acknowledged, "{revision} < {acknowledged}");
+        // Whole revisions only: each pair was written at once.
+        let (rights, _) = store.list("right/").await.expect("list");
+        let revisions =
+            |entries: &[cirri_store::Entry]| -> Vec<u64> { entries.iter().map(|entry| entry.revision).collect() };
+        assert_eq!(revisions(&lefts), revisions(&rights));
+        assert_eq!(lefts.len() as u64, revision);
+        acknowledged = revision;
+    }
+}
+
+#[tokio::test]
+#[ignore = "no test: the process that `what_was_acknowledged_survives_kill_9` kills"]
+async fn the_writer_that_is_killed() {
+    let path = std::env::var_os(CHILD_PATH).expect("a path");
+    let store = open(Path::new(&path)).await;
+    let (_, mut revision) = store.list("").await.expect("list");
+    loop {
+        let key = format!("{revision:08}");
+        let (left, right) = (format!("left/{key}"), format!("right/{key}"));
+        let big = vec![1; 10_000];
+        assert!(store.create_all(&[(&left, &big), (&right, &big)]).await.expect("create"));
+        revision += 1;
+        println!("{revision}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_no_loss() {
+    // A disk of 6 MiB, in a mount namespace of its own.
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = std::fs::metadata("/proc/self").expect("proc").uid() == 0;
+    let child = this_test("the_writer_on_a_small_disk");
+    let output = Command::new("unshare")
+        .arg(if root { "-m" } else { "-rm" })
+        .args(["sh", "-c", "mount -t tmpfs -o size=6m none \"$0\" && exec \"$@\""])
+        .arg(dir.path())
+        .arg(child.get_program())
+        .args(child.get_args())
+        .env(CHILD_PATH, dir.path())
+        .output()
+        .expect("start unshare");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+#[tokio::test]
+#[ignore = "no test: the process that `a_full_disk_is_an_error_and_no_loss` starts"]
+async fn the_writer_on_a_small_disk() {
+    let dir = std::env::var_os(CHILD_PATH).expect("a path");
+    let path = Path::new(&dir).join("store.redb");
+    let ballast = Path::new(&dir).join("ballast");
+    let store = open(&path).await;
+    std::fs::write(&ballast, vec![0; 2 << 20]).expect("room for ballast");
+
+    let big = vec![1; 200_000];
+    let mut written = 0;
+    let error = loop {
+        match store.put(&format!("t/{written}"), &big, false).await {
+            Ok(_) => written += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, StoreError::DiskFull { .. }), "{error:?}");
+    assert!(written > 0);
+    // What was there is there, and says what is wrong.
+    let (entries, revision) = store.list("t/").await.expect("list");
+    assert_eq!((entries.len(), revision), (written, written as u64));
+    let health = store.health().await.expect("health");
+    assert!(health.warning.is_some_and(|text| text.contains("full")));
+    let again = store.put("t/again", &big, false).await;
+    assert!(matches!(again, Err(StoreError::DiskFull { .. })), "{again:?}");
+
+    std::fs::remove_file(&ballast).expect("make room");
+    let mut watch = store.watch("t/");
+    store.put("t/after", b"", false).await.expect("there is room again");
+    assert!(matches!(next(&mut watch).await, Event::Snapshot(entries, _) if entries.len() == written));
+    assert!(matches!(next(&mut watch).await, Event::Put(_)));
+    assert_eq!(store.health().await.expect("health").warning, None);
+    drop((store, watch));
+
+    let (entries, revision) = open(&path).await.list("t/").await.expect("list");
+    assert_eq!((entries.len(), revision), (written + 1, written as u64 + 1));
+}
+
+/// This program again, to run one ignored test only.
+fn this_test(name: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", name, "--ignored", "--nocapture"]);
+    command
+}
+
+const CHILD_PATH: &str = "CIRRI_STORE_TEST_PATH";
