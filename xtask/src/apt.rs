@@ -45,7 +45,7 @@ pub fn install(packages: &[String]) -> Result<()> {
     result.with_context(|| format!("packages could not be installed. Once that is mended: {}", command_line(packages)))
 }
 
-const OPTIONS: [&str; 4] = ["-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300"];
+const OPTIONS: [&str; 6] = ["-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"];
 
 fn refresh() -> Result<()> {
     sh::step("apt-get update: the package index is missing or too old");

@@ -148,14 +148,29 @@ fn get(packages: &[String], toolchain: Option<&bpf::Toolchain>) -> Result<()> {
         );
     }
     sh::step(&format!("installing from Debian: {}", packages.join(" ")));
-    apt::install(packages)
+    apt::install(packages)?;
+    let services: Vec<&str> =
+        SERVICES.iter().filter(|(package, _)| packages.iter().any(|p| p == package)).map(|(_, s)| *s).collect();
+    if !services.is_empty() {
+        eprintln!(
+            "Their services were not started, and Cirri does not use them. Without this they start at the next boot:\n  \
+             systemctl disable {}",
+            services.join(" ")
+        );
+    }
+    Ok(())
 }
+
+/// Packages that bring a service, and its name.
+const SERVICES: [(&str, &str); 4] =
+    [("etcd-server", "etcd"), ("redis-server", "redis-server"), ("nginx-light", "nginx"), ("containerd", "containerd")];
 
 /// Everything a person must type for what is missing, the linker included.
 fn by_hand(packages: &[String], toolchain: Option<&bpf::Toolchain>) -> String {
     let mut lines = vec![format!("  {}", apt::command_line(packages))];
     if packages.iter().any(|p| COMPILER.contains(&p.as_str())) {
         lines.push("  # or, instead of the last three packages: rustup component add rust-src".to_owned());
+        lines.push("  cargo xtask setup    # once more: LLVM and bpf-linker go by the compiler".to_owned());
     }
     if let Some(toolchain) = toolchain
         && packages.iter().any(|p| p.starts_with("llvm-"))
