@@ -1,0 +1,271 @@
+//! The cluster's state as the lab changes it: etcd for several nodes, a folder of manifests for one.
+//!
+//! Only `resources/` is written here, and a barrier key. Everything else in the store belongs to the agents.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use cirri_store::{Etcd, EtcdOptions, PREFIX, Store};
+use serde_json::json;
+
+use super::netns;
+use super::state::{Lab, Node};
+use super::underlay::ROUTER_V4;
+use crate::api::{PolicyInfo, Status, Wait, Waited};
+use crate::client;
+
+/// etcd's port for clients, in the lab's own namespace.
+pub const ETCD_PORT: u16 = 2379;
+const RESOURCES: &str = "resources/";
+const BARRIER: &str = "barrier/lab";
+/// How long an agent may take to answer a question about what it already knows.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a change does to the stored resources. Keys are those of `Resource::store_key`.
+#[derive(Debug, Default)]
+pub struct Change {
+    /// Resources to write, as JSON.
+    pub put: BTreeMap<String, String>,
+    /// Keys of resources to remove.
+    pub delete: Vec<String>,
+}
+
+impl Change {
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.put.is_empty() && self.delete.is_empty()
+    }
+}
+
+/// The URL the lab's agents reach its etcd at.
+pub fn etcd_url() -> String {
+    format!("http://{ROUTER_V4}:{ETCD_PORT}")
+}
+
+/// All stored resources, by key.
+///
+/// # Errors
+/// The store does not answer, or the folder cannot be read.
+pub fn resources(lab: &Lab) -> anyhow::Result<BTreeMap<String, String>> {
+    if lab.has_etcd() {
+        let prefix = format!("{PREFIX}{RESOURCES}");
+        let (entries, _) = in_etcd(lab, async |store| store.list(&prefix).await)?;
+        let text = |value| String::from_utf8(value).context("a resource in etcd is not text");
+        return entries
+            .into_iter()
+            .map(|entry| Ok((entry.key.trim_start_matches(PREFIX).to_owned(), text(entry.value)?)))
+            .collect();
+    }
+    let folder = folder(lab);
+    let mut found = BTreeMap::new();
+    let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if let Some(key) = key_of(name) {
+            found.insert(key, fs::read_to_string(&path)?.trim_end().to_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// Writes and removes resources. What was written before a failure stays written: saying the same again is harmless.
+///
+/// # Errors
+/// The store does not answer, or the folder cannot be written.
+pub fn change(lab: &Lab, change: &Change) -> anyhow::Result<()> {
+    if change.is_empty() {
+        return Ok(());
+    }
+    if lab.has_etcd() {
+        return in_etcd(lab, async |store| {
+            for (key, json) in &change.put {
+                store.put(&format!("{PREFIX}{key}"), json.as_bytes(), false).await?;
+            }
+            for key in &change.delete {
+                store.delete(&format!("{PREFIX}{key}")).await?;
+            }
+            Ok(())
+        });
+    }
+    let folder = folder(lab);
+    for (key, json) in &change.put {
+        let path = folder.join(file_of(key));
+        crate::files::write_atomic(&path, format!("{json}\n").as_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    for key in &change.delete {
+        let path = folder.join(file_of(key));
+        crate::files::remove(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Waits until every agent enforces everything that is in the store now.
+///
+/// The second round makes up for what the agents themselves wrote while they worked on the first: identities and
+/// addresses, which the other nodes must have seen too.
+///
+/// # Errors
+/// An agent is down or does not get there in time; it says which and what it is stuck at.
+pub fn settle(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + timeout;
+    for _ in 0..2 {
+        let revision = if lab.has_etcd() {
+            let key = format!("{PREFIX}{BARRIER}");
+            Some(in_etcd(lab, async |store| store.put(&key, b"", false).await)?)
+        } else {
+            None
+        };
+        each_node(lab, |node| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let millis = left.as_millis().try_into().unwrap_or(u64::MAX);
+            let wait = Wait { revision, timeout_ms: Some(millis) };
+            // The agent ends the wait; the margin is for its answer.
+            let answer = client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, left + ANSWER_TIMEOUT);
+            answer.map(drop).with_context(|| stuck(lab, node))
+        })?;
+    }
+    Ok(())
+}
+
+/// What policies the agents refused, as `namespace/name: why`, each once.
+///
+/// # Errors
+/// An agent is down.
+pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
+    let answers = each_node(lab, |node| {
+        let socket = lab.agent_socket(&node.name);
+        let policies: Vec<PolicyInfo> = client::call(&socket, "policy.get", &json!({}), ANSWER_TIMEOUT)
+            .with_context(|| format!("the agent of {} does not answer", node.name))?;
+        Ok(policies)
+    })?;
+    let mut refused: Vec<String> = answers
+        .into_iter()
+        .flatten()
+        .filter_map(|policy| {
+            let why = policy.state.strip_prefix("refused: ")?;
+            Some(format!("{}/{}: {why}", policy.namespace, policy.name))
+        })
+        .collect();
+    refused.sort();
+    refused.dedup();
+    Ok(refused)
+}
+
+/// Runs `work` for all nodes at once; the answers come in the order of the nodes.
+///
+/// # Errors
+/// The first one that `work` met.
+pub fn each_node<T: Send>(
+    lab: &Lab,
+    work: impl Fn(&Node) -> anyhow::Result<T> + Sync,
+) -> anyhow::Result<Vec<T>> {
+    let work = &work;
+    let answers: Vec<anyhow::Result<T>> = std::thread::scope(|scope| {
+        let asked: Vec<_> = lab.nodes.iter().map(|node| scope.spawn(move || work(node))).collect();
+        asked.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    answers.into_iter().collect()
+}
+
+/// Asks one agent how it is.
+///
+/// # Errors
+/// It does not answer.
+pub fn status(lab: &Lab, node: &str) -> Result<Status, client::CallError> {
+    client::call(&lab.agent_socket(node), "status", &json!({}), ANSWER_TIMEOUT)
+}
+
+/// Calls etcd from inside its namespace.
+///
+/// # Errors
+/// What the call met, and that the lab's etcd may have died.
+pub fn in_etcd<T: Send>(
+    lab: &Lab,
+    work: impl AsyncFnOnce(&Etcd) -> Result<T, cirri_store::StoreError> + Send,
+) -> anyhow::Result<T> {
+    let namespace = netns::path(&lab.name.net_namespace());
+    netns::within(&namespace, || {
+        netns::block_on(async {
+            let store = Etcd::new(&EtcdOptions::new([etcd_url()]))?;
+            work(&store).await
+        })
+    })??
+    .with_context(|| {
+        let log = lab.name.directory().join("etcd.log");
+        format!("the lab's etcd does not answer (its log: {}); `cirri lab down` and `up` start afresh", log.display())
+    })
+}
+
+/// The folder of manifests of a lab with one node.
+pub fn folder(lab: &Lab) -> PathBuf {
+    let node = lab.nodes.first().map_or("", |node| node.name.as_str());
+    lab.node_directory(node).join("manifests")
+}
+
+/// Why a node did not get there, as far as its agent can say.
+fn stuck(lab: &Lab, node: &Node) -> String {
+    let log = lab.node_directory(&node.name).join("agent.log");
+    let Ok(status) = status(lab, &node.name) else {
+        return format!("the agent of {} does not answer (its log: {})", node.name, log.display());
+    };
+    let errors = status.tables.iter().flat_map(|table| {
+        table.errors.iter().map(move |row| format!("{} {}: {}", table.name, row.key, row.error))
+    });
+    let mut what: Vec<String> = errors.chain(status.warnings.iter().cloned()).take(3).collect();
+    if what.is_empty() {
+        what.push(format!("seen {}, enforced {}", status.seen_revision, status.enforced_revision));
+    }
+    format!("node {} does not enforce everything yet ({}; its log: {})", node.name, what.join("; "), log.display())
+}
+
+/// `resources/Pod/shop/web` as `Pod.shop.web.yaml`: neither kinds nor namespaces hold a dot.
+fn file_of(key: &str) -> String {
+    format!("{}.yaml", key.trim_start_matches(RESOURCES).replacen('/', ".", 2))
+}
+
+fn key_of(file: &str) -> Option<String> {
+    let mut parts = file.strip_suffix(".yaml")?.splitn(3, '.');
+    let (kind, namespace, name) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(format!("{RESOURCES}{kind}/{namespace}/{name}"))
+}
+
+/// Checks that a lab's nodes all answer, so that a later failure is not blamed on the manifests.
+///
+/// # Errors
+/// Which agent is down, and where its log is.
+pub fn check_agents(lab: &Lab) -> anyhow::Result<()> {
+    let down: Vec<&str> = lab
+        .nodes
+        .iter()
+        .filter(|node| lab.agent_process(&node.name).is_none())
+        .map(|node| node.name.as_str())
+        .collect();
+    if down.is_empty() {
+        return Ok(());
+    }
+    let log = lab.node_directory(down[0]).join("agent.log");
+    bail!(
+        "the agent of {} is not running (its log: {}): start afresh with `cirri lab down --name {2}` and `cirri lab up --name {2}`",
+        down.join(", "),
+        log.display(),
+        lab.name
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_and_its_file_lead_to_each_other() {
+        for key in ["resources/Pod/shop/web.v1-0", "resources/Namespace/_/shop"] {
+            assert_eq!(key_of(&file_of(key)).as_deref(), Some(key));
+        }
+        assert_eq!(key_of("Pod.shop.web.yaml.12.tmp"), None);
+    }
+}

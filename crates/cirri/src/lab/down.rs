@@ -1,0 +1,117 @@
+//! `cirri lab down`: removes a lab, from whatever is left of it.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+
+use super::netns::{self, NsId};
+use super::process;
+use super::state::{DEFAULT_NAME, LabName};
+
+/// Where the agents pin their maps and programs.
+pub const PIN_ROOT: &str = "/sys/fs/bpf/cirri";
+/// Rounds of killing: a process may start another while the first round looks for it.
+const KILL_ROUNDS: usize = 5;
+
+/// Arguments of `cirri lab down`.
+#[derive(Debug, clap::Args)]
+pub struct DownArgs {
+    /// The lab.
+    #[arg(long, default_value = DEFAULT_NAME, conflicts_with = "all")]
+    name: LabName,
+    /// Every lab of this machine.
+    #[arg(long)]
+    all: bool,
+}
+
+/// Carries the command out.
+///
+/// # Errors
+/// What would not go.
+pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
+    let names = if args.all { LabName::all() } else { vec![args.name] };
+    for name in &names {
+        let _lock = name.lock()?;
+        println!("{}", if remove(name)? { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") });
+    }
+    if names.is_empty() {
+        println!("there are no labs");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Removes everything that belongs to a lab and nothing else: the processes in its namespaces and those its records
+/// name, its namespaces, its pins, its state directory. Says whether there was anything.
+///
+/// # Errors
+/// What would not go; the rest is removed all the same.
+pub fn remove(name: &LabName) -> anyhow::Result<bool> {
+    let namespaces = netns::list(&name.prefix());
+    let directory = name.directory();
+    let pins = pins(name);
+    let existed = !namespaces.is_empty() || directory.exists() || !pins.is_empty();
+
+    let own = netns::id(Path::new("/proc/self/ns/net"));
+    let ids: Vec<NsId> = namespaces.iter().filter_map(|name| netns::id(&netns::path(name))).collect();
+    if own.is_some_and(|own| ids.contains(&own)) {
+        bail!("this command runs inside the lab \"{name}\": run it from outside");
+    }
+    let mut problems = Vec::new();
+    for _ in 0..KILL_ROUNDS {
+        let mut processes = process::inside(&ids);
+        processes.extend(process::recorded_below(&directory));
+        processes.sort();
+        processes.dedup();
+        if processes.is_empty() {
+            break;
+        }
+        if let Err(problem) = process::kill(&processes) {
+            problems.push(format!("{problem:#}"));
+            break;
+        }
+    }
+    for namespace in &namespaces {
+        if let Err(problem) = netns::delete(namespace) {
+            problems.push(format!("cannot remove the network namespace {namespace}: {problem}"));
+        }
+    }
+    for directory in pins.iter().map(AsRef::as_ref).chain([directory.as_path()]) {
+        match fs::remove_dir_all(directory) {
+            Err(problem) if problem.kind() != std::io::ErrorKind::NotFound => {
+                problems.push(format!("cannot remove {}: {problem}", directory.display()));
+            }
+            _ => {}
+        }
+    }
+    if problems.is_empty() {
+        return Ok(existed);
+    }
+    bail!("{}", problems.join("; "))
+}
+
+/// Whether anything of a lab is there, up or crashed.
+pub fn exists(name: &LabName) -> bool {
+    name.directory().exists() || !netns::list(&name.prefix()).is_empty() || !pins(name).is_empty()
+}
+
+/// The pin directories of a lab's agents.
+fn pins(name: &LabName) -> Vec<std::path::PathBuf> {
+    let prefix = name.bpf_instance("");
+    let entries = fs::read_dir(PIN_ROOT).into_iter().flatten().flatten();
+    entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(prefix.as_bytes())).map(|e| e.path()).collect()
+}
+
+/// Fails unless the process is root, which namespaces and eBPF need.
+///
+/// # Errors
+/// What to do.
+pub fn require_root() -> anyhow::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let program = std::env::current_exe().ok();
+    let name = program.as_deref().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or("cirri");
+    Err(anyhow::anyhow!("a lab needs root: run `sudo {name} lab …`")).context("not permitted")
+}

@@ -1,0 +1,291 @@
+//! `cirri lab list`: the labs of this machine, their nodes and pods.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::echo::Port;
+use super::state::{Lab, LabName, Node, PodKey, PodRecord, Routing};
+use super::up::WORLD_PORTS;
+use super::{cluster, netns, underlay};
+use crate::api::EndpointInfo;
+use crate::client;
+
+/// How long an agent may take to answer before its node counts as down.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Arguments of `cirri lab list`.
+#[derive(Debug, clap::Args)]
+pub struct ListArgs {
+    /// One lab instead of all.
+    #[arg(long)]
+    name: Option<LabName>,
+    /// How to print it.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+/// One lab, the unit of `-o json`.
+#[derive(Debug, Serialize)]
+struct LabInfo {
+    name: LabName,
+    /// `up`, `degraded` (an agent is down) or `crashed` (it has no records: `down` removes it).
+    state: &'static str,
+    routing: Option<Routing>,
+    directory: PathBuf,
+    /// Where its etcd listens, inside `net`.
+    etcd: Option<String>,
+    /// The namespace of the bridge and etcd.
+    net: PathBuf,
+    world: World,
+    nodes: Vec<NodeInfo>,
+    pods: Vec<PodInfo>,
+}
+
+#[derive(Debug, Serialize)]
+struct World {
+    netns: PathBuf,
+    addresses: Vec<IpAddr>,
+    ports: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct NodeInfo {
+    name: String,
+    netns: PathBuf,
+    addresses: Vec<IpAddr>,
+    pod_cidrs: Vec<String>,
+    /// `ready`, `starting` (the process runs, but does not answer) or `down`.
+    state: &'static str,
+    /// The agent's process.
+    pid: Option<i32>,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+#[derive(Debug, Serialize)]
+struct PodInfo {
+    namespace: String,
+    name: String,
+    node: String,
+    netns: PathBuf,
+    addresses: Vec<IpAddr>,
+    /// Its identity's number, if its node's agent answers.
+    identity: Option<u32>,
+    /// Its endpoint on its node.
+    endpoint: Option<u16>,
+    /// `running`, `ended` (a program has), `failed` (it was not made completely), else what its agent says.
+    state: String,
+    error: Option<String>,
+    programs: Vec<ProgramInfo>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProgramInfo {
+    /// The container; `_echo` for the built-in echo server.
+    name: String,
+    pid: Option<i32>,
+    log: PathBuf,
+}
+
+/// Carries the command out.
+///
+/// # Errors
+/// There is no lab of the name that was asked for.
+pub fn run(args: ListArgs) -> anyhow::Result<ExitCode> {
+    let labs = match &args.name {
+        Some(name) => vec![describe(&Lab::load(name)?)?],
+        None => {
+            let mut labs = Vec::new();
+            for name in LabName::all() {
+                labs.push(match Lab::load(&name) {
+                    Ok(lab) => describe(&lab)?,
+                    Err(_) => LabInfo::new(&name, "crashed"),
+                });
+            }
+            labs
+        }
+    };
+    match args.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&labs)?),
+        Output::Table if labs.is_empty() => println!("there are no labs: start one with `cirri lab up`"),
+        Output::Table => print!("{}", table(&labs)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl LabInfo {
+    fn new(name: &LabName, state: &'static str) -> Self {
+        Self {
+            name: name.clone(),
+            state,
+            routing: None,
+            directory: name.directory(),
+            etcd: None,
+            net: netns::path(&name.net_namespace()),
+            world: World {
+                netns: netns::path(&name.world_namespace()),
+                addresses: underlay::WORLD.to_vec(),
+                ports: WORLD_PORTS.iter().map(Port::to_string).collect(),
+            },
+            nodes: Vec::new(),
+            pods: Vec::new(),
+        }
+    }
+}
+
+fn describe(lab: &Lab) -> anyhow::Result<LabInfo> {
+    let answers = cluster::each_node(lab, |node| Ok(describe_node(lab, node)))?;
+    let mut endpoints = BTreeMap::new();
+    let mut nodes = Vec::new();
+    for (node, found) in answers {
+        nodes.push(node);
+        endpoints.extend(found.into_iter().map(|endpoint| {
+            let key = PodKey { namespace: endpoint.namespace.clone(), name: endpoint.pod.clone() };
+            (key, endpoint)
+        }));
+    }
+    let pods = lab.pods()?.into_iter().map(|pod| describe_pod(lab, &pod, endpoints.get(&pod.key))).collect();
+    let state = if nodes.iter().all(|node| node.state == "ready") { "up" } else { "degraded" };
+    Ok(LabInfo {
+        routing: Some(lab.routing),
+        etcd: lab.has_etcd().then(cluster::etcd_url),
+        nodes,
+        pods,
+        ..LabInfo::new(&lab.name, state)
+    })
+}
+
+fn describe_node(lab: &Lab, node: &Node) -> (NodeInfo, Vec<EndpointInfo>) {
+    let socket = lab.agent_socket(&node.name);
+    let status = cluster::status(lab, &node.name).ok();
+    let endpoints = client::call(&socket, "endpoint.list", &json!({}), ANSWER_TIMEOUT).unwrap_or_default();
+    let process = lab.agent_process(&node.name);
+    let info = NodeInfo {
+        name: node.name.clone(),
+        netns: node.netns.clone(),
+        addresses: vec![node.ipv4.into(), node.ipv6.into()],
+        state: match (&process, &status) {
+            (None, _) => "down",
+            (Some(_), None) => "starting",
+            (Some(_), Some(_)) => "ready",
+        },
+        pid: process.map(|process| process.pid),
+        pod_cidrs: status.map(|status| status.pod_cidrs).unwrap_or_default(),
+        log: lab.node_directory(&node.name).join("agent.log"),
+        socket,
+    };
+    (info, endpoints)
+}
+
+fn describe_pod(lab: &Lab, pod: &PodRecord, endpoint: Option<&EndpointInfo>) -> PodInfo {
+    let directory = lab.pod_directory(&pod.key);
+    let programs: Vec<ProgramInfo> = pod
+        .programs(lab)
+        .into_iter()
+        .map(|(name, process)| ProgramInfo {
+            log: directory.join(format!("{name}.log")),
+            pid: process.map(|process| process.pid),
+            name,
+        })
+        .collect();
+    let state = if !pod.complete {
+        "failed".to_owned()
+    } else if programs.iter().any(|program| program.pid.is_none()) {
+        "ended".to_owned()
+    } else {
+        match endpoint {
+            Some(endpoint) if endpoint.state != "done" => endpoint.state.clone(),
+            _ => "running".to_owned(),
+        }
+    };
+    PodInfo {
+        namespace: pod.key.namespace.clone(),
+        name: pod.key.name.clone(),
+        node: pod.node.clone(),
+        netns: pod.netns.clone(),
+        addresses: pod.addresses.clone(),
+        identity: endpoint.map(|endpoint| endpoint.identity),
+        endpoint: endpoint.map(|endpoint| endpoint.id),
+        state,
+        error: pod.error.clone(),
+        programs,
+    }
+}
+
+fn table(labs: &[LabInfo]) -> String {
+    let mut text = String::new();
+    for lab in labs {
+        let routing = lab.routing.map_or(String::new(), |routing| format!(", {routing} routing"));
+        text += &format!("lab {} ({}{routing})\n", lab.name, lab.state);
+        let mut rows = vec![["NODE", "STATE", "ADDRESSES", "POD NETWORKS"].map(str::to_owned)];
+        for node in &lab.nodes {
+            rows.push([node.name.clone(), node.state.to_owned(), join(&node.addresses), node.pod_cidrs.join(" ")]);
+        }
+        text += &columns(&rows);
+        let mut rows = vec![["POD", "NODE", "STATE", "IDENTITY", "ADDRESSES", "NETWORK NAMESPACE"].map(str::to_owned)];
+        for pod in &lab.pods {
+            rows.push([
+                format!("{}/{}", pod.namespace, pod.name),
+                pod.node.clone(),
+                pod.state.clone(),
+                pod.identity.map_or("-".to_owned(), |identity| identity.to_string()),
+                join(&pod.addresses),
+                pod.netns.display().to_string(),
+            ]);
+        }
+        text.push('\n');
+        text += &columns(&rows);
+        for pod in lab.pods.iter().filter_map(|pod| Some((pod, pod.error.as_ref()?))) {
+            text += &format!("{}/{}: {}\n", pod.0.namespace, pod.0.name, pod.1);
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn join(addresses: &[IpAddr]) -> String {
+    let all: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+    all.join(" ")
+}
+
+/// Rows with their cells lined up; a table of nothing but its head is left out.
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    if rows.len() < 2 {
+        return String::new();
+    }
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |row: &[String; N]| {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        format!("  {}\n", cells.join("  ").trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_and_lines_do_not_trail() {
+        let rows = [["A", "B"], ["long", ""]].map(|row| row.map(str::to_owned));
+        assert_eq!(columns(&rows), "  A     B\n  long\n");
+        assert_eq!(columns(&rows[..1]), "");
+    }
+}

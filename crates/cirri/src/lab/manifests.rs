@@ -1,0 +1,146 @@
+//! Reading manifests: everything is checked before anything is changed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cirri_control::resource::{Resource, parse_documents};
+
+use super::state::Lab;
+
+/// Manifests that were refused. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{}\nnothing was changed", .0.join("\nerror: "))]
+pub struct Rejected(pub Vec<String>);
+
+/// Reads all files, or all `.yaml`, `.yml` and `.json` files of a directory, in the order of their names.
+///
+/// # Errors
+/// [`Rejected`] with every file that cannot be used, and every resource that is there twice.
+pub fn read(paths: &[PathBuf]) -> Result<Vec<Resource>, Rejected> {
+    let mut problems = Vec::new();
+    let mut resources = Vec::new();
+    let mut seen: BTreeMap<String, String> = BTreeMap::new();
+    for file in files(paths, &mut problems) {
+        let name = file.display().to_string();
+        let parsed = match fs::read_to_string(&file) {
+            Ok(text) => parse_documents(&name, &text).map_err(|error| error.to_string()),
+            Err(error) => Err(format!("{name}: cannot be read: {error}")),
+        };
+        match parsed {
+            Ok(parsed) => {
+                for resource in parsed {
+                    if let Some(first) = seen.insert(resource.store_key(), name.clone()) {
+                        let what = describe(&resource);
+                        problems.push(format!("{name}: {what} is already in {first}: keep one of them"));
+                    }
+                    resources.push(resource);
+                }
+            }
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if problems.is_empty() { Ok(resources) } else { Err(Rejected(problems)) }
+}
+
+/// Checks what only the lab can know: that nodes exist, and that containers have something to run.
+///
+/// # Errors
+/// [`Rejected`] with everything that does not fit.
+pub fn check(resources: &[Resource], lab: &Lab) -> Result<(), Rejected> {
+    let nodes: Vec<&str> = lab.nodes.iter().map(|node| node.name.as_str()).collect();
+    let has = format!("the lab \"{}\" has {}", lab.name, nodes.join(", "));
+    let mut problems = Vec::new();
+    for resource in resources {
+        match resource {
+            Resource::Node(_) if !nodes.contains(&resource.name()) => problems.push(format!(
+                "{}: no such node: {has}; nodes are made by `cirri lab up -f`, from the same manifests",
+                describe(resource)
+            )),
+            Resource::Pod(pod) => {
+                let wanted = pod.spec.node_name.as_deref();
+                if let Some(node) = wanted.filter(|node| !nodes.contains(node)) {
+                    problems.push(format!("{}: spec.nodeName: no node {node}: {has}", describe(resource)));
+                }
+                for container in pod.spec.containers.iter().filter(|c| c.command.is_empty() && !c.args.is_empty()) {
+                    problems.push(format!(
+                        "{}: container {} has args but no command: the lab runs no images, name the program in command",
+                        describe(resource),
+                        container.name
+                    ));
+                }
+            }
+            _ => {}
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Rejected(problems)) }
+}
+
+/// The names of the nodes that the manifests declare, in order.
+pub fn node_names(resources: &[Resource]) -> Vec<String> {
+    resources.iter().filter(|r| matches!(r, Resource::Node(_))).map(|r| r.name().to_owned()).collect()
+}
+
+/// A resource as `pod shop/web`.
+pub fn describe(resource: &Resource) -> String {
+    describe_key(&resource.store_key())
+}
+
+/// The resource of a store key as `pod shop/web`.
+pub fn describe_key(key: &str) -> String {
+    let mut parts = key.trim_start_matches("resources/").splitn(3, '/');
+    let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+    match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
+        ("_", name) => format!("{kind} {name}"),
+        (namespace, name) => format!("{kind} {namespace}/{name}"),
+    }
+}
+
+fn files(paths: &[PathBuf], problems: &mut Vec<String>) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for path in paths {
+        let name = path.display();
+        match fs::metadata(path) {
+            Err(error) => problems.push(format!("{name}: cannot be read: {error}")),
+            Ok(meta) if !meta.is_dir() => all.push(path.clone()),
+            Ok(_) => match fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>) {
+                Err(error) => problems.push(format!("{name}: cannot be read: {error}")),
+                Ok(entries) => {
+                    let mut found: Vec<PathBuf> = entries.into_iter().map(|e| e.path()).filter(|p| is_manifest(p)).collect();
+                    found.sort();
+                    all.extend(found);
+                }
+            },
+        }
+    }
+    all
+}
+
+fn is_manifest(path: &Path) -> bool {
+    let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    let known = path.extension().is_some_and(|extension| matches!(extension.to_str(), Some("yaml" | "yml" | "json")));
+    known && !hidden && path.is_file()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c}]}\n";
+
+    #[test]
+    fn every_problem_is_named_and_one_is_enough_to_refuse_all() {
+        let directory = std::env::temp_dir().join(format!("cirri-lab-manifests-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        for (name, text) in [("a.yaml", POD), ("b.yml", POD), ("c.json", "{"), ("notes.txt", "{"), (".d.yaml", "{")] {
+            fs::write(directory.join(name), text).unwrap();
+        }
+        let Rejected(problems) = read(std::slice::from_ref(&directory)).unwrap_err();
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[0].contains("b.yml: pod default/a is already in"), "{problems:?}");
+        assert!(problems[1].contains("c.json"), "{problems:?}");
+        assert_eq!(read(&[directory.join("a.yaml")]).unwrap().len(), 1);
+        assert!(read(&[directory.join("missing")]).is_err());
+        fs::remove_dir_all(directory).unwrap();
+    }
+}

@@ -1,0 +1,119 @@
+//! `cirri lab`: nodes and pods on one machine, out of network namespaces.
+//!
+//! A lab is a small cluster whose nodes run the real agent, whose pods are attached by the real CNI plugin and
+//! whose manifests are plain Kubernetes YAML. Nothing in it is imitated but the machines: the demo, the end-to-end
+//! tests and the benchmarks stand on it, and so does anyone who wants to try a policy before it ships.
+//!
+//! What a lab called `lab` consists of (all of it goes with `cirri lab down`):
+//!
+//! | what | where |
+//! |---|---|
+//! | the underlay: a bridge, the router to the world, etcd | namespace `cirri-lab-net` |
+//! | one agent per node | namespaces `cirri-lab-<node>` |
+//! | a host outside the cluster | namespace `cirri-lab-world` |
+//! | pods | namespaces `cirri-lab-pod-<namespace>-<pod>` |
+//! | logs, records, the agents' state | `/run/cirri/lab/lab/` |
+//! | pinned maps and programs | `/sys/fs/bpf/cirri/lab-lab-<node>/` |
+//!
+//! Exit codes: 0 done; 1 it failed; 2 the input is wrong and nothing was changed; 4 a single probe did not get
+//! through; 130 interrupted. `exec` ends with the exit code of the program it ran.
+
+mod apply;
+mod cluster;
+mod down;
+mod echo;
+mod exec;
+mod interrupt;
+mod list;
+mod load;
+mod manifests;
+mod matrix;
+mod netns;
+mod pods;
+mod probe;
+mod prober;
+mod process;
+mod state;
+mod underlay;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use self::interrupt::Interrupted;
+use self::manifests::Rejected;
+
+/// Exit code for input that was refused before anything was changed.
+const EXIT_INPUT: u8 = 2;
+/// Exit code of a single probe that did not get through.
+const EXIT_DENIED: u8 = 4;
+/// Exit code after SIGINT, as shells count it.
+const EXIT_INTERRUPTED: u8 = 130;
+
+/// Nodes and pods on this machine, out of network namespaces.
+#[derive(Debug, Args)]
+pub struct LabArgs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Bring a lab up: its nodes, each with a real agent, and a host outside.
+    Up(up::UpArgs),
+    /// Make the lab equal to a folder of manifests (Namespace, Pod, NetworkPolicy, Node).
+    Apply(apply::ApplyArgs),
+    /// Run a program inside a pod, a node or the outside host.
+    Exec(exec::ExecArgs),
+    /// Make real connections and say what gets through.
+    Probe(probe::ProbeArgs),
+    /// Print what a pod's programs wrote.
+    Logs(exec::LogsArgs),
+    /// List labs with their nodes and pods.
+    List(list::ListArgs),
+    /// Take a lab down, also one that crashed half-way.
+    Down(down::DownArgs),
+    /// The built-in echo server of pods that only declare ports.
+    #[command(name = "__echo", hide = true)]
+    Echo(echo::EchoArgs),
+    /// Steady connections and one long transfer against an echo server, with every failure counted.
+    #[command(name = "__load", hide = true)]
+    Load(load::LoadArgs),
+}
+
+/// Carries out one `cirri lab` command.
+///
+/// # Errors
+/// What went wrong and what to do about it, in one line. Refused input is not an error of the program: it is printed
+/// here and answered with exit code 2.
+pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
+    // A thread of its own, so that it does not matter whether the caller already runs inside an async runtime.
+    let outcome = std::thread::scope(|scope| scope.spawn(|| dispatch(args)).join());
+    let outcome = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    match outcome {
+        Err(error) if error.is::<Rejected>() => {
+            eprintln!("error: {error:#}");
+            Ok(ExitCode::from(EXIT_INPUT))
+        }
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("{error}");
+            Ok(ExitCode::from(EXIT_INTERRUPTED))
+        }
+        other => other,
+    }
+}
+
+fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
+    match args.verb {
+        Verb::Up(args) => up::run(args),
+        Verb::Apply(args) => apply::run(args),
+        Verb::Exec(args) => exec::run(args),
+        Verb::Probe(args) => probe::run(args),
+        Verb::Logs(args) => exec::logs(args),
+        Verb::List(args) => list::run(args),
+        Verb::Down(args) => down::run(args),
+        Verb::Echo(args) => echo::run(args),
+        Verb::Load(args) => load::run(args),
+    }
+}

@@ -1,0 +1,480 @@
+//! What a lab remembers about itself: names, addresses, directories, records of pods.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use cirri_control::resource::{Pod, Protocol};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use super::echo::{Port, Transport};
+use super::netns;
+use super::process::{self, ProcessId, write_json};
+
+/// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
+const ROOT: &str = "/run/cirri/lab";
+/// The name of a lab when none is given.
+pub const DEFAULT_NAME: &str = "lab";
+const NAME_MAX: usize = 16;
+
+/// A lab's name: letters, digits and underscores. No hyphen, because the hyphen ends the name in the names of the
+/// lab's namespaces and pins, and a lab must never mistake another's for its own.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LabName(String);
+
+impl FromStr for LabName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(fits) {
+            return Err(format!("a lab's name is 1 to {NAME_MAX} of a-z, 0-9 and _ (no hyphen)"));
+        }
+        Ok(Self(name.into()))
+    }
+}
+
+impl TryFrom<String> for LabName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, Self::Error> {
+        name.parse()
+    }
+}
+
+impl From<LabName> for String {
+    fn from(name: LabName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for LabName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl LabName {
+    /// What the names of all its namespaces begin with.
+    pub fn prefix(&self) -> String {
+        format!("cirri-{}-", self.0)
+    }
+
+    /// The namespace of the bridge, the router and etcd.
+    pub fn net_namespace(&self) -> String {
+        format!("cirri-{}-net", self.0)
+    }
+
+    /// The namespace of the host outside the cluster.
+    pub fn world_namespace(&self) -> String {
+        format!("cirri-{}-world", self.0)
+    }
+
+    /// The `bpf.instance` of a node's agent.
+    pub fn bpf_instance(&self, node: &str) -> String {
+        format!("lab-{}-{node}", self.0)
+    }
+
+    /// Its state directory.
+    pub fn directory(&self) -> PathBuf {
+        Path::new(ROOT).join(&self.0)
+    }
+
+    /// The labs of this machine: those with a state directory, and those of which only an underlay is left.
+    pub fn all() -> Vec<Self> {
+        let directories = fs::read_dir(ROOT).into_iter().flatten().filter_map(|entry| {
+            let entry = entry.ok()?;
+            entry.file_type().ok()?.is_dir().then(|| entry.file_name().into_string().ok())?
+        });
+        let underlays = netns::list("cirri-").into_iter().filter_map(|namespace| {
+            let name = namespace.strip_prefix("cirri-")?.strip_suffix("-net")?;
+            Some(name.to_owned())
+        });
+        let mut names: Vec<Self> = directories.chain(underlays).filter_map(|name| name.parse().ok()).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Takes the lab's lock, so that two commands never change it at once. Held until dropped.
+    ///
+    /// # Errors
+    /// Another command holds it, or the file cannot be made.
+    pub fn lock(&self) -> anyhow::Result<Lock> {
+        fs::create_dir_all(ROOT)
+            .with_context(|| format!("cannot make {ROOT}: run as root (`sudo cirri lab …`)"))?;
+        let path = Path::new(ROOT).join(format!("{}.lock", self.0));
+        loop {
+            let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    bail!("another command is changing the lab \"{self}\": wait for it, or stop it")
+                }
+                Err(error) => return Err(error).context("cannot lock the lab"),
+            }
+            // The previous holder removes the file: a lock on a removed file would exclude nobody.
+            if fs::metadata(&path).is_ok_and(|now| file.metadata().is_ok_and(|ours| now.ino() == ours.ino())) {
+                return Ok(Lock { path, _file: file });
+            }
+        }
+    }
+}
+
+/// A lab's lock. Dropping it releases the lock and removes its file.
+#[derive(Debug)]
+pub struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// How packets travel between nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Routing {
+    /// Encapsulated in VXLAN, the identity of the sender in the header.
+    Overlay,
+    /// As they are, by routes to the other nodes' pod networks.
+    Direct,
+}
+
+impl fmt::Display for Routing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Overlay => "overlay",
+            Self::Direct => "direct",
+        })
+    }
+}
+
+/// A lab, as written to `lab.json` in its state directory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Lab {
+    /// Its name.
+    pub name: LabName,
+    /// How packets travel between its nodes.
+    pub routing: Routing,
+    /// Its nodes, in the order of their addresses.
+    pub nodes: Vec<Node>,
+}
+
+/// One node of a lab.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Node {
+    /// Its name, unique in the lab.
+    pub name: String,
+    /// Its path under `/run/netns`.
+    pub netns: PathBuf,
+    /// Its underlay address.
+    pub ipv4: Ipv4Addr,
+    /// Its underlay address.
+    pub ipv6: Ipv6Addr,
+}
+
+impl Lab {
+    /// Reads a lab that is up.
+    ///
+    /// # Errors
+    /// There is none of that name; it says which there are.
+    pub fn load(name: &LabName) -> anyhow::Result<Self> {
+        let file = name.directory().join("lab.json");
+        let Ok(text) = fs::read_to_string(&file) else {
+            let others = LabName::all();
+            if others.is_empty() {
+                bail!("there is no lab \"{name}\": start one with `cirri lab up --name {name}`");
+            }
+            let others: Vec<&str> = others.iter().map(|other| other.0.as_str()).collect();
+            bail!("there is no lab \"{name}\"; there is: {} (choose with --name)", others.join(", "));
+        };
+        serde_json::from_str(&text).with_context(|| {
+            format!("{} is damaged: take the lab down with `cirri lab down --name {name}`", file.display())
+        })
+    }
+
+    /// Writes `lab.json`.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn save(&self) -> anyhow::Result<()> {
+        write_json(&self.name.directory().join("lab.json"), self)
+    }
+
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.name == name)
+    }
+
+    /// Whether its cluster state lives in etcd (more than one node) rather than in a folder.
+    pub fn has_etcd(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
+    /// The directory of one node: `agent.yaml`, `agent.log`, `agent.pid`, `state/`, `manifests/`.
+    pub fn node_directory(&self, node: &str) -> PathBuf {
+        self.name.directory().join("nodes").join(node)
+    }
+
+    /// The API socket of one node's agent.
+    pub fn agent_socket(&self, node: &str) -> PathBuf {
+        self.node_directory(node).join("state").join("agent.sock")
+    }
+
+    /// The agent process of one node, if it runs.
+    pub fn agent_process(&self, node: &str) -> Option<ProcessId> {
+        process::recorded(&self.node_directory(node).join("agent.pid"))
+    }
+
+    /// The directory of one pod's programs: their logs, pids and working directory.
+    pub fn pod_directory(&self, key: &PodKey) -> PathBuf {
+        self.name.directory().join("pods").join(key.file_name())
+    }
+
+    /// All pods it has, by key.
+    ///
+    /// # Errors
+    /// A damaged record.
+    pub fn pods(&self) -> anyhow::Result<Vec<PodRecord>> {
+        let Ok(entries) = fs::read_dir(self.name.directory().join("pods")) else { return Ok(Vec::new()) };
+        let mut pods = Vec::new();
+        for entry in entries {
+            let file = entry?.path().join("pod.json");
+            let Ok(text) = fs::read_to_string(&file) else { continue };
+            let pod: PodRecord =
+                serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
+            pods.push(pod);
+        }
+        pods.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(pods)
+    }
+
+    /// The pod of that name.
+    ///
+    /// # Errors
+    /// There is none; it says how to see which there are.
+    pub fn pod(&self, key: &PodKey) -> anyhow::Result<PodRecord> {
+        self.pods()?.into_iter().find(|pod| pod.key == *key).with_context(|| {
+            format!("the lab \"{0}\" has no pod {key}: see `cirri lab list --name {0}`", self.name)
+        })
+    }
+}
+
+/// A pod's namespace and name, written `namespace/name`; without a namespace it is `default`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct PodKey {
+    /// The Kubernetes namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub name: String,
+}
+
+impl PodKey {
+    /// `underscore` separates, because neither part may contain one.
+    fn file_name(&self) -> String {
+        format!("{}_{}", self.namespace, self.name)
+    }
+}
+
+impl FromStr for PodKey {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+        let fits = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.')
+        };
+        if !fits(namespace) || !fits(name) {
+            return Err(format!("\"{text}\" is not a pod: write NAMESPACE/POD, or POD for the namespace default"));
+        }
+        Ok(Self { namespace: namespace.into(), name: name.into() })
+    }
+}
+
+impl TryFrom<String> for PodKey {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<PodKey> for String {
+    fn from(key: PodKey) -> Self {
+        key.to_string()
+    }
+}
+
+impl fmt::Display for PodKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("{}/{}", self.namespace, self.name))
+    }
+}
+
+/// What a lab remembers of one pod, from before its namespace is made until after it is gone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodRecord {
+    /// Its name.
+    pub key: PodKey,
+    /// The node it runs on.
+    pub node: String,
+    /// The path of its network namespace.
+    pub netns: PathBuf,
+    /// The name the container runtime would know it by, handed to the CNI plugin.
+    pub container_id: String,
+    /// Its addresses, as the CNI plugin answered; none before it is attached.
+    pub addresses: Vec<IpAddr>,
+    /// What runs in it.
+    pub spec: PodSpec,
+    /// Whether it is complete: attached and all programs started. A pod that is not is made anew by the next apply.
+    pub complete: bool,
+    /// What went wrong when it was made.
+    pub error: Option<String>,
+}
+
+/// The part of a pod's manifest that decides what runs and where; a change of it restarts the pod.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PodSpec {
+    /// The node the manifest asks for.
+    pub node_name: Option<String>,
+    /// Whether it shares the node's network instead of having its own.
+    pub host_network: bool,
+    /// Its containers.
+    pub containers: Vec<Container>,
+}
+
+/// One container of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Container {
+    /// Its name, unique in the pod.
+    pub name: String,
+    /// The program and its arguments; empty if there is no program.
+    pub argv: Vec<String>,
+    /// Its environment.
+    pub env: BTreeMap<String, String>,
+    /// The ports it declares, those of SCTP left out: the lab does not speak it.
+    pub ports: BTreeSet<Port>,
+}
+
+impl From<&Pod> for PodSpec {
+    fn from(pod: &Pod) -> Self {
+        let containers = pod.spec.containers.iter().map(|container| Container {
+            name: container.name.clone(),
+            argv: container.command.iter().chain(&container.args).cloned().collect(),
+            env: container.env.iter().map(|variable| (variable.name.clone(), variable.value.clone())).collect(),
+            ports: container
+                .ports
+                .iter()
+                .filter_map(|port| {
+                    let protocol = match port.protocol {
+                        Protocol::Tcp => Transport::Tcp,
+                        Protocol::Udp => Transport::Udp,
+                        Protocol::Sctp => return None,
+                    };
+                    Some(Port { number: port.container_port, protocol })
+                })
+                .collect(),
+        });
+        Self {
+            node_name: pod.spec.node_name.clone(),
+            host_network: pod.spec.host_network,
+            containers: containers.collect(),
+        }
+    }
+}
+
+impl Container {
+    /// Whether the built-in echo server stands in for its program.
+    pub fn is_echo(&self) -> bool {
+        self.argv.is_empty() && !self.ports.is_empty()
+    }
+}
+
+impl PodRecord {
+    /// The processes of this pod that its records know, by container.
+    pub fn programs(&self, lab: &Lab) -> Vec<(String, Option<ProcessId>)> {
+        let directory = lab.pod_directory(&self.key);
+        self.spec
+            .program_names()
+            .into_iter()
+            .map(|name| {
+                let process = process::recorded(&directory.join(format!("{name}.pid")));
+                (name, process)
+            })
+            .collect()
+    }
+
+    /// Writes the record.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn save(&self, lab: &Lab) -> anyhow::Result<()> {
+        let directory = lab.pod_directory(&self.key);
+        fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        write_json(&directory.join("pod.json"), self)
+    }
+}
+
+/// The program name of the one echo server that serves all containers of a pod that only declare ports. No container
+/// can be called so: an underscore is not allowed in their names.
+pub const ECHO_PROGRAM: &str = "_echo";
+
+impl PodSpec {
+    /// The programs that run in the pod: its containers with a command, and the echo server if it needs one.
+    pub fn program_names(&self) -> Vec<String> {
+        let commands = self.containers.iter().filter(|c| !c.argv.is_empty()).map(|c| c.name.clone());
+        let echo = self.containers.iter().any(Container::is_echo).then(|| ECHO_PROGRAM.to_owned());
+        commands.chain(echo).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lab_name_can_never_begin_another_labs_namespaces() {
+        assert!("a-b".parse::<LabName>().is_err());
+        assert!("".parse::<LabName>().is_err());
+        assert!("../x".parse::<LabName>().is_err());
+        assert!("a".repeat(NAME_MAX + 1).parse::<LabName>().is_err());
+        let (a, ab): (LabName, LabName) = ("a".parse().unwrap(), "ab".parse().unwrap());
+        assert!(!ab.net_namespace().starts_with(&a.prefix()));
+    }
+
+    #[test]
+    fn a_pod_without_a_namespace_is_in_default_and_no_name_leaves_the_state_directory() {
+        assert_eq!("web".parse::<PodKey>().unwrap().to_string(), "default/web");
+        assert_eq!("shop/web-0.a".parse::<PodKey>().unwrap().namespace, "shop");
+        for bad in ["", "/web", "shop/", "a/b/c", "../x", "a/..", "A/b"] {
+            assert!(bad.parse::<PodKey>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn one_echo_server_serves_every_container_without_a_command() {
+        let echo = |name: &str| Container {
+            name: name.into(),
+            ports: ["80/tcp".parse().unwrap()].into(),
+            ..Container::default()
+        };
+        let program = Container { argv: vec!["nginx".into()], ..echo("web") };
+        let idle = Container { name: "idle".into(), ..Container::default() };
+        let spec = PodSpec { containers: vec![echo("a"), echo("b"), program, idle], ..PodSpec::default() };
+        assert_eq!(spec.program_names(), ["web", ECHO_PROGRAM]);
+    }
+}

@@ -1,0 +1,354 @@
+//! `cirri lab up`: the underlay, etcd if there are several nodes, one agent a node, and a host outside.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use ipnet::IpNet;
+
+use super::apply::apply;
+use super::cluster;
+use super::down;
+use super::echo::{Port, Transport};
+use super::interrupt::Interrupt;
+use super::manifests::{self, Rejected};
+use super::netns;
+use super::pods::{await_ready, echo_argv, own_binary, quote};
+use super::process::{self, ProcessId, Start};
+use super::state::{DEFAULT_NAME, Lab, LabName, Node, Routing};
+use super::underlay::{self, NODES_MAX};
+
+/// The ports the outside host answers on.
+pub const WORLD_PORTS: [Port; 8] = [tcp(80), tcp(81), tcp(443), tcp(8080), udp(53), udp(80), udp(81), udp(443)];
+
+const ETCD_PEER_PORT: u16 = 2380;
+/// How long a wait may keep an interruption waiting.
+const INTERRUPT_CHECK: Duration = Duration::from_millis(100);
+const ETCD_TIMEOUT: Duration = Duration::from_secs(30);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a starting agent is asked whether it is ready. Nothing announces that a socket listens.
+const AGENT_POLL: Duration = Duration::from_millis(20);
+/// Longest path of a UNIX socket.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// Arguments of `cirri lab up`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "The nodes are 172.31.255.11, .12, … and fd00:c1:ab::11, ::12, …; the outside host is
+198.51.100.10, 198.51.100.20 and 203.0.113.10, 2001:db8:100::10, 2001:db8:100::20 and 2001:db8:200::10, and answers
+on tcp 80, 81, 443, 8080 and udp 53, 80, 81, 443. Every lab has namespaces of its own, so that these never collide.")]
+pub struct UpArgs {
+    /// Its name: letters, digits and underscores.
+    #[arg(long, default_value = DEFAULT_NAME)]
+    name: LabName,
+    /// How many nodes: node1, node2, … (one, or those that the manifests declare, if absent). More than one share an etcd.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=NODES_MAX as i64))]
+    nodes: Option<u16>,
+    /// How packets travel between nodes.
+    #[arg(long, value_enum, default_value = "overlay")]
+    routing: Routing,
+    /// Manifests to apply right away, waiting until they are enforced; Node manifests name the nodes.
+    #[arg(short = 'f', long = "filename", value_name = "DIR|FILE")]
+    files: Vec<PathBuf>,
+    /// How long to wait for the manifests to be enforced, in seconds.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    timeout: u64,
+}
+
+const fn tcp(number: u16) -> Port {
+    Port { number, protocol: Transport::Tcp }
+}
+
+const fn udp(number: u16) -> Port {
+    Port { number, protocol: Transport::Udp }
+}
+
+/// Carries the command out. Interrupted or failed, it leaves nothing behind.
+///
+/// # Errors
+/// What is missing or went wrong, and what to do.
+pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
+    down::require_root()?;
+    let names = node_names(&args)?;
+    check_socket_paths(&args.name, &names)?;
+    if names.len() > 1 {
+        require_etcd()?;
+    }
+    let _lock = args.name.lock()?;
+    if down::exists(&args.name) {
+        bail!(
+            "there is a lab \"{0}\" already (or what is left of it): `cirri lab down --name {0}` removes it, --name chooses another",
+            args.name
+        );
+    }
+    let interrupt = Interrupt::install()?;
+    let outcome = bring_up(&args, &names, &interrupt);
+    if outcome.is_err() {
+        eprintln!("taking down what is there of the lab \"{}\"", args.name);
+        if let Err(problem) = down::remove(&args.name) {
+            eprintln!("error: {problem:#}");
+        }
+    }
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn bring_up(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let directory = args.name.directory();
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let nodes = names.iter().enumerate().map(|(index, name)| underlay::node(&args.name, name, index)).collect();
+    let lab = Lab { name: args.name.clone(), routing: args.routing, nodes };
+    lab.save()?;
+
+    interrupt.check()?;
+    underlay::create_core(&lab.name)?;
+    for node in &lab.nodes {
+        interrupt.check()?;
+        underlay::create_node(&lab.name, node)?;
+    }
+    step(begun, "network ready");
+    start_world(&lab)?;
+    if lab.has_etcd() {
+        start_etcd(&lab, interrupt)?;
+        step(begun, "etcd ready");
+    }
+    for node in &lab.nodes {
+        interrupt.check()?;
+        start_agent(&lab, node)?;
+    }
+    cluster::each_node(&lab, |node| await_agent(&lab, node, interrupt))?;
+    cluster::settle(&lab, AGENT_TIMEOUT)?;
+    route_pods(&lab)?;
+    step(begun, if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
+    if !args.files.is_empty() {
+        apply(&lab, &args.files, Some(Duration::from_secs(args.timeout)), interrupt)?;
+    }
+    interrupt.check()?;
+    summarise(&lab, begun);
+    Ok(())
+}
+
+fn step(begun: Instant, what: &str) {
+    println!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64());
+}
+
+fn summarise(lab: &Lab, begun: Instant) {
+    let name = &lab.name;
+    let nodes: Vec<String> = lab.nodes.iter().map(|node| format!("{} ({})", node.name, node.ipv4)).collect();
+    println!(
+        "lab \"{name}\" is up after {:.1} s: {}; {} routing",
+        begun.elapsed().as_secs_f64(),
+        nodes.join(", "),
+        lab.routing
+    );
+    let choice = if name.to_string() == DEFAULT_NAME { String::new() } else { format!(" --name {name}") };
+    println!("next:");
+    println!("  cirri lab apply{choice} -f DIR --wait");
+    println!("  cirri lab probe{choice} --all-pairs");
+    println!("  cirri lab list{choice}");
+    if let Some(node) = lab.nodes.first() {
+        println!("  cirri --socket {} status", lab.agent_socket(&node.name).display());
+    }
+    println!("  cirri lab down{choice}");
+}
+
+/// The names of the nodes: those that the manifests declare, else `node1`, `node2`, …
+fn node_names(args: &UpArgs) -> anyhow::Result<Vec<String>> {
+    let declared = manifests::node_names(&manifests::read(&args.files)?);
+    let wanted = args.nodes.map(usize::from);
+    if declared.is_empty() {
+        return Ok((1..=wanted.unwrap_or(1)).map(|number| format!("node{number}")).collect());
+    }
+    let problem = if wanted.is_some_and(|wanted| wanted != declared.len()) {
+        format!("the manifests declare {} nodes: leave --nodes out, or make them agree", declared.len())
+    } else if let Some(taken) = declared.iter().find(|name| matches!(name.as_str(), "net" | "world")) {
+        format!("node {taken}: the lab uses this name for itself: choose another")
+    } else if declared.len() > NODES_MAX {
+        format!("{} nodes are more than a lab can have ({NODES_MAX})", declared.len())
+    } else {
+        return Ok(declared);
+    };
+    Err(Rejected(vec![problem]).into())
+}
+
+fn check_socket_paths(name: &LabName, nodes: &[String]) -> Result<(), Rejected> {
+    let path = |node: &str| name.directory().join("nodes").join(node).join("state/agent.sock");
+    match nodes.iter().find(|node| path(node).as_os_str().len() > SOCKET_PATH_MAX) {
+        Some(node) => Err(Rejected(vec![format!("node {node}: the name is too long for a socket's path: shorten it")])),
+        None => Ok(()),
+    }
+}
+
+fn require_etcd() -> anyhow::Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|directory| directory.join("etcd").is_file()) {
+        return Ok(());
+    }
+    bail!("more than one node need etcd, which is not installed: `cargo xtask setup` or `apt-get install etcd-server`")
+}
+
+fn start_world(lab: &Lab) -> anyhow::Result<()> {
+    let directory = lab.name.directory();
+    let addresses: Vec<IpAddr> = underlay::WORLD.to_vec();
+    let argv = echo_argv("world", &addresses, &WORLD_PORTS)?;
+    let log = directory.join("world.log");
+    let child = Start {
+        netns: &netns::path(&lab.name.world_namespace()),
+        argv: &argv,
+        env: &BTreeMap::new(),
+        directory: &directory,
+        log: &log,
+        pipe_stdout: true,
+    }
+    .spawn(&directory.join("world.pid"))?;
+    await_ready(child, &log)
+}
+
+/// Starts etcd and waits for its word that it serves clients, which it gives the way systemd asks for.
+fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let directory = lab.name.directory();
+    let socket = directory.join("etcd.notify");
+    let log = directory.join("etcd.log");
+    let (client, peer) = (cluster::etcd_url(), format!("http://127.0.0.1:{ETCD_PEER_PORT}"));
+    let data = directory.join("etcd").into_os_string().into_string().map_err(|_| anyhow::anyhow!("bad path"))?;
+    let argv: Vec<String> = [
+        "etcd",
+        "--name=lab",
+        &format!("--data-dir={data}"),
+        &format!("--listen-client-urls={client}"),
+        &format!("--advertise-client-urls={client}"),
+        &format!("--listen-peer-urls={peer}"),
+        &format!("--initial-advertise-peer-urls={peer}"),
+        &format!("--initial-cluster=lab={peer}"),
+    ]
+    .map(str::to_owned)
+    .into();
+    let ready = UnixDatagram::bind(&socket).context("cannot make etcd's readiness socket")?;
+    let env = BTreeMap::from([("NOTIFY_SOCKET".to_owned(), socket.display().to_string())]);
+    let net = netns::path(&lab.name.net_namespace());
+    let child = Start { netns: &net, argv: &argv, env: &env, directory: &directory, log: &log, pipe_stdout: false }
+        .spawn(&directory.join("etcd.pid"))?;
+    let process = child.id().try_into().ok().and_then(ProcessId::current).and_then(ProcessId::open);
+    let deadline = Instant::now() + ETCD_TIMEOUT;
+    while let Some(process) = &process {
+        interrupt.check()?;
+        match process::first_readable(&[ready.as_fd(), process.as_fd()], INTERRUPT_CHECK) {
+            Some(0) => return Ok(()),
+            Some(_) => break,
+            None if Instant::now() >= deadline => {
+                bail!("etcd is not ready after {} s{}", ETCD_TIMEOUT.as_secs(), quote(&log))
+            }
+            None => {}
+        }
+    }
+    bail!("etcd ended at once{}", quote(&log))
+}
+
+fn start_agent(lab: &Lab, node: &Node) -> anyhow::Result<()> {
+    let directory = lab.node_directory(&node.name);
+    for part in ["state", "manifests"] {
+        let part = directory.join(part);
+        fs::create_dir_all(&part).with_context(|| format!("cannot make {}", part.display()))?;
+    }
+    let file = directory.join("agent.yaml");
+    fs::write(&file, agent_configuration(lab, node)).with_context(|| format!("cannot write {}", file.display()))?;
+    let argv = [own_binary()?, "agent".into(), "--config".into(), file.display().to_string()];
+    Start {
+        netns: &node.netns,
+        argv: &argv,
+        env: &BTreeMap::new(),
+        directory: &directory,
+        log: &directory.join("agent.log"),
+        pipe_stdout: false,
+    }
+    .spawn(&directory.join("agent.pid"))
+    .map(drop)
+}
+
+/// The configuration of a node's agent: what differs from the defaults.
+fn agent_configuration(lab: &Lab, node: &Node) -> String {
+    let directory = lab.node_directory(&node.name);
+    let store = if lab.has_etcd() {
+        format!("  kind: etcd\n  etcd:\n    endpoints: [\"{}\"]\n", cluster::etcd_url())
+    } else {
+        format!("  kind: folder\n  folder: {}\n", quoted(&directory.join("manifests")))
+    };
+    format!(
+        "# Written by `cirri lab up`.\n\
+         node:\n  name: {name}\n  devices: [eth0]\n  ipv4: {ipv4}\n  ipv6: \"{ipv6}\"\n\
+         routing:\n  mode: {routing}\n\
+         store:\n{store}\
+         stateDir: {state}\n\
+         bpf:\n  pinRoot: {pins}\n  instance: {instance}\n",
+        name = quoted(Path::new(&node.name)),
+        ipv4 = node.ipv4,
+        ipv6 = node.ipv6,
+        routing = lab.routing,
+        state = quoted(&directory.join("state")),
+        pins = down::PIN_ROOT,
+        instance = lab.name.bpf_instance(&node.name),
+    )
+}
+
+/// A path as a YAML string, so that a name such as `1` or `null` stays one.
+fn quoted(path: &Path) -> String {
+    format!("{:?}", path.display().to_string())
+}
+
+fn await_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<()> {
+    let log = lab.node_directory(&node.name).join("agent.log");
+    let deadline = Instant::now() + AGENT_TIMEOUT;
+    loop {
+        interrupt.check()?;
+        match cluster::status(lab, &node.name) {
+            Ok(_) => return Ok(()),
+            Err(_) if lab.agent_process(&node.name).is_none() => {
+                bail!("the agent of {} ended at once{}", node.name, quote(&log))
+            }
+            Err(problem) if Instant::now() >= deadline => {
+                let seconds = AGENT_TIMEOUT.as_secs();
+                bail!("the agent of {} is not ready after {seconds} s ({problem}){}", node.name, quote(&log))
+            }
+            Err(_) => std::thread::sleep(AGENT_POLL),
+        }
+    }
+}
+
+/// Tells the router where the pods are, as the agents know it.
+fn route_pods(lab: &Lab) -> anyhow::Result<()> {
+    let networks = cluster::each_node(lab, |node| {
+        let status = cluster::status(lab, &node.name)
+            .with_context(|| format!("the agent of {} does not answer", node.name))?;
+        let parsed: Result<Vec<IpNet>, _> = status.pod_cidrs.iter().map(|network| network.parse()).collect();
+        parsed.with_context(|| format!("the agent of {} names pod networks that are none", node.name))
+    })?;
+    let networks: Vec<(&Node, Vec<IpNet>)> = lab.nodes.iter().zip(networks).collect();
+    underlay::route_pods(lab, &networks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_with_a_name_that_yaml_reads_otherwise_keeps_it() {
+        let name: LabName = "t".parse().unwrap();
+        let nodes = vec![underlay::node(&name, "1e3", 0)];
+        let lab = Lab { name, routing: Routing::Direct, nodes };
+        let text = agent_configuration(&lab, &lab.nodes[0]);
+        assert!(text.contains("name: \"1e3\"\n"), "{text}");
+        assert!(text.contains("kind: folder"), "{text}");
+    }
+
+    #[test]
+    fn a_socket_path_that_the_kernel_would_refuse_is_refused_first() {
+        let name: LabName = "t".parse().unwrap();
+        assert!(check_socket_paths(&name, &["node1".into()]).is_ok());
+        assert!(check_socket_paths(&name, &["n".repeat(90)]).is_err());
+    }
+}
