@@ -3,14 +3,14 @@
 
 use super::{Policy, PolicyId, Selector};
 use crate::labels::IdentityLabels;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct SelectorIndex {
     selectors: BTreeMap<Arc<Selector>, Uses>,
-    /// Selectors by a label of which all that they match has at least one; see [`Selector::anchors`].
-    anchored: HashMap<(String, String), BTreeSet<Arc<Selector>>>,
+    /// Selectors by key and value of a label of which all that they match has at least one; see [`Selector::anchors`].
+    anchored: BTreeMap<String, BTreeMap<String, BTreeSet<Arc<Selector>>>>,
     /// Selectors without such a label: asked about every identity.
     broad: BTreeSet<Arc<Selector>>,
     /// By identity, the selectors that match it.
@@ -68,7 +68,7 @@ impl SelectorIndex {
 
     /// Notes an identity.
     pub fn insert(&mut self, identity: u32, labels: &IdentityLabels) {
-        let anchored = labels.iter().filter_map(|(k, v)| self.anchored.get(&(k.to_string(), v.to_string()))).flatten();
+        let anchored = labels.iter().filter_map(|(key, value)| self.anchored.get(key)?.get(value)).flatten();
         let matching: BTreeSet<Arc<Selector>> =
             anchored.chain(&self.broad).filter(|selector| selector.matches(labels)).cloned().collect();
         for selector in &matching {
@@ -104,8 +104,9 @@ impl SelectorIndex {
             if anchors.is_empty() {
                 self.broad.insert(shared.clone());
             }
-            for anchor in anchors {
-                self.anchored.entry(anchor).or_default().insert(shared.clone());
+            for (key, value) in anchors {
+                let values = self.anchored.entry(key).or_default();
+                values.entry(value).or_default().insert(shared.clone());
             }
             self.selectors.insert(shared, Uses { matches, ..Uses::default() });
         }
@@ -120,12 +121,14 @@ impl SelectorIndex {
             }
         }
         self.broad.remove(selector);
-        for anchor in selector.anchors() {
-            if let Some(selectors) = self.anchored.get_mut(&anchor) {
+        for (key, value) in selector.anchors() {
+            let Some(values) = self.anchored.get_mut(&key) else { continue };
+            if let Some(selectors) = values.get_mut(&value) {
                 selectors.remove(selector);
-                if selectors.is_empty() {
-                    self.anchored.remove(&anchor);
-                }
+            }
+            values.retain(|_, selectors| !selectors.is_empty());
+            if values.is_empty() {
+                self.anchored.remove(&key);
             }
         }
     }

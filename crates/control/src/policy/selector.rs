@@ -23,10 +23,20 @@ pub enum Scope<'a> {
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Requirement {
+    about: About,
     /// Full key, source included.
     key: String,
     operator: Operator,
     values: BTreeSet<String>,
+}
+
+/// What a requirement asks for. The key alone does not tell: a policy may ask for a pod label
+/// that is spelled like one of the identity's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum About {
+    Pod,
+    NamespaceLabel,
+    NamespaceName,
 }
 
 impl Selector {
@@ -34,17 +44,18 @@ impl Selector {
     pub fn new(pods: Option<&LabelSelector>, scope: Scope<'_>) -> Selector {
         let mut requirements = BTreeSet::new();
         if let Some(pods) = pods {
-            requirements.extend(parts(pods, POD_LABELS));
+            requirements.extend(parts(pods, About::Pod));
         }
         match scope {
             Scope::Named(namespace) => {
                 requirements.insert(Requirement {
+                    about: About::NamespaceName,
                     key: labels::NAMESPACE.into(),
                     operator: Operator::In,
                     values: BTreeSet::from([namespace.to_string()]),
                 });
             }
-            Scope::Labelled(selector) => requirements.extend(parts(selector, labels::NAMESPACE_LABELS)),
+            Scope::Labelled(selector) => requirements.extend(parts(selector, About::NamespaceLabel)),
         }
         Selector { requirements }
     }
@@ -61,14 +72,14 @@ impl Selector {
 
     /// Keys of pod labels that it asks for, without source.
     pub fn pod_keys(&self) -> impl Iterator<Item = &str> {
-        self.requirements.iter().filter(|r| r.is_pod_label()).filter_map(|r| r.key.strip_prefix(POD_LABELS))
+        self.requirements.iter().filter(|r| r.about == About::Pod).map(Requirement::short_key)
     }
 
     /// Labels of which everything it selects has at least one; empty if there is no such list.
     /// A pod's own labels before its namespace: they tell more.
     pub(super) fn anchors(&self) -> Vec<(String, String)> {
         let positive = |r: &&Requirement| r.operator == Operator::In;
-        let best = self.requirements.iter().filter(positive).min_by_key(|r| (!r.is_pod_label(), r.values.len()));
+        let best = self.requirements.iter().filter(positive).min_by_key(|r| (r.about, r.values.len()));
         best.map_or(Vec::new(), |r| r.values.iter().map(|value| (r.key.clone(), value.clone())).collect())
     }
 }
@@ -84,28 +95,35 @@ impl Requirement {
         }
     }
 
-    fn is_namespace_label(&self) -> bool {
-        self.key.starts_with(labels::NAMESPACE_LABELS)
+    /// The key as manifests write it.
+    fn short_key(&self) -> &str {
+        self.key.strip_prefix(self.about.prefix()).unwrap_or(&self.key)
     }
+}
 
-    fn is_pod_label(&self) -> bool {
-        self.key != labels::NAMESPACE && !self.is_namespace_label()
+impl About {
+    fn prefix(self) -> &'static str {
+        match self {
+            About::Pod => "k8s:",
+            About::NamespaceLabel => labels::NAMESPACE_LABELS,
+            About::NamespaceName => "",
+        }
     }
 }
 
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |prefix: &str, wanted: &dyn Fn(&Requirement) -> bool| {
-            let chosen = self.requirements.iter().filter(|r| wanted(r));
-            chosen.map(|r| words(r, prefix)).collect::<Vec<_>>().join(", ")
+        let list = |about| {
+            let chosen = self.requirements.iter().filter(|r| r.about == about);
+            chosen.map(words).collect::<Vec<_>>().join(", ")
         };
-        let pods = list(POD_LABELS, &Requirement::is_pod_label);
-        let namespaces = list(labels::NAMESPACE_LABELS, &Requirement::is_namespace_label);
+        let pods = list(About::Pod);
+        let namespaces = list(About::NamespaceLabel);
         match pods.is_empty() {
             true => f.write_str("all pods")?,
             false => write!(f, "pods with {pods}")?,
         }
-        if let Some(name) = self.requirements.iter().find(|r| r.key == labels::NAMESPACE) {
+        if let Some(name) = self.requirements.iter().find(|r| r.about == About::NamespaceName) {
             let names: Vec<&str> = name.values.iter().map(String::as_str).collect();
             return write!(f, " in namespace {}", names.join(", "));
         }
@@ -116,8 +134,8 @@ impl fmt::Display for Selector {
     }
 }
 
-fn words(requirement: &Requirement, prefix: &str) -> String {
-    let key = requirement.key.strip_prefix(prefix).unwrap_or(&requirement.key);
+fn words(requirement: &Requirement) -> String {
+    let key = requirement.short_key();
     let values: Vec<&str> = requirement.values.iter().map(String::as_str).collect();
     let values = values.join(", ");
     match requirement.operator {
@@ -129,21 +147,21 @@ fn words(requirement: &Requirement, prefix: &str) -> String {
     }
 }
 
-fn parts<'a>(selector: &'a LabelSelector, prefix: &'a str) -> impl Iterator<Item = Requirement> + 'a {
+fn parts(selector: &LabelSelector, about: About) -> impl Iterator<Item = Requirement> + '_ {
     let equal = selector.match_labels.iter().map(move |(key, value)| Requirement {
-        key: format!("{prefix}{key}"),
+        about,
+        key: format!("{}{key}", about.prefix()),
         operator: Operator::In,
         values: BTreeSet::from([value.clone()]),
     });
     let more = selector.match_expressions.iter().map(move |r| Requirement {
-        key: format!("{prefix}{}", r.key),
+        about,
+        key: format!("{}{}", about.prefix(), r.key),
         operator: r.operator,
         values: r.values.iter().cloned().collect(),
     });
     equal.chain(more)
 }
-
-const POD_LABELS: &str = "k8s:";
 
 #[cfg(test)]
 mod tests {

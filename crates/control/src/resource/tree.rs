@@ -9,8 +9,12 @@ use std::fmt;
 /// Reads every document of `text` (YAML 1.2, of which JSON is a part).
 pub fn documents(file: &str, text: &str) -> Result<Vec<Tree>, ResourceError> {
     let options = serde_saphyr::options! {
-        // A whole cluster's pods may stand in one file; the file's size bounds the work.
-        budget: None,
+        // A whole cluster's pods may stand in one file. The limits on depth and aliases stay.
+        budget: serde_saphyr::budget! {
+            max_events: 50_000_000,
+            max_nodes: 20_000_000,
+            max_documents: 1_000_000,
+        },
         // In YAML 1.2 `yes`, `no`, `on`, `y` are strings.
         strict_booleans: true,
         with_snippet: false,

@@ -1,0 +1,204 @@
+//! Random clusters: the compiled tables, looked up as the packet path does, answer like the rules
+//! themselves, and neither order nor history shows.
+
+use super::*;
+use crate::resource::{IpBlock, Operator, Protocol, SelectorRequirement};
+use ipnet::IpNet;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+const NAMESPACES: [&str; 2] = ["shop", "lab"];
+const ADDRESSES: [&str; 6] = ["10.0.0.1", "10.1.0.1", "10.1.2.1", "11.0.0.1", "fd00::1", "fd00:1::1"];
+const PORTS: [u16; 6] = [0, 79, 80, 81, 8080, 65_535];
+
+fn selector() -> impl Strategy<Value = Selector> {
+    let requirement = (select(vec!["a", "b"]), select(vec!["1", "2"]), 0..4u8).prop_map(|(key, value, operator)| {
+        let (operator, values) = match operator {
+            0 => (Operator::In, vec![value.to_string()]),
+            1 => (Operator::NotIn, vec![value.to_string()]),
+            2 => (Operator::Exists, vec![]),
+            _ => (Operator::DoesNotExist, vec![]),
+        };
+        SelectorRequirement { key: key.into(), operator, values }
+    });
+    (proptest::collection::vec(requirement, 0..3), select(vec!["", "shop", "lab"])).prop_map(|(found, namespace)| {
+        let pods = LabelSelector { match_expressions: found, ..LabelSelector::default() };
+        match namespace {
+            "" => Selector::new(Some(&pods), Scope::Labelled(&LabelSelector::default())),
+            name => Selector::new(Some(&pods), Scope::Named(name)),
+        }
+    })
+}
+
+fn peer() -> impl Strategy<Value = Peer> {
+    let blocks: Vec<(&str, &[&str])> = vec![
+        ("0.0.0.0/0", &["10.0.0.0/8"]),
+        ("10.0.0.0/8", &["10.1.0.0/16"]),
+        ("10.0.0.0/8", &[]),
+        ("10.1.0.0/16", &["10.1.2.0/24"]),
+        ("10.1.2.0/24", &[]),
+        ("::/0", &["fd00:1::/32"]),
+        ("fd00::/16", &[]),
+    ];
+    let net = |text: &str| -> IpNet { text.parse().unwrap() };
+    prop_oneof![
+        Just(Peer::Any),
+        selector().prop_map(Peer::Pods),
+        select(blocks).prop_map(move |(cidr, except)| {
+            Peer::Addresses(IpBlock { cidr: net(cidr), except: except.iter().map(|e| net(e)).collect() })
+        }),
+    ]
+}
+
+fn ports() -> impl Strategy<Value = PortMatch> {
+    let protocol = || select(vec![Protocol::Tcp, Protocol::Udp]);
+    prop_oneof![
+        Just(PortMatch::Any),
+        protocol().prop_map(PortMatch::Protocol),
+        (protocol(), select(PORTS.to_vec()), select(PORTS.to_vec())).prop_map(|(protocol, a, b)| PortMatch::Range {
+            protocol,
+            first: a.min(b),
+            last: a.max(b)
+        }),
+        (protocol(), select(vec!["http", "dns"]))
+            .prop_map(|(protocol, name)| PortMatch::Named { protocol, name: name.into() }),
+    ]
+}
+
+fn rule() -> impl Strategy<Value = Rule> {
+    let tier = prop_oneof![1 => Just(Tier::Admin), 4 => Just(Tier::Normal), 1 => Just(Tier::Baseline)];
+    let verdict = prop_oneof![3 => Just(RuleVerdict::Allow), 1 => Just(RuleVerdict::Deny)];
+    let direction = select(Direction::BOTH.to_vec());
+    let some = 1..3;
+    let (peers, ports) = (proptest::collection::vec(peer(), some.clone()), proptest::collection::vec(ports(), some));
+    (direction, tier, 0..2u16, verdict, peers, ports).prop_map(|(direction, tier, order, verdict, peers, ports)| Rule {
+        direction,
+        index: 0,
+        tier,
+        order,
+        verdict,
+        peers,
+        ports,
+    })
+}
+
+fn policies() -> impl Strategy<Value = Vec<Policy>> {
+    let one = (selector(), any::<bool>(), any::<bool>(), proptest::collection::vec(rule(), 0..4));
+    proptest::collection::vec(one, 0..5).prop_map(|all| {
+        let named = all.into_iter().enumerate().map(|(i, (subject, isolates_ingress, isolates_egress, mut rules))| {
+            for (index, rule) in rules.iter_mut().enumerate() {
+                rule.index = index;
+            }
+            Policy { id: id(&format!("p{i}")), subject, isolates_ingress, isolates_egress, rules }
+        });
+        named.collect()
+    })
+}
+
+fn identities() -> impl Strategy<Value = BTreeMap<u32, IdentityLabels>> {
+    let labels = (
+        select(NAMESPACES.to_vec()),
+        select(vec!["", "k8s:a=1", "k8s:a=2"]),
+        select(vec!["", "k8s:b=1", "k8s:b=2"]),
+        select(vec!["", "cirri:named-ports=dns/UDP/81,http/TCP/80", "cirri:named-ports=http/TCP/8080"]),
+    );
+    let labels = labels.prop_map(|(namespace, a, b, ports)| pod_labels(namespace, &format!("{a};{b};{ports}")));
+    proptest::collection::btree_map(256..262u32, labels, 1..5)
+}
+
+fn built(identities: &BTreeMap<u32, IdentityLabels>, policies: &[Policy]) -> Cluster {
+    let mut cluster = Cluster::default();
+    for (&id, labels) in identities {
+        cluster.upsert_identity(Identity { id }, labels.clone());
+    }
+    for policy in policies {
+        cluster.upsert_policy(policy.clone()).unwrap();
+    }
+    cluster
+}
+
+type Step<'a> = Box<dyn Fn(&mut Cluster) -> Change + 'a>;
+
+fn tables(cluster: &Cluster) -> Vec<Ruleset> {
+    cluster.identities.keys().map(|&id| cluster.compile(Identity { id }).unwrap()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1500))]
+
+    #[test]
+    fn tables_answer_like_the_rules(identities in identities(), policies in policies()) {
+        let cluster = built(&identities, &policies);
+        let mut peers: Vec<(Identity, IdentityLabels)> =
+            identities.iter().map(|(&id, labels)| (Identity { id }, labels.clone())).collect();
+        peers.extend([Identity::HOST, Identity::WORLD].map(|i| (i, IdentityLabels::reserved(i.reserved_name().unwrap()))));
+        for (&subject, labels) in &identities {
+            let rules = cluster.compile(Identity { id: subject }).unwrap();
+            let own = Party { identity: Identity { id: subject }, labels: labels.clone(), address: None };
+            for (peer, direction) in peers.iter().flat_map(|peer| Direction::BOTH.map(|direction| (peer, direction))) {
+                for (address, port) in ADDRESSES.iter().flat_map(|address| PORTS.map(|port| (address, port))) {
+                    for protocol in [TCP, UDP, cirri_abi::proto::ICMP] {
+                        let address: IpAddr = address.parse().unwrap();
+                        let block = cluster.blocks().block_of(address.into());
+                        let found = look_up(&rules, peer.0.id, block, direction.number(), protocol, port);
+                        let other = Party { identity: peer.0, labels: peer.1.clone(), address: Some(address) };
+                        let (from, to) = match direction {
+                            Direction::Ingress => (other, own.clone()),
+                            Direction::Egress => (own.clone(), other),
+                        };
+                        let wanted = cluster.explain(&Question { direction, from, to, protocol, port });
+                        let allowed = found.flags & policy_flag::ALLOW != 0;
+                        prop_assert_eq!(allowed, wanted.verdict == RuleVerdict::Allow, "{:?}", (peer, address, port));
+                        prop_assert_eq!(found.cookie, wanted.cookie, "{:?}", (peer, address, protocol, port));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn order_and_history_do_not_show(identities in identities(), policies in policies(), passing in policies()) {
+        let straight = built(&identities, &policies);
+        let mut winding = Cluster::default();
+        for policy in passing.iter().chain(policies.iter().rev()) {
+            winding.upsert_policy(policy.clone()).unwrap();
+        }
+        winding.upsert_identity(Identity { id: 999 }, pod_labels("shop", "k8s:a=1"));
+        for (&id, labels) in identities.iter().rev() {
+            winding.upsert_identity(Identity { id }, labels.clone());
+        }
+        for policy in &passing[policies.len().min(passing.len())..] {
+            winding.remove_policy(&policy.id);
+        }
+        winding.remove_identity(Identity { id: 999 });
+        prop_assert_eq!(tables(&winding), tables(&straight));
+        prop_assert_eq!(format!("{winding:?}"), format!("{straight:?}"));
+    }
+
+    #[test]
+    fn whoever_is_not_named_by_a_change_has_the_same_table(
+        identities in identities(), policies in policies(), late in policies(), labels in select(vec!["k8s:a=1", "k8s:b=2;cirri:named-ports=http/TCP/80"])
+    ) {
+        let mut cluster = built(&identities, &policies);
+        let new = Identity { id: 400 };
+        let mut steps: Vec<Step<'_>> = Vec::new();
+        steps.push(Box::new(|cluster| cluster.upsert_identity(new, pod_labels("shop", labels))));
+        for policy in &late {
+            steps.push(Box::new(|cluster| cluster.upsert_policy(policy.clone()).unwrap()));
+        }
+        steps.push(Box::new(|cluster| cluster.upsert_identity(new, pod_labels("lab", ""))));
+        steps.push(Box::new(|cluster| cluster.remove_identity(new)));
+        for policy in &policies {
+            steps.push(Box::new(|cluster| cluster.remove_policy(&policy.id)));
+        }
+        for step in steps {
+            let before: BTreeMap<u32, Ruleset> = tables(&cluster).into_iter().map(|rules| (rules.identity.id, rules)).collect();
+            let change = step(&mut cluster);
+            for rules in tables(&cluster) {
+                if !change.concerns(rules.identity) {
+                    prop_assert_eq!(before.get(&rules.identity.id), Some(&rules));
+                }
+            }
+        }
+    }
+}
