@@ -219,6 +219,17 @@ async fn a_watch_survives_the_death_of_etcd_without_loss_or_disorder() {
     let store = server.client();
     let mut watch = store.watch("t/");
     next(&mut watch).await;
+    // Read all along, so that each death interrupts a live stream.
+    let reader = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while seen.len() < 150 {
+            match next_change(&mut watch).await {
+                Event::Put(entry) => seen.push((String::from_utf8(entry.value).expect("UTF-8"), entry.revision)),
+                other => panic!("{other:?}"),
+            }
+        }
+        seen
+    });
     let mut written = Vec::new();
     for round in 0..3 {
         for number in 0..50 {
@@ -229,14 +240,33 @@ async fn a_watch_survives_the_death_of_etcd_without_loss_or_disorder() {
         server.kill();
         server.restart().await;
     }
-    let mut seen = Vec::new();
-    while seen.len() < written.len() {
-        match next_change(&mut watch).await {
-            Event::Put(entry) => seen.push((String::from_utf8(entry.value).expect("UTF-8"), entry.revision)),
-            other => panic!("{other:?}"),
-        }
+    assert_eq!(reader.await.expect("the reader"), written);
+}
+
+#[tokio::test]
+async fn a_member_without_a_leader_is_not_trusted() {
+    let mut members = Server::cluster(3).await;
+    let endpoints: Vec<String> = members.iter().map(|member| member.endpoint().to_owned()).collect();
+    let options = EtcdOptions { request_timeout: Duration::from_secs(20), ..EtcdOptions::new(endpoints.clone()) };
+    let store = Etcd::new(&options).expect("options");
+    let mut watch = store.watch("t/");
+    next(&mut watch).await;
+
+    // One less is still a cluster, if need be with a new leader.
+    members[0].kill();
+    store.put("t/x", b"1", false).await.expect("two of three");
+    assert!(matches!(next_change(&mut watch).await, Event::Put(entry) if entry.value == b"1"));
+
+    members[1].kill();
+    let impatient = EtcdOptions { request_timeout: Duration::from_secs(3), ..EtcdOptions::new(endpoints) };
+    let failed = Etcd::new(&impatient).expect("options").list("t/").await;
+    assert!(matches!(failed, Err(StoreError::Unreachable { ref endpoints, .. }) if endpoints.len() == 3), "{failed:?}");
+
+    for member in &mut members[..2] {
+        member.spawn();
     }
-    assert_eq!(seen, written);
+    store.put("t/x", b"2", false).await.expect("three of three");
+    assert!(matches!(next_change(&mut watch).await, Event::Put(entry) if entry.value == b"2"));
 }
 
 #[tokio::test]

@@ -38,6 +38,8 @@ struct Shared {
     keys: Mutex<BTreeMap<String, Vec<u8>>>,
     /// The lease in force; none while there is no working one.
     id: watch::Sender<Option<i64>>,
+    /// The lease that etcd last said does not exist; 0 for none.
+    lost: watch::Sender<i64>,
     /// Runs from the first need of a lease on: who only reads has none.
     task: OnceLock<AbortHandle>,
 }
@@ -50,6 +52,7 @@ impl Lease {
                 ttl,
                 keys: Mutex::new(BTreeMap::new()),
                 id: watch::Sender::new(None),
+                lost: watch::Sender::new(0),
                 task: OnceLock::new(),
             }),
         }
@@ -79,6 +82,7 @@ impl Lease {
             }
             ours
         });
+        self.shared.lost.send_replace(id);
     }
 
     /// Keys are leased, and there is no lease: other nodes may have lost sight of this one.
@@ -100,11 +104,13 @@ impl Lease {
             match self.grant().await {
                 Ok((id, ttl)) => {
                     backoff = Backoff::new();
-                    if self.write_again(id).await {
-                        self.shared.id.send_replace(Some(id));
-                        self.keep_alive(id, ttl).await;
-                        self.shared.id.send_replace(None);
+                    // Kept alive from the start: writing all keys again may take longer than it
+                    // lives.
+                    tokio::select! {
+                        () = self.keep_alive(id, ttl) => {}
+                        () = self.put_in_force(id) => {}
                     }
+                    self.shared.id.send_replace(None);
                     tracing::warn!(lease = id, "etcd ended the lease; its keys are written again under a new one");
                 }
                 Err(error) => {
@@ -124,6 +130,14 @@ impl Lease {
             return Err(CallError::Answer(Status::internal(answer.error)));
         }
         Ok((answer.id, Duration::from_secs(answer.ttl.max(1) as u64)))
+    }
+
+    /// Writes all keys under lease `id`, then lets others use it. Returns if the lease is gone.
+    async fn put_in_force(&self, id: i64) {
+        if self.write_again(id).await {
+            self.shared.id.send_replace(Some(id));
+            std::future::pending().await
+        }
     }
 
     /// Puts every leased key under lease `id`. False: the lease ended meanwhile.
@@ -161,11 +175,11 @@ impl Lease {
         let every = (ttl / 3).min(Duration::from_secs(5));
         let mut next = Instant::now() + every;
         let mut backoff = Backoff::new();
-        let mut in_force = self.shared.id.subscribe();
+        let mut lost = self.shared.lost.subscribe();
         loop {
             tokio::select! {
                 () = sleep_until(next) => {}
-                _ = in_force.wait_for(|now| *now != Some(id)) => return,
+                _ = lost.wait_for(|lost| *lost == id) => return,
             }
             let current = self.shared.connection.current();
             let question = LeaseKeepAliveRequest { id };

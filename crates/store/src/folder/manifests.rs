@@ -70,7 +70,6 @@ impl Manifests {
     }
 
     /// One definition for each object, who gave it, and all that is wrong.
-    #[expect(clippy::type_complexity, reason = "three maps, named where they land")]
     fn agree(&self) -> (BTreeMap<String, Resource>, BTreeMap<String, String>, Vec<FileError>) {
         let mut owners = BTreeMap::new();
         for (name, file) in &self.files {

@@ -149,10 +149,11 @@ impl Folder {
         if name.starts_with("..") {
             // What a Kubernetes volume does: all names are links through one that is swapped.
             *stale = Stale::All;
-        } else if is_manifest(name) && self.is_complete(name, event.mask) {
-            if let Stale::These(names) = stale {
-                names.insert(self.path_of(name));
-            }
+        } else if is_manifest(name)
+            && self.is_complete(name, event.mask)
+            && let Stale::These(names) = stale
+        {
+            names.insert(self.path_of(name));
         }
     }
 

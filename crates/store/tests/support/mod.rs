@@ -18,22 +18,40 @@ use tokio::{
 /// One member, with a data directory of its own that survives [`Server::kill`].
 pub struct Server {
     dir: TempDir,
+    name: String,
     client: String,
     peer: String,
+    /// All members: `<name>=<peer URL>,…`
+    cluster: String,
     child: Option<Child>,
 }
 
 impl Server {
     pub async fn start() -> Server {
-        let [client, peer] = [free_port(), free_port()];
-        let mut server = Server {
-            dir: tempfile::tempdir().expect("a directory for etcd's data"),
-            client: format!("http://127.0.0.1:{client}"),
-            peer: format!("http://127.0.0.1:{peer}"),
-            child: None,
-        };
-        server.restart().await;
-        server
+        let mut members = Server::cluster(1).await;
+        members.remove(0)
+    }
+
+    pub async fn cluster(size: usize) -> Vec<Server> {
+        let mut members: Vec<Server> = (0..size)
+            .map(|number| Server {
+                dir: tempfile::tempdir().expect("a directory for etcd's data"),
+                name: format!("m{number}"),
+                client: format!("http://127.0.0.1:{}", free_port()),
+                peer: format!("http://127.0.0.1:{}", free_port()),
+                cluster: String::new(),
+                child: None,
+            })
+            .collect();
+        let names: Vec<String> = members.iter().map(|member| format!("{}={}", member.name, member.peer)).collect();
+        for member in &mut members {
+            member.cluster = names.join(",");
+            member.spawn();
+        }
+        for member in &members {
+            member.ready().await;
+        }
+        members
     }
 
     pub fn endpoint(&self) -> &str {
@@ -55,15 +73,21 @@ impl Server {
 
     /// On the same data, and until it answers.
     pub async fn restart(&mut self) {
+        self.spawn();
+        self.ready().await;
+    }
+
+    pub fn spawn(&mut self) {
         let child = Command::new("etcd")
             .arg("--data-dir")
             .arg(self.dir.path().join("data"))
-            .args(["--name", "one", "--logger", "zap", "--log-level", "error"])
+            .args(["--name", &self.name, "--logger", "zap", "--log-level", "error"])
             .args(["--listen-client-urls", &self.client])
             .args(["--advertise-client-urls", &self.client])
             .args(["--listen-peer-urls", &self.peer])
             .args(["--initial-advertise-peer-urls", &self.peer])
-            .args(["--initial-cluster", &format!("one={}", self.peer)])
+            .args(["--initial-cluster", &self.cluster])
+            .args(["--initial-cluster-token", &self.cluster])
             .args(["--experimental-watch-progress-notify-interval", "300ms"])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -72,9 +96,11 @@ impl Server {
             Some(child.unwrap_or_else(|error| {
                 panic!("cannot start etcd ({error}): run `cargo xtask setup`, it installs it")
             }));
-        let client =
-            Etcd::new(&EtcdOptions { request_timeout: Duration::from_secs(30), ..EtcdOptions::new([&self.client]) });
-        let client = client.expect("options");
+    }
+
+    pub async fn ready(&self) {
+        let options = EtcdOptions { request_timeout: Duration::from_secs(30), ..EtcdOptions::new([&self.client]) };
+        let client = Etcd::new(&options).expect("options");
         client.list("ready").await.expect("etcd comes up");
     }
 
