@@ -87,12 +87,15 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
     })?);
     interrupt.check()?;
     if !problems.is_empty() {
-        bail!("{}\nthe rest was applied; apply again to retry", problems.join("\nerror: "));
+        bail!("{}\nthe rest was applied; apply again to retry", problems.join("\ncirri: "));
     }
     match wait {
         Some(timeout) => await_all(lab, timeout, begun),
         None => {
-            println!("applied in {:.1} s; agents may still be at work (--wait waits for them)", begun.elapsed().as_secs_f64());
+            println!(
+                "applied in {:.1} s; agents may still be at work (--wait waits for them)",
+                begun.elapsed().as_secs_f64()
+            );
             Ok(())
         }
     }
@@ -106,10 +109,14 @@ fn await_all(lab: &Lab, timeout: Duration, begun: Instant) -> anyhow::Result<()>
     cluster::settle(lab, deadline.saturating_duration_since(Instant::now()))?;
     let refused = cluster::refused_policies(lab)?;
     if !refused.is_empty() {
-        bail!("refused, the last good version stays in force: {}", refused.join("\nerror: "));
+        bail!("refused, the last good version stays in force: {}", refused.join("\ncirri: "));
     }
     let nodes = lab.nodes.len();
-    println!("enforced on {nodes} node{} after {:.2} s", if nodes == 1 { "" } else { "s" }, begun.elapsed().as_secs_f64());
+    println!(
+        "enforced on {nodes} node{} after {:.2} s",
+        if nodes == 1 { "" } else { "s" },
+        begun.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 
@@ -127,12 +134,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(
-        lab: &Lab,
-        resources: Vec<Resource>,
-        running: &[PodRecord],
-        stored: &BTreeMap<String, String>,
-    ) -> Self {
+    fn new(lab: &Lab, resources: Vec<Resource>, running: &[PodRecord], stored: &BTreeMap<String, String>) -> Self {
         let mut plan = Self::default();
         let mut desired = BTreeMap::new();
         let running: BTreeMap<&PodKey, &PodRecord> = running.iter().map(|pod| (&pod.key, pod)).collect();
@@ -270,7 +272,8 @@ mod tests {
 
     #[test]
     fn pods_are_spread_around_those_that_name_a_node() {
-        let text = [pod("a", "  nodeName: n1\n"), pod("b", "  nodeName: n1\n"), pod("c", ""), pod("d", ""), pod("e", "")];
+        let text =
+            [pod("a", "  nodeName: n1\n"), pod("b", "  nodeName: n1\n"), pod("c", ""), pod("d", ""), pod("e", "")];
         let plan = Plan::new(&lab(), pods(&text.concat()), &[], &BTreeMap::new());
         let nodes: Vec<&str> = plan.create.iter().map(|(_, _, node)| node.as_str()).collect();
         assert_eq!(nodes, ["n1", "n1", "n2", "n2", "n1"]);
@@ -285,7 +288,10 @@ mod tests {
 
         let relabelled = pod("a", "").replace("app: a", "app: b");
         let plan = Plan::new(&lab(), pods(&relabelled), &running, &first.change.put);
-        assert_eq!((plan.described.as_slice(), plan.create.len()), (["pod default/a changed".to_owned()].as_slice(), 0));
+        assert_eq!(
+            (plan.described.as_slice(), plan.create.len()),
+            (["pod default/a changed".to_owned()].as_slice(), 0)
+        );
     }
 
     #[test]

@@ -160,10 +160,7 @@ pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
 ///
 /// # Errors
 /// The first one that `work` met.
-pub fn each_node<T: Send>(
-    lab: &Lab,
-    work: impl Fn(&Node) -> anyhow::Result<T> + Sync,
-) -> anyhow::Result<Vec<T>> {
+pub fn each_node<T: Send>(lab: &Lab, work: impl Fn(&Node) -> anyhow::Result<T> + Sync) -> anyhow::Result<Vec<T>> {
     let work = &work;
     let answers: Vec<anyhow::Result<T>> = std::thread::scope(|scope| {
         let asked: Vec<_> = lab.nodes.iter().map(|node| scope.spawn(move || work(node))).collect();
@@ -213,9 +210,10 @@ fn stuck(lab: &Lab, node: &Node) -> String {
     let Ok(status) = status(lab, &node.name) else {
         return format!("the agent of {} does not answer (its log: {})", node.name, log.display());
     };
-    let errors = status.tables.iter().flat_map(|table| {
-        table.errors.iter().map(move |row| format!("{} {}: {}", table.name, row.key, row.error))
-    });
+    let errors = status
+        .tables
+        .iter()
+        .flat_map(|table| table.errors.iter().map(move |row| format!("{} {}: {}", table.name, row.key, row.error)));
     let mut what: Vec<String> = errors.chain(status.warnings.iter().cloned()).take(3).collect();
     if what.is_empty() {
         what.push(format!("seen {}, enforced {}", status.seen_revision, status.enforced_revision));

@@ -34,7 +34,10 @@ pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
     let names = if args.all { LabName::all() } else { vec![args.name] };
     for name in &names {
         let _lock = name.lock()?;
-        println!("{}", if remove(name)? { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") });
+        println!(
+            "{}",
+            if remove(name)? { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") }
+        );
     }
     if names.is_empty() {
         println!("there are no labs");

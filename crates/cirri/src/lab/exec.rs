@@ -88,7 +88,7 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
     // Returns only if it fails: the program takes this process over, terminal, signals and exit code included.
     let error = command.exec();
     if error.kind() == io::ErrorKind::NotFound {
-        eprintln!("error: {program} is not installed (not found in PATH)");
+        eprintln!("cirri: {program} is not installed (not found in PATH)");
         return Ok(ExitCode::from(EXIT_NOT_FOUND));
     }
     Err(error).with_context(|| format!("cannot start {program}"))
@@ -117,7 +117,11 @@ pub fn logs(args: LogsArgs) -> anyhow::Result<ExitCode> {
     let directory = lab.pod_directory(&pod.key);
     let mut files: Vec<Tail> = chosen
         .iter()
-        .map(|name| Tail { label: (chosen.len() > 1).then(|| name.to_string()), path: directory.join(format!("{name}.log")), read: 0 })
+        .map(|name| Tail {
+            label: (chosen.len() > 1).then(|| name.to_string()),
+            path: directory.join(format!("{name}.log")),
+            read: 0,
+        })
         .collect();
     // Watched before the first look: what is written in between is then not missed.
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;

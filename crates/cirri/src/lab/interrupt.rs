@@ -28,11 +28,9 @@ impl Interrupt {
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             // An error of the runtime drops `ready`, which the caller sees.
             let _ = block_on(async move {
-                let (Ok(mut int), Ok(mut term), Ok(mut hup)) = (
-                    signal(SignalKind::interrupt()),
-                    signal(SignalKind::terminate()),
-                    signal(SignalKind::hangup()),
-                ) else {
+                let (Ok(mut int), Ok(mut term), Ok(mut hup)) =
+                    (signal(SignalKind::interrupt()), signal(SignalKind::terminate()), signal(SignalKind::hangup()))
+                else {
                     return;
                 };
                 let _ = ready.send(());

@@ -10,7 +10,7 @@ use super::state::Lab;
 
 /// Manifests that were refused. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-#[error("{}\nnothing was changed", .0.join("\nerror: "))]
+#[error("{}\nnothing was changed", .0.join("\ncirri: "))]
 pub struct Rejected(pub Vec<String>);
 
 /// Reads all files, or all `.yaml`, `.yml` and `.json` files of a directory, in the order of their names.
@@ -106,7 +106,8 @@ fn files(paths: &[PathBuf], problems: &mut Vec<String>) -> Vec<PathBuf> {
             Ok(_) => match fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>) {
                 Err(error) => problems.push(format!("{name}: cannot be read: {error}")),
                 Ok(entries) => {
-                    let mut found: Vec<PathBuf> = entries.into_iter().map(|e| e.path()).filter(|p| is_manifest(p)).collect();
+                    let mut found: Vec<PathBuf> =
+                        entries.into_iter().map(|e| e.path()).filter(|p| is_manifest(p)).collect();
                     found.sort();
                     all.extend(found);
                 }

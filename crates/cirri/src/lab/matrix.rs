@@ -108,9 +108,8 @@ fn table(port: Port, cells: &[&Cell]) -> String {
 
 /// One mark for the probes of one pair and port, one of each family as a rule.
 fn symbol(cells: &[&Cell]) -> &'static str {
-    let allowed = |family: u8| {
-        cells.iter().any(|cell| cell.family == family && cell.outcome.verdict == Verdict::Allowed)
-    };
+    let allowed =
+        |family: u8| cells.iter().any(|cell| cell.family == family && cell.outcome.verdict == Verdict::Allowed);
     if cells.iter().any(|cell| cell.outcome.verdict == Verdict::Error) {
         "!"
     } else if cells.iter().all(|cell| cell.outcome.verdict == Verdict::Allowed) {
@@ -176,10 +175,8 @@ mod tests {
     #[test]
     fn a_wide_table_numbers_its_columns() {
         let names: Vec<String> = (0..9).map(|n| format!("namespace-{n}/some-rather-long-pod")).collect();
-        let cells: Vec<Cell> = names
-            .iter()
-            .flat_map(|from| names.iter().map(move |to| cell(from, to, 4, Verdict::Allowed)))
-            .collect();
+        let cells: Vec<Cell> =
+            names.iter().flat_map(|from| names.iter().map(move |to| cell(from, to, 4, Verdict::Allowed))).collect();
         let text = render(&cells);
         assert!(text.lines().all(|line| line.chars().count() <= WIDTH_MAX), "{text}");
         assert!(text.contains("  9 namespace-8/some-rather-long-pod"), "{text}");

@@ -93,7 +93,7 @@ pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
     let outcome = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     match outcome {
         Err(error) if error.is::<Rejected>() => {
-            eprintln!("error: {error:#}");
+            eprintln!("cirri: {error:#}");
             Ok(ExitCode::from(EXIT_INPUT))
         }
         Err(error) if error.is::<Interrupted>() => {

@@ -99,10 +99,7 @@ pub fn within<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> anyhow::
 ///
 /// # Errors
 /// The namespace cannot be entered or the runtime cannot be made.
-pub fn within_async<T: Send, F: Future<Output = T>>(
-    path: &Path,
-    work: impl FnOnce() -> F + Send,
-) -> anyhow::Result<T> {
+pub fn within_async<T: Send, F: Future<Output = T>>(path: &Path, work: impl FnOnce() -> F + Send) -> anyhow::Result<T> {
     within(path, || block_on(async { work().await }))?
 }
 

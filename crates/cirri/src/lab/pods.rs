@@ -225,10 +225,8 @@ struct CniError {
 fn cni(lab: &Lab, node: &Node, command: &str, record: &PodRecord) -> anyhow::Result<Vec<IpAddr>> {
     let socket = lab.agent_socket(&node.name);
     let configuration = json!({"cniVersion": CNI_VERSION, "name": "cirri", "type": "cirri-cni", "socket": socket});
-    let arguments = format!(
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={}",
-        record.key.namespace, record.key.name
-    );
+    let arguments =
+        format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={}", record.key.namespace, record.key.name);
     let mut plugin = Command::new(own_binary()?);
     plugin
         .arg("cni")
@@ -302,7 +300,8 @@ mod tests {
     #[test]
     fn a_listener_is_told_from_a_connection_to_the_same_port() {
         let listener = "   0: 00000000:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1";
-        let connection = "   1: 0100007F:0050 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 1 1";
+        let connection =
+            "   1: 0100007F:0050 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 1 1";
         assert!(is_listener(listener, 80));
         assert!(!is_listener(listener, 81));
         assert!(!is_listener(connection, 80));

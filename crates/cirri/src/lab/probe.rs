@@ -111,9 +111,10 @@ impl FromStr for End {
             return Ok(Self::World(None));
         }
         if let Some(address) = text.strip_prefix("world@") {
-            return address.parse().map(|address| Self::World(Some(address))).map_err(|_| {
-                format!("\"{address}\" is not an address: write world@198.51.100.20")
-            });
+            return address
+                .parse()
+                .map(|address| Self::World(Some(address)))
+                .map_err(|_| format!("\"{address}\" is not an address: write world@198.51.100.20"));
         }
         if let Some(node) = text.strip_prefix("node:") {
             return Ok(Self::Node(node.to_owned()));
@@ -172,7 +173,8 @@ pub fn run(args: ProbeArgs) -> anyhow::Result<ExitCode> {
         (sources, targets, args.ports.clone())
     } else {
         // Both are there: clap asks for them unless --all-pairs is given.
-        let (from, to) = (args.from.as_ref().context("--from is missing")?, args.to.as_ref().context("--to is missing")?);
+        let (from, to) =
+            (args.from.as_ref().context("--from is missing")?, args.to.as_ref().context("--to is missing")?);
         (vec![party(&lab, from)?], vec![party(&lab, to)?], vec![asked_port(&args)?])
     };
     let questions = questions(&sources, &targets, &ports, args.family);
@@ -234,9 +236,11 @@ fn party(lab: &Lab, end: &End) -> anyhow::Result<Party> {
             }
             let name = source.map_or("world".to_owned(), |source| format!("world@{source}"));
             let addresses = source.map_or(underlay::WORLD[..2].to_vec(), |source| vec![source]);
-            let ports: BTreeSet<Port> = WORLD_PORTS.iter().copied().collect();
             let netns = Some(netns::path(&lab.name.world_namespace()));
-            Ok(Party { netns, echo: ports.clone(), ports, source: *source, ..Party::silent(name, addresses) })
+            // It answers on more; a matrix that asks for nothing in particular needs one of each protocol.
+            let ports = WORLD_PORTS.into_iter().filter(|port| matches!(port.number, 53 | 80)).collect();
+            let echo = WORLD_PORTS.into_iter().collect();
+            Ok(Party { netns, echo, ports, source: *source, ..Party::silent(name, addresses) })
         }
         End::Address(address) => Ok(Party::silent(address.to_string(), vec![*address])),
     }

@@ -138,9 +138,7 @@ pub fn inside(namespaces: &[NsId]) -> Vec<ProcessId> {
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| i64::from(*pid) != i64::from(own))
-        .filter(|pid| {
-            netns::id(Path::new(&format!("/proc/{pid}/ns/net"))).is_some_and(|id| namespaces.contains(&id))
-        })
+        .filter(|pid| netns::id(Path::new(&format!("/proc/{pid}/ns/net"))).is_some_and(|id| namespaces.contains(&id)))
         .filter_map(ProcessId::current)
         .collect()
 }

@@ -108,8 +108,7 @@ impl LabName {
     /// # Errors
     /// Another command holds it, or the file cannot be made.
     pub fn lock(&self) -> anyhow::Result<Lock> {
-        fs::create_dir_all(ROOT)
-            .with_context(|| format!("cannot make {ROOT}: run as root (`sudo cirri lab …`)"))?;
+        fs::create_dir_all(ROOT).with_context(|| format!("cannot make {ROOT}: run as root (`sudo cirri lab …`)"))?;
         let path = Path::new(ROOT).join(format!("{}.lock", self.0));
         loop {
             let file = File::options().create(true).truncate(false).write(true).open(&path)?;
@@ -265,9 +264,10 @@ impl Lab {
     /// # Errors
     /// There is none; it says how to see which there are.
     pub fn pod(&self, key: &PodKey) -> anyhow::Result<PodRecord> {
-        self.pods()?.into_iter().find(|pod| pod.key == *key).with_context(|| {
-            format!("the lab \"{0}\" has no pod {key}: see `cirri lab list --name {0}`", self.name)
-        })
+        self.pods()?
+            .into_iter()
+            .find(|pod| pod.key == *key)
+            .with_context(|| format!("the lab \"{0}\" has no pod {key}: see `cirri lab list --name {0}`", self.name))
     }
 }
 

@@ -21,6 +21,7 @@ use std::path::Path;
 use anyhow::Context;
 use futures::TryStreamExt;
 use ipnet::IpNet;
+use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use super::netns::{self, sysctl};
@@ -81,21 +82,22 @@ pub fn create_core(lab: &LabName) -> anyhow::Result<()> {
         links.address(bridge, ROUTER_V6.into(), 64).await
     })?
     .context("cannot make the bridge")?;
+    connect(&world, WORLD_PORT, &net)?;
+    netns::within_async(&net, || async {
+        let links = Links::open()?;
+        let port = links.index(WORLD_PORT).await?;
+        links.up(port).await?;
+        links.address(port, WORLD_GATEWAY_V4.into(), 24).await?;
+        links.address(port, WORLD_GATEWAY_V6.into(), 64).await
+    })?
+    .context("cannot connect the outside host")?;
     netns::within_async(&world, || async {
         let links = Links::open()?;
-        let device = links.veth_into(WORLD_PORT, &net).await?;
-        for address in WORLD {
-            let on_link = !matches!(address, IpAddr::V4(v4) if v4.octets()[0] == 203)
-                && !matches!(address, IpAddr::V6(v6) if v6.segments()[2] == 0x200);
-            let prefix = match (address, on_link) {
-                (IpAddr::V4(_), true) => 24,
-                (IpAddr::V4(_), false) => 32,
-                (IpAddr::V6(_), true) => 64,
-                (IpAddr::V6(_), false) => 128,
-            };
-            links.address(device, address, prefix).await?;
-        }
+        let device = links.index(DEVICE).await?;
         links.up(device).await?;
+        for address in WORLD {
+            links.address(device, address, if is_far(address) { full(address) } else { on_link(address) }).await?;
+        }
         // The source is named: of several addresses the kernel prefers the last for IPv6.
         links.route(ANY_V4, WORLD_GATEWAY_V4.into(), Some(WORLD[0])).await?;
         links.route(ANY_V6, WORLD_GATEWAY_V6.into(), Some(WORLD[1])).await
@@ -103,17 +105,13 @@ pub fn create_core(lab: &LabName) -> anyhow::Result<()> {
     .context("cannot make the outside host")?;
     netns::within_async(&net, || async {
         let links = Links::open()?;
-        let port = links.index(WORLD_PORT).await?;
-        links.address(port, WORLD_GATEWAY_V4.into(), 24).await?;
-        links.address(port, WORLD_GATEWAY_V6.into(), 64).await?;
-        links.up(port).await?;
-        for address in WORLD.into_iter().skip(4) {
+        for address in WORLD.into_iter().filter(|address| is_far(*address)) {
             let gateway = if address.is_ipv4() { WORLD[0] } else { WORLD[1] };
             links.route(IpNet::from(address), gateway, None).await?;
         }
         Ok::<(), anyhow::Error>(())
     })?
-    .context("cannot connect the outside host")
+    .context("cannot route to the outside host")
 }
 
 /// Makes a node's namespace and connects it to the bridge.
@@ -125,17 +123,7 @@ pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
     let namespace = format!("{}{}", lab.prefix(), node.name);
     let port = format!("port{}", node.ipv4.octets()[3]);
     let path = netns::create(&namespace)?;
-    netns::within_async(&path, || async {
-        forward()?;
-        let links = Links::open()?;
-        let device = links.veth_into(&port, &net).await?;
-        links.address(device, node.ipv4.into(), 24).await?;
-        links.address(device, node.ipv6.into(), 64).await?;
-        links.up(device).await?;
-        links.route(ANY_V4, ROUTER_V4.into(), None).await?;
-        links.route(ANY_V6, ROUTER_V6.into(), None).await
-    })?
-    .with_context(|| format!("cannot make the node {}", node.name))?;
+    connect(&path, &port, &net).with_context(|| format!("cannot connect the node {}", node.name))?;
     netns::within_async(&net, || async {
         let links = Links::open()?;
         let (bridge, port) = (links.index(BRIDGE).await?, links.index(&port).await?);
@@ -143,7 +131,18 @@ pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
         links.handle.link().change(plugged).execute().await?;
         Ok::<(), anyhow::Error>(())
     })?
-    .with_context(|| format!("cannot connect the node {}", node.name))
+    .with_context(|| format!("cannot connect the node {}", node.name))?;
+    netns::within_async(&path, || async {
+        forward()?;
+        let links = Links::open()?;
+        let device = links.index(DEVICE).await?;
+        links.up(device).await?;
+        links.address(device, node.ipv4.into(), 24).await?;
+        links.address(device, node.ipv6.into(), 64).await?;
+        links.route(ANY_V4, ROUTER_V4.into(), None).await?;
+        links.route(ANY_V6, ROUTER_V6.into(), None).await
+    })?
+    .with_context(|| format!("cannot make the node {}", node.name))
 }
 
 /// Tells the router the way to each node's pod networks.
@@ -174,6 +173,34 @@ pub async fn loopback_up() -> anyhow::Result<()> {
     links.up(loopback).await
 }
 
+/// Makes a pair of devices: `eth0` in the namespace `near`, and `port` in the namespace `far`.
+fn connect(near: &Path, port: &str, far: &Path) -> anyhow::Result<()> {
+    let target = File::open(far).with_context(|| format!("cannot open {}", far.display()))?;
+    netns::within_async(near, || async {
+        let links = Links::open()?;
+        links.handle.link().add(LinkVeth::new(DEVICE, port).build()).execute().await?;
+        let moved = LinkUnspec::new_with_index(links.index(port).await?).setns_by_fd(target.as_raw_fd()).build();
+        links.handle.link().change(moved).execute().await?;
+        Ok::<(), anyhow::Error>(())
+    })?
+}
+
+/// Whether an address of the outside host lies beyond the segment it shares with the router.
+fn is_far(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.octets()[..3] != WORLD_GATEWAY_V4.octets()[..3],
+        IpAddr::V6(address) => address.segments()[..4] != WORLD_GATEWAY_V6.segments()[..4],
+    }
+}
+
+fn on_link(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 24 } else { 64 }
+}
+
+fn full(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
 /// The links of the calling thread's namespace.
 struct Links {
     handle: Handle,
@@ -192,21 +219,14 @@ impl Links {
         Ok(link.with_context(|| format!("there is no device {name}"))?.header.index)
     }
 
-    /// Makes a pair of devices: `eth0` here, and `far` in the namespace at `there`. Returns the index of the near one.
-    async fn veth_into(&self, far: &str, there: &Path) -> anyhow::Result<u32> {
-        let namespace = File::open(there).with_context(|| format!("cannot open {}", there.display()))?;
-        self.handle.link().add(LinkVeth::new(DEVICE, far).build()).execute().await?;
-        let moved = LinkUnspec::new_with_index(self.index(far).await?).setns_by_fd(namespace.as_raw_fd()).build();
-        self.handle.link().change(moved).execute().await?;
-        self.index(DEVICE).await
-    }
-
     async fn up(&self, index: u32) -> anyhow::Result<()> {
         Ok(self.handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await?)
     }
 
     async fn address(&self, index: u32, address: IpAddr, prefix: u8) -> anyhow::Result<()> {
-        let request = self.handle.address().add(index, address, prefix);
+        let mut request = self.handle.address().add(index, address, prefix);
+        // Usable at once: nobody else can have it, and routes that name it as their source need it now.
+        request.message_mut().header.flags = AddressHeaderFlags::Nodad;
         request.execute().await.with_context(|| format!("cannot add the address {address}/{prefix}"))
     }
 

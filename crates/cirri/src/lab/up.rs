@@ -91,7 +91,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     if outcome.is_err() {
         eprintln!("taking down what is there of the lab \"{}\"", args.name);
         if let Err(problem) = down::remove(&args.name) {
-            eprintln!("error: {problem:#}");
+            eprintln!("cirri: {problem:#}");
         }
     }
     outcome.map(|()| ExitCode::SUCCESS)
@@ -322,8 +322,8 @@ fn await_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<
 /// Tells the router where the pods are, as the agents know it.
 fn route_pods(lab: &Lab) -> anyhow::Result<()> {
     let networks = cluster::each_node(lab, |node| {
-        let status = cluster::status(lab, &node.name)
-            .with_context(|| format!("the agent of {} does not answer", node.name))?;
+        let status =
+            cluster::status(lab, &node.name).with_context(|| format!("the agent of {} does not answer", node.name))?;
         let parsed: Result<Vec<IpNet>, _> = status.pod_cidrs.iter().map(|network| network.parse()).collect();
         parsed.with_context(|| format!("the agent of {} names pod networks that are none", node.name))
     })?;
