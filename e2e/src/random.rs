@@ -193,7 +193,7 @@ impl Maker {
             let node = if index % 2 == 0 { THIS_NODE } else { OTHER_NODE };
             documents.push(self.pod(index, node));
         }
-        for index in 0..self.rng.u8(1..=6) {
+        for index in 0..self.rng.u8(2..=8) {
             documents.push(self.policy(index));
         }
         documents
@@ -307,6 +307,8 @@ impl Maker {
             &[0, 8, 32, 62, 64, 112, 125, 126, 127, 128]
         };
         let cidr = self.block_around_somebody(family, lengths);
+        // The API server takes an address with its host bits for the network that holds it.
+        let cidr = if self.chance(80) { cidr.trunc() } else { cidr };
         let mut except = Vec::new();
         for _ in 0..self.pick(&[0, 0, 1, 2, 3]) {
             let inner = self.block_around_somebody(family, lengths);
@@ -320,7 +322,7 @@ impl Maker {
     fn block_around_somebody(&mut self, family: usize, lengths: &[u8]) -> IpNet {
         let anchor = self.rng.usize(0..self.parties.len());
         let length = self.pick(lengths);
-        IpNet::new_assert(self.parties[anchor].addresses[family], length).trunc()
+        IpNet::new_assert(self.parties[anchor].addresses[family], length)
     }
 
     fn policy_port(&mut self, named: bool) -> Value {
