@@ -3,7 +3,7 @@
 use super::model::PortPrefix;
 use super::{Change, Cluster, Direction, Installed, Peer, PolicyId, Rule, RuleVerdict, Selector, Tier};
 use crate::labels::IdentityLabels;
-use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, policy_flag, precedence};
+use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, policy_flag};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The complete table of one identity.
@@ -167,8 +167,6 @@ impl Cluster {
                 false => Cell { precedence: 0, cookie: Cookie::DEFAULT_ALLOW, allow: true },
             };
             table.insert(Place { direction, peer: ANYBODY, ports: any }, default);
-            let own_node = Cell { precedence: OWN_NODE_PRECEDENCE, cookie: Cookie::OWN_NODE, allow: true };
-            table.insert(Place { direction, peer: Identity::HOST.id, ports: any }, own_node);
             for installed in self.installed_for(identity.id) {
                 for (rule, cookie) in installed.rules() {
                     if rule.direction != direction || !rule.applies(isolated) {
@@ -318,8 +316,5 @@ fn remove_shadowed(table: &mut BTreeMap<Place, Cell>) {
 /// Peer 0: whoever it is.
 const ANYBODY: u32 = 0;
 
-/// Entries that every table has: the default and the own node, in each direction.
-const BUILT_IN: usize = 4;
-
-/// Stronger than any rule: no policy closes the way between a workload and its own node.
-pub(super) const OWN_NODE_PRECEDENCE: u32 = precedence(0, 255);
+/// Entries that every table has: the default of each direction.
+const BUILT_IN: usize = 2;

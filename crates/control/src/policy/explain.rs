@@ -1,6 +1,5 @@
 //! Why something is allowed or not, from the rules themselves.
 
-use super::compile::OWN_NODE_PRECEDENCE;
 use super::{Cluster, Direction, Peer, PolicyId, PortMatch, Rule, RuleInfo, RuleVerdict};
 use crate::labels::IdentityLabels;
 use cirri_abi::{Cookie, Identity, PolicyKey};
@@ -11,7 +10,8 @@ use std::net::IpAddr;
 /// One side of a connection.
 #[derive(Clone, Debug)]
 pub struct Party {
-    /// Its identity; only [`Identity::HOST`] matters by itself, the others count by their labels.
+    /// Its identity; only [`Identity::HOST`] (its own node) matters by itself, the others count by
+    /// their labels.
     pub identity: Identity,
     /// Its labels, also ones that nobody has yet.
     pub labels: IdentityLabels,
@@ -96,11 +96,12 @@ impl Cluster {
         let isolated_by: Vec<PolicyId> = closing.map(|installed| installed.policy.id.clone()).collect();
         let isolated = !isolated_by.is_empty();
 
-        let mut winner = Hit::built_in(isolated);
         if peer.identity == Identity::HOST {
-            let rank = (OWN_NODE_PRECEDENCE, PolicyKey::STATIC_BITS, BY_IDENTITY);
-            winner = Hit { rank, verdict: RuleVerdict::Allow, cookie: Cookie::OWN_NODE };
+            // The packet path does not even ask the tables.
+            let (verdict, cookie) = (RuleVerdict::Allow, Cookie::OWN_NODE);
+            return Explanation { verdict, cookie, rule: None, isolated_by, nearest: Vec::new() };
         }
+        let mut winner = Hit::built_in(isolated);
         let mut misses = Vec::new();
         for installed in selected {
             let rules = installed.rules().filter(|(rule, _)| rule.direction == question.direction);

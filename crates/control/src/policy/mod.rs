@@ -5,8 +5,9 @@
 //! same inputs, whatever order they came in. [`Cluster::explain`] answers the same question as the
 //! tables do, from the rules themselves, and says what would have had to differ.
 //!
-//! What decides, for one direction of one workload: traffic with its own node always passes; if no
-//! policy closes the direction, what no rule denies passes; otherwise, what some rule allows.
+//! What decides, for one direction of one workload: traffic with its own node always passes (the
+//! packet path sees to that before it asks); if no policy closes the direction, what no rule denies
+//! passes; otherwise, what some rule allows.
 
 mod blocks;
 mod compile;
@@ -59,7 +60,8 @@ pub struct Change {
     /// The blocks changed: look up the `block` of every entry of the address cache again. See
     /// [`Blocks`] for the order.
     pub blocks: bool,
-    /// [`Cluster::label_filter`] changed: make the labels of every pod of this node again.
+    /// [`Cluster::label_filter`] changed: make the labels of every pod of this node again, before
+    /// the change counts as enforced. Until then the policy does not find all pods it selects.
     pub labels: bool,
 }
 

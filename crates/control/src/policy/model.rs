@@ -245,9 +245,9 @@ impl fmt::Display for Direction {
 }
 
 impl Rule {
-    /// Its precedence word. Priority 0 is left to what no policy may overrule.
+    /// Its precedence word.
     pub fn precedence(&self) -> u32 {
-        let priority = ((self.tier as u32) << 20) | (u32::from(self.order) + 1);
+        let priority = ((self.tier as u32) << 16) | u32::from(self.order);
         match self.verdict {
             RuleVerdict::Allow => precedence(priority, 1),
             RuleVerdict::Deny => precedence(priority, 255),

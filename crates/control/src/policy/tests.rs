@@ -101,13 +101,13 @@ fn without_policies_everything_passes_and_an_unknown_identity_has_no_rules() {
     let rules = cluster.compile(WEB).unwrap();
     assert!(!rules.isolates_ingress && !rules.isolates_egress);
     let cookies: Vec<u32> = rules.entries.iter().map(|(_, entry)| entry.cookie).collect();
-    assert_eq!(cookies, [Cookie::DEFAULT_ALLOW, Cookie::OWN_NODE, Cookie::DEFAULT_ALLOW, Cookie::OWN_NODE]);
+    assert_eq!(cookies, [Cookie::DEFAULT_ALLOW, Cookie::DEFAULT_ALLOW]);
     let unknown = Identity { id: 999 };
     assert_eq!(cluster.compile(unknown), Err(CompileError::UnknownIdentity { identity: unknown }));
 }
 
 #[test]
-fn a_policy_closes_its_direction_for_all_but_what_it_allows_and_the_own_node() {
+fn a_policy_closes_its_direction_for_all_but_what_it_allows() {
     let mut cluster = cluster();
     let rule = "{podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {matchLabels: {app: client}}}], ports: [{port: 80}, {protocol: UDP, port: 1000, endPort: 1999}]}]}";
     let change = cluster.upsert_policy(policy("p", rule)).unwrap();
@@ -120,7 +120,6 @@ fn a_policy_closes_its_direction_for_all_but_what_it_allows_and_the_own_node() {
     assert!(!web.allows(CLIENT, IN, cirri_abi::proto::ICMP, 8));
     assert!(!web.allows(OTHER, IN, TCP, 80), "the same label in another namespace");
     assert!(!web.allows(Identity::WORLD, IN, TCP, 80));
-    assert!(web.allows(Identity::HOST, IN, TCP, 22), "its own node");
     assert!(!web.allows(Identity::REMOTE_NODE, IN, TCP, 22));
     assert!(web.allows(OTHER, OUT, TCP, 80), "the other direction stays open");
     assert!(Probe::of(&cluster, CLIENT).allows(WEB, IN, TCP, 80), "others stay open");
@@ -250,7 +249,6 @@ fn deny_and_tiers_decide_before_what_is_specific() {
     assert!(probe.allows(CLIENT, IN, TCP, 22), "a stronger tier beats the deny");
     assert!(!probe.allows(Identity::WORLD, IN, TCP, 22));
     assert!(probe.allows(CLIENT, IN, TCP, 9000), "baseline is silent where a policy closes");
-    assert!(probe.allows(Identity::HOST, IN, TCP, 80), "nothing closes the way to the own node");
     tiers.isolates_ingress = false;
     tiers.rules.remove(3);
     cluster.upsert_policy(tiers).unwrap();
@@ -280,7 +278,7 @@ fn a_stronger_short_prefix_is_not_hidden_by_a_weaker_long_one() {
     };
     cluster.upsert_policy(policy).unwrap();
     assert!(!Probe::of(&cluster, WEB).allows(CLIENT, IN, TCP, 80));
-    assert_eq!(cluster.entries_of(WEB), 4, "what can never answer takes no room");
+    assert_eq!(cluster.entries_of(WEB), 2, "what can never answer takes no room");
 }
 
 #[test]
@@ -337,15 +335,15 @@ fn what_does_not_fit_is_refused_with_the_rule_that_costs_most() {
     let error = cluster.upsert_policy(policy("p", large)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the rules of identity 300 take 36 table entries, 20 fit; egress rule 1 of NetworkPolicy shop/p takes 30 of them: \
+        "the rules of identity 300 take 34 table entries, 20 fit; egress rule 1 of NetworkPolicy shop/p takes 30 of them: \
          narrow its peers or its ports, or split the workloads that it selects"
     );
     assert_eq!(format!("{cluster:?}"), before, "nothing is half applied");
-    // 36 = 4 built in, 1 + 1 + 30: exactly what compiling without the limit gives.
+    // 34 = 2 built in, 1 + 1 + 30: exactly what compiling without the limit gives.
     let mut free = Cluster::default();
     free.upsert_identity(WEB, pod_labels("shop", "k8s:app=web"));
     free.upsert_policy(policy("p", large)).unwrap();
-    assert_eq!(free.compile(WEB).unwrap().entries.len(), 36);
+    assert_eq!(free.compile(WEB).unwrap().entries.len(), 34);
 
     // Identities may outgrow a table later. Then compiling says so, and a smaller policy is taken.
     let peers = "{podSelector: {matchLabels: {app: web}}, ingress: [{from: [{podSelector: {}}]}]}";
@@ -354,7 +352,7 @@ fn what_does_not_fit_is_refused_with_the_rule_that_costs_most() {
         cluster.upsert_identity(Identity { id }, pod_labels("shop", ""));
     }
     let error = cluster.compile(WEB).unwrap_err();
-    assert!(matches!(error, CompileError::TooLarge { entries: 36, rule_entries: 31, .. }), "{error}");
+    assert!(matches!(error, CompileError::TooLarge { entries: 34, rule_entries: 31, .. }), "{error}");
     cluster.upsert_policy(policy("p", "{podSelector: {}}")).unwrap();
     assert!(cluster.upsert_policy(small).is_err(), "growing is refused still");
 }

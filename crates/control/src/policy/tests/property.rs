@@ -124,14 +124,14 @@ fn tables(cluster: &Cluster) -> Vec<Ruleset> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1500))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn tables_answer_like_the_rules(identities in identities(), policies in policies()) {
         let cluster = built(&identities, &policies);
         let mut peers: Vec<(Identity, IdentityLabels)> =
             identities.iter().map(|(&id, labels)| (Identity { id }, labels.clone())).collect();
-        peers.extend([Identity::HOST, Identity::WORLD].map(|i| (i, IdentityLabels::reserved(i.reserved_name().unwrap()))));
+        peers.push((Identity::WORLD, IdentityLabels::reserved("world")));
         for (&subject, labels) in &identities {
             let rules = cluster.compile(Identity { id: subject }).unwrap();
             let own = Party { identity: Identity { id: subject }, labels: labels.clone(), address: None };
