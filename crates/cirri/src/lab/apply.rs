@@ -17,6 +17,8 @@ use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord, PodSpec};
 
 /// Pods made or removed at once.
 const PARALLEL: usize = 8;
+/// How long the agents may take to learn of new pods before these are attached all the same.
+const BEFORE_ATTACHING: Duration = Duration::from_secs(10);
 
 /// Arguments of `cirri lab apply`.
 #[derive(Debug, clap::Args)]
@@ -79,6 +81,13 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
     // Policies are there before the pods they protect.
     cluster::change(lab, &plan.change)?;
     tell(plan.described.iter().cloned().map(Ok).collect());
+    if !plan.create.is_empty() {
+        // An agent that knows a pod before it is attached gives it the right identity from the start. One that does
+        // not get there corrects it later, and --wait says what keeps it.
+        if let Err(problem) = cluster::settle_once(lab, BEFORE_ATTACHING) {
+            eprintln!("cirri: {problem:#}");
+        }
+    }
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {
         let node = lab.node(node).context("the node is gone")?;
         let pod = pods::create(lab, key, spec, node)?;

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use cirri_store::{Etcd, EtcdOptions, PREFIX, Store};
+use futures::future::ready;
+use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
 use super::netns;
@@ -21,6 +23,8 @@ use crate::client;
 pub const ETCD_PORT: u16 = 2379;
 const RESOURCES: &str = "resources/";
 const BARRIER: &str = "barrier/lab";
+/// Writes to etcd under way at once.
+const WRITES: usize = 32;
 /// How long an agent may take to answer a question about what it already knows.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -82,13 +86,14 @@ pub fn change(lab: &Lab, change: &Change) -> anyhow::Result<()> {
     }
     if lab.has_etcd() {
         return in_etcd(lab, async |store| {
-            for (key, json) in &change.put {
-                store.put(&format!("{PREFIX}{key}"), json.as_bytes(), false).await?;
-            }
-            for key in &change.delete {
-                store.delete(&format!("{PREFIX}{key}")).await?;
-            }
-            Ok(())
+            // Many at once: a thousand policies would otherwise be a thousand round trips.
+            let puts = change
+                .put
+                .iter()
+                .map(|(key, json)| async move { store.put(&format!("{PREFIX}{key}"), json.as_bytes(), false).await });
+            let deletes = change.delete.iter().map(|key| async move { store.delete(&format!("{PREFIX}{key}")).await });
+            stream::iter(puts).buffer_unordered(WRITES).try_for_each(|_| ready(Ok(()))).await?;
+            stream::iter(deletes).buffer_unordered(WRITES).try_for_each(|_| ready(Ok(()))).await
         });
     }
     let folder = folder(lab);
@@ -104,7 +109,7 @@ pub fn change(lab: &Lab, change: &Change) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until every agent enforces everything that is in the store now.
+/// Waits until every agent enforces everything that is in the store now, and what followed from it.
 ///
 /// The second round makes up for what the agents themselves wrote while they worked on the first: identities and
 /// addresses, which the other nodes must have seen too.
@@ -114,22 +119,30 @@ pub fn change(lab: &Lab, change: &Change) -> anyhow::Result<()> {
 pub fn settle(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     for _ in 0..2 {
-        let revision = if lab.has_etcd() {
-            let key = format!("{PREFIX}{BARRIER}");
-            Some(in_etcd(lab, async |store| store.put(&key, b"", false).await)?)
-        } else {
-            None
-        };
-        each_node(lab, |node| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let millis = left.as_millis().try_into().unwrap_or(u64::MAX);
-            let wait = Wait { revision, timeout_ms: Some(millis) };
-            // The agent ends the wait; the margin is for its answer.
-            let answer = client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, left + ANSWER_TIMEOUT);
-            answer.map(drop).with_context(|| stuck(lab, node))
-        })?;
+        settle_once(lab, deadline.saturating_duration_since(Instant::now()))?;
     }
     Ok(())
+}
+
+/// Waits until every agent enforces everything that is in the store now.
+///
+/// # Errors
+/// As for [`settle`].
+pub fn settle_once(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
+    let revision = if lab.has_etcd() {
+        let key = format!("{PREFIX}{BARRIER}");
+        Some(in_etcd(lab, async |store| store.put(&key, b"", false).await)?)
+    } else {
+        None
+    };
+    let wait = Wait { revision, timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)) };
+    each_node(lab, |node| {
+        // The agent ends the wait; the margin is for its answer.
+        let limit = timeout + ANSWER_TIMEOUT;
+        let answer = client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, limit);
+        answer.map(drop).with_context(|| stuck(lab, node))
+    })
+    .map(drop)
 }
 
 /// What policies the agents refused, as `namespace/name: why`, each once.
