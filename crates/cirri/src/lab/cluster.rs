@@ -135,14 +135,21 @@ pub fn settle_once(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
     } else {
         None
     };
+    each_node(lab, |node| settle_node(lab, node, revision, timeout)).map(drop)
+}
+
+/// Waits until one agent enforces this revision, or everything that is in the store now.
+///
+/// # Errors
+/// It is down or does not get there in time; the error says what it is stuck at.
+pub fn settle_node(lab: &Lab, node: &Node, revision: Option<u64>, timeout: Duration) -> anyhow::Result<()> {
     let wait = Wait { revision, timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)) };
-    each_node(lab, |node| {
-        // The agent ends the wait; the margin is for its answer.
-        let limit = timeout + ANSWER_TIMEOUT;
-        let answer = client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, limit);
-        answer.map(drop).with_context(|| stuck(lab, node))
-    })
-    .map(drop)
+    // The agent ends the wait; the margin is for its answer.
+    let limit = timeout + ANSWER_TIMEOUT;
+    match client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, limit) {
+        Ok(_) => Ok(()),
+        Err(problem) => bail!("{}: {problem}", stuck(lab, node)),
+    }
 }
 
 /// What policies the agents refused, as `namespace/name: why`, each once.
@@ -152,9 +159,8 @@ pub fn settle_once(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
 pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
     let answers = each_node(lab, |node| {
         let socket = lab.agent_socket(&node.name);
-        let policies: Vec<PolicyInfo> = client::call(&socket, "policy.get", &json!({}), ANSWER_TIMEOUT)
-            .with_context(|| format!("the agent of {} does not answer", node.name))?;
-        Ok(policies)
+        client::call::<Vec<PolicyInfo>>(&socket, "policy.get", &json!({}), ANSWER_TIMEOUT)
+            .map_err(|problem| anyhow::anyhow!("the agent of {} does not answer: {problem}", node.name))
     })?;
     let mut refused: Vec<String> = answers
         .into_iter()

@@ -33,6 +33,7 @@ mod pods;
 mod probe;
 mod prober;
 mod process;
+mod restart;
 mod state;
 mod underlay;
 mod up;
@@ -72,6 +73,8 @@ enum Verb {
     Logs(exec::LogsArgs),
     /// List labs with their nodes and pods.
     List(list::ListArgs),
+    /// Restart a node's agent; its packet path goes on meanwhile.
+    Restart(restart::RestartArgs),
     /// Take a lab down, also one that crashed half-way.
     Down(down::DownArgs),
     /// The built-in echo server of pods that only declare ports.
@@ -112,6 +115,7 @@ fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
         Verb::Probe(args) => probe::run(args),
         Verb::Logs(args) => exec::logs(args),
         Verb::List(args) => list::run(args),
+        Verb::Restart(args) => restart::run(args),
         Verb::Down(args) => down::run(args),
         Verb::Echo(args) => echo::run(args),
         Verb::Load(args) => load::run(args),

@@ -102,18 +102,26 @@ impl Start<'_> {
 /// # Errors
 /// Some did not go in time.
 pub fn kill(ids: &[ProcessId]) -> anyhow::Result<()> {
-    let open: Vec<(ProcessId, OwnedFd)> = ids.iter().filter_map(|id| Some((*id, id.open()?))).collect();
-    for (_, fd) in &open {
+    if end(ids, Signal::KILL, KILL_TIMEOUT) {
+        return Ok(());
+    }
+    let stuck: Vec<String> = ids.iter().filter(|id| id.alive()).map(|id| id.pid.to_string()).collect();
+    let stuck = stuck.join(",");
+    bail!("process {stuck} does not end although it was killed: see `ps -o stat,wchan {stuck}`")
+}
+
+/// Sends these processes a signal and waits until they are gone; whether they went in time.
+pub fn end(ids: &[ProcessId], signal: Signal, within: Duration) -> bool {
+    let open: Vec<OwnedFd> = ids.iter().filter_map(|id| id.open()).collect();
+    for fd in &open {
         // An error means that it ended by itself meanwhile.
-        let _ = rustix::process::pidfd_send_signal(fd, Signal::KILL);
+        let _ = rustix::process::pidfd_send_signal(fd, signal);
     }
-    let deadline = Instant::now() + KILL_TIMEOUT;
-    for (id, fd) in &open {
-        if !wait_readable(fd, deadline) {
-            bail!("process {} does not end although it was killed: see `ps -o stat,wchan {}`", id.pid, id.pid);
-        }
-    }
-    Ok(())
+    let deadline = Instant::now() + within;
+    open.iter().all(|fd| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        first_readable(&[fd.as_fd()], left).is_some()
+    })
 }
 
 /// Kills these processes and all of their process groups, then waits until the leaders are gone. Each leads the group
@@ -184,10 +192,6 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
 /// The file cannot be opened.
 pub fn append_to(log: &Path) -> anyhow::Result<File> {
     OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("cannot open {}", log.display()))
-}
-
-fn wait_readable(fd: &OwnedFd, deadline: Instant) -> bool {
-    first_readable(&[fd.as_fd()], deadline.saturating_duration_since(Instant::now())).is_some()
 }
 
 /// Which of these descriptors becomes readable first; `None` when none does in time.

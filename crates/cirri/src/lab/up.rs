@@ -249,7 +249,11 @@ fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
     bail!("etcd ended at once{}", quote(&log))
 }
 
-fn start_agent(lab: &Lab, node: &Node) -> anyhow::Result<()> {
+/// Starts a node's agent.
+///
+/// # Errors
+/// Its files cannot be written, or it cannot be started.
+pub fn start_agent(lab: &Lab, node: &Node) -> anyhow::Result<()> {
     let directory = lab.node_directory(&node.name);
     for part in ["state", "manifests"] {
         let part = directory.join(part);
@@ -300,7 +304,11 @@ fn quoted(path: &Path) -> String {
     format!("{:?}", path.display().to_string())
 }
 
-fn await_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<()> {
+/// Waits until a node's agent answers.
+///
+/// # Errors
+/// It ended, or it does not answer in time.
+pub fn await_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<()> {
     let log = lab.node_directory(&node.name).join("agent.log");
     let deadline = Instant::now() + AGENT_TIMEOUT;
     loop {

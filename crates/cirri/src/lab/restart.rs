@@ -1,0 +1,69 @@
+//! `cirri lab restart`: a node's agent stops and comes back, while its packet path goes on.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::Signal;
+
+use super::interrupt::Interrupt;
+use super::state::{DEFAULT_NAME, Lab, LabName};
+use super::{cluster, process, up};
+
+/// How long an agent may take to end by itself after SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a restarted agent may take to enforce everything again.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Arguments of `cirri lab restart`.
+#[derive(Debug, clap::Args)]
+pub struct RestartArgs {
+    /// The lab.
+    #[arg(long, default_value = DEFAULT_NAME)]
+    name: LabName,
+    /// The node.
+    node: String,
+    /// Kill the agent (SIGKILL) instead of asking it to stop.
+    #[arg(long)]
+    kill: bool,
+    /// Leave it stopped for so long, in milliseconds.
+    #[arg(long, default_value_t = 0, value_name = "MS")]
+    pause: u64,
+}
+
+/// Carries the command out; returns when the agent enforces everything again.
+///
+/// # Errors
+/// No such node, or the agent does not stop or does not come back.
+pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
+    let lab = Lab::load(&args.name)?;
+    let _lock = args.name.lock()?;
+    let node = lab.node(&args.node).with_context(|| format!("the lab has no node {}", args.node))?;
+    let interrupt = Interrupt::install()?;
+    let begun = Instant::now();
+    match lab.agent_process(&node.name) {
+        None => println!("the agent of {} was not running", node.name),
+        Some(agent) if args.kill => process::kill(&[agent])?,
+        Some(agent) => {
+            if !process::end(&[agent], Signal::TERM, STOP_TIMEOUT) {
+                let seconds = STOP_TIMEOUT.as_secs();
+                bail!("the agent of {} does not stop within {seconds} s (--kill makes it)", node.name);
+            }
+        }
+    }
+    let stopped = begun.elapsed();
+    std::thread::sleep(Duration::from_millis(args.pause));
+    let started = Instant::now();
+    up::start_agent(&lab, node)?;
+    up::await_agent(&lab, node, &interrupt)?;
+    let ready = started.elapsed();
+    cluster::settle_node(&lab, node, None, SETTLE_TIMEOUT)?;
+    println!(
+        "{}: stopped in {} ms, answering after {} ms, everything enforced after {} ms",
+        node.name,
+        stopped.as_millis(),
+        ready.as_millis(),
+        started.elapsed().as_millis()
+    );
+    Ok(ExitCode::SUCCESS)
+}
