@@ -24,6 +24,10 @@ fn rule_sets_decide_as_the_reference_evaluator_does() {
         let tables = Tables::of(&scenario);
         for packet in &scenario.packets {
             for (direction, judgement) in scenario.judgements(packet) {
+                if judgement == Judgement::OwnNode {
+                    // The packet path lets the own node pass before it asks a rule set.
+                    continue;
+                }
                 let found = tables.decide(packet, direction);
                 let allowed = found.flags & policy_flag::ALLOW != 0;
                 assert_eq!(
