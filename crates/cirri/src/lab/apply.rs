@@ -84,7 +84,7 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
     if !plan.create.is_empty() {
         // An agent that knows a pod before it is attached gives it the right identity from the start. One that does
         // not get there corrects it later, and --wait says what keeps it.
-        if let Err(problem) = cluster::settle_once(lab, BEFORE_ATTACHING) {
+        if let Err(problem) = cluster::settle_once(lab, BEFORE_ATTACHING, interrupt) {
             eprintln!("cirri: {problem:#}");
         }
     }
@@ -99,7 +99,7 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
         bail!("{}\nthe rest was applied; apply again to retry", problems.join("\ncirri: "));
     }
     match wait {
-        Some(timeout) => await_all(lab, timeout, begun),
+        Some(timeout) => await_all(lab, timeout, begun, interrupt),
         None => {
             println!(
                 "applied in {:.1} s; agents may still be at work (--wait waits for them)",
@@ -110,12 +110,12 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
     }
 }
 
-fn await_all(lab: &Lab, timeout: Duration, begun: Instant) -> anyhow::Result<()> {
+fn await_all(lab: &Lab, timeout: Duration, begun: Instant, interrupt: &Interrupt) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     for pod in lab.pods()? {
-        pods::await_listening(lab, &pod, deadline)?;
+        pods::await_listening(lab, &pod, deadline, interrupt)?;
     }
-    cluster::settle(lab, deadline.saturating_duration_since(Instant::now()))?;
+    cluster::settle(lab, deadline.saturating_duration_since(Instant::now()), interrupt)?;
     let refused = cluster::refused_policies(lab)?;
     if !refused.is_empty() {
         bail!("refused, the last good version stays in force: {}", refused.join("\ncirri: "));

@@ -13,11 +13,12 @@ use futures::future::ready;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
+use super::interrupt::Interrupt;
 use super::netns;
 use super::state::{Lab, Node};
 use super::underlay::ROUTER_V4;
 use crate::api::{PolicyInfo, Status, Wait, Waited};
-use crate::client;
+use crate::client::{self, CallError};
 
 /// etcd's port for clients, in the lab's own namespace.
 pub const ETCD_PORT: u16 = 2379;
@@ -25,6 +26,8 @@ const RESOURCES: &str = "resources/";
 const BARRIER: &str = "barrier/lab";
 /// Writes to etcd under way at once.
 const WRITES: usize = 32;
+/// How long one question whether everything is enforced may take.
+const WAIT_SLICE: Duration = Duration::from_secs(1);
 /// How long an agent may take to answer a question about what it already knows.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -116,10 +119,10 @@ pub fn change(lab: &Lab, change: &Change) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// An agent is down or does not get there in time; it says which and what it is stuck at.
-pub fn settle(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
+pub fn settle(lab: &Lab, timeout: Duration, interrupt: &Interrupt) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     for _ in 0..2 {
-        settle_once(lab, deadline.saturating_duration_since(Instant::now()))?;
+        settle_once(lab, deadline.saturating_duration_since(Instant::now()), interrupt)?;
     }
     Ok(())
 }
@@ -128,27 +131,46 @@ pub fn settle(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// As for [`settle`].
-pub fn settle_once(lab: &Lab, timeout: Duration) -> anyhow::Result<()> {
+pub fn settle_once(lab: &Lab, timeout: Duration, interrupt: &Interrupt) -> anyhow::Result<()> {
     let revision = if lab.has_etcd() {
         let key = format!("{PREFIX}{BARRIER}");
         Some(in_etcd(lab, async |store| store.put(&key, b"", false).await)?)
     } else {
         None
     };
-    each_node(lab, |node| settle_node(lab, node, revision, timeout)).map(drop)
+    each_node(lab, |node| settle_node(lab, node, revision, timeout, interrupt)).map(drop)
 }
 
 /// Waits until one agent enforces this revision, or everything that is in the store now.
 ///
 /// # Errors
-/// It is down or does not get there in time; the error says what it is stuck at.
-pub fn settle_node(lab: &Lab, node: &Node, revision: Option<u64>, timeout: Duration) -> anyhow::Result<()> {
-    let wait = Wait { revision, timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)) };
-    // The agent ends the wait; the margin is for its answer.
-    let limit = timeout + ANSWER_TIMEOUT;
-    match client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, limit) {
-        Ok(_) => Ok(()),
-        Err(problem) => bail!("{}: {problem}", stuck(lab, node)),
+/// It is down or does not get there in time; the error says what it is stuck at. [`super::interrupt::Interrupted`].
+pub fn settle_node(
+    lab: &Lab,
+    node: &Node,
+    revision: Option<u64>,
+    timeout: Duration,
+    interrupt: &Interrupt,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        interrupt.check()?;
+        // In slices, so that an interruption does not have to wait for the whole of it.
+        let slice = deadline.saturating_duration_since(Instant::now()).min(WAIT_SLICE);
+        let wait = Wait { revision, timeout_ms: Some(slice.as_millis().try_into().unwrap_or(u64::MAX)) };
+        // The agent ends the wait; the margin is for its answer.
+        let answer = client::call::<Waited>(&lab.agent_socket(&node.name), "wait", &wait, slice + ANSWER_TIMEOUT);
+        let log = lab.node_directory(&node.name).join("agent.log");
+        match answer {
+            Ok(_) => return Ok(()),
+            Err(CallError::Refused(refusal)) if refusal.code == "timeout" => {
+                if Instant::now() >= deadline {
+                    let name = &node.name;
+                    bail!("node {name} does not enforce everything yet: {refusal} (its log: {})", log.display());
+                }
+            }
+            Err(problem) => bail!("the agent of {}: {problem} (its log: {})", node.name, log.display()),
+        }
     }
 }
 
@@ -192,7 +214,7 @@ pub fn each_node<T: Send>(lab: &Lab, work: impl Fn(&Node) -> anyhow::Result<T> +
 ///
 /// # Errors
 /// It does not answer.
-pub fn status(lab: &Lab, node: &str) -> Result<Status, client::CallError> {
+pub fn status(lab: &Lab, node: &str) -> Result<Status, CallError> {
     client::call(&lab.agent_socket(node), "status", &json!({}), ANSWER_TIMEOUT)
 }
 
@@ -221,23 +243,6 @@ pub fn in_etcd<T: Send>(
 pub fn folder(lab: &Lab) -> PathBuf {
     let node = lab.nodes.first().map_or("", |node| node.name.as_str());
     lab.node_directory(node).join("manifests")
-}
-
-/// Why a node did not get there, as far as its agent can say.
-fn stuck(lab: &Lab, node: &Node) -> String {
-    let log = lab.node_directory(&node.name).join("agent.log");
-    let Ok(status) = status(lab, &node.name) else {
-        return format!("the agent of {} does not answer (its log: {})", node.name, log.display());
-    };
-    let errors = status
-        .tables
-        .iter()
-        .flat_map(|table| table.errors.iter().map(move |row| format!("{} {}: {}", table.name, row.key, row.error)));
-    let mut what: Vec<String> = errors.chain(status.warnings.iter().cloned()).take(3).collect();
-    if what.is_empty() {
-        what.push(format!("seen {}, enforced {}", status.seen_revision, status.enforced_revision));
-    }
-    format!("node {} does not enforce everything yet ({}; its log: {})", node.name, what.join("; "), log.display())
 }
 
 /// `resources/Pod/shop/web` as `Pod.shop.web.yaml`: neither kinds nor namespaces hold a dot.

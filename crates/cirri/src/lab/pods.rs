@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::echo::{Port, READY, Transport};
+use super::interrupt::Interrupt;
 use super::netns;
 use super::process::{self, ProcessId, Start};
 use super::state::{Container, ECHO_PROGRAM, Lab, Node, PodKey, PodRecord, PodSpec};
@@ -81,7 +83,7 @@ pub fn remove(lab: &Lab, record: &PodRecord) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// A program ended before, or does not listen in time.
-pub fn await_listening(lab: &Lab, record: &PodRecord, deadline: Instant) -> anyhow::Result<()> {
+pub fn await_listening(lab: &Lab, record: &PodRecord, deadline: Instant, interrupt: &Interrupt) -> anyhow::Result<()> {
     for container in record.spec.containers.iter().filter(|container| !container.argv.is_empty()) {
         for port in container.ports.iter().filter(|port| port.protocol == Transport::Tcp) {
             let directory = lab.pod_directory(&record.key);
@@ -94,6 +96,7 @@ pub fn await_listening(lab: &Lab, record: &PodRecord, deadline: Instant) -> anyh
                 if listens(process, port.number) {
                     break;
                 }
+                interrupt.check()?;
                 if Instant::now() >= deadline {
                     bail!("pod {}: {} does not listen on {port}", record.key, container.name);
                 }
@@ -230,6 +233,8 @@ fn cni(lab: &Lab, node: &Node, command: &str, record: &PodRecord) -> anyhow::Res
     let mut plugin = Command::new(own_binary()?);
     plugin
         .arg("cni")
+        // Ctrl-C at the terminal ends the lab's command between two steps, not a plugin in the middle of one.
+        .process_group(0)
         .env("CNI_COMMAND", command)
         .env("CNI_CONTAINERID", &record.container_id)
         .env("CNI_NETNS", &record.netns)

@@ -57,7 +57,7 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     up::start_agent(&lab, node)?;
     up::await_agent(&lab, node, &interrupt)?;
     let ready = started.elapsed();
-    cluster::settle_node(&lab, node, None, SETTLE_TIMEOUT)?;
+    cluster::settle_node(&lab, node, None, SETTLE_TIMEOUT, &interrupt)?;
     println!(
         "{}: stopped in {} ms, answering after {} ms, everything enforced after {} ms",
         node.name,

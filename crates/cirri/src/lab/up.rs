@@ -122,7 +122,7 @@ fn bring_up(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::R
         start_agent(&lab, node)?;
     }
     cluster::each_node(&lab, |node| await_agent(&lab, node, interrupt))?;
-    cluster::settle(&lab, AGENT_TIMEOUT)?;
+    cluster::settle(&lab, AGENT_TIMEOUT, interrupt)?;
     route_pods(&lab)?;
     step(begun, if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
     if !args.files.is_empty() {
