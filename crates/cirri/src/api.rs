@@ -117,7 +117,7 @@ pub struct Address {
 }
 
 /// Names one attachment: parameters of `endpoint.delete` and `endpoint.check`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attachment {
     /// The runtime's name for the container.

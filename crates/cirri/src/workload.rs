@@ -42,9 +42,8 @@ mod tests {
 
     #[test]
     fn names_fit_the_kernel_and_differ() {
-        let name = |container_id: &str| {
-            host_ifname(&Attachment { container_id: container_id.into(), ifname: "eth0".into() })
-        };
+        let name =
+            |container_id: &str| host_ifname(&Attachment { container_id: container_id.into(), ifname: "eth0".into() });
         assert_eq!(name("a").len(), 11);
         assert_ne!(name("a"), name("b"));
     }
@@ -53,7 +52,9 @@ mod tests {
     fn macs_read_back_and_nonsense_does_not() {
         let mac = default_mac(&Attachment { container_id: "a".into(), ifname: "eth0".into() });
         assert_eq!(parse_mac(&mac_text(mac)), Some(mac));
-        for bad in ["", "02:00:00:00:00", "01:00:00:00:00:00", "0:0:0:0:0:0", "00:00:00:00:00:00", "02:00:00:00:00:00:00"] {
+        for bad in
+            ["", "02:00:00:00:00", "01:00:00:00:00:00", "0:0:0:0:0:0", "00:00:00:00:00:00", "02:00:00:00:00:00:00"]
+        {
             assert_eq!(parse_mac(bad), None, "{bad}");
         }
     }

@@ -1,20 +1,177 @@
-//! The node's agent.
+//! The node's agent: one owner of all state ([`core::Core`]), and tasks that carry things in and out.
+//!
+//! Everything runs on one thread. What may take long (the store) is awaited without the lock; what
+//! is done under it takes milliseconds.
 
+mod allocate;
+mod attach;
+mod cleanup;
+mod core;
+mod desired;
+mod dump;
 mod endpoint;
+mod flows;
+mod mirror;
+mod node;
+mod queries;
+mod reconcile;
 mod records;
+mod rows;
+mod server;
 mod slots;
+mod start;
+mod status;
 mod table;
+mod tasks;
 mod view;
+mod wait;
 
-use crate::config::{Config, Loaded};
-use crate::exit::{Error, Failure, Result};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
 
-/// Runs the agent until it is told to stop.
-pub async fn run(loaded: Loaded) -> Result<()> {
-    Err(Error::new(Failure::Failed, format!("{:?}", loaded.config)))
+use cirri_abi::FlowEvent;
+use cirri_flow::{Decoder, Ring};
+use cirri_store::Store;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, Notify, broadcast, watch};
+use tokio::task::LocalSet;
+
+use self::core::Core;
+use crate::api::{ConfigValue, StoreStatus};
+use crate::cni;
+use crate::config::Loaded;
+use crate::exit::{Because, Failure, Result};
+
+pub use cleanup::cleanup;
+
+/// What the agent's tasks share.
+pub struct Shared {
+    core: Mutex<Core>,
+    store: Arc<dyn Store>,
+    config_values: Vec<ConfigValue>,
+    started: Instant,
+    /// Kernel tables have rows to work on.
+    wake: Notify,
+    /// The store has rows to work on.
+    publish: Notify,
+    /// Labels want numbers.
+    number: Notify,
+    /// Newest revision enforced, none before the first; sent after every pass.
+    enforced: watch::Sender<Option<u64>>,
+    /// Sent after every pass of the publisher.
+    settled: watch::Sender<()>,
+    store_status: std::sync::Mutex<StoreStatus>,
+    ring: Ring,
+    decoder: Decoder,
+    events: broadcast::Sender<FlowEvent>,
+    events_seen: AtomicU64,
+    events_lost: AtomicU64,
 }
 
-/// Removes what the instance made.
-pub async fn cleanup(config: &Config) -> Result<()> {
-    Err(Error::new(Failure::Failed, format!("{config:?}")))
+/// How long to wait for the store before the socket opens all the same.
+const START_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Runs the agent until it is told to stop. Stopping leaves the packet path at work.
+pub async fn run(loaded: Loaded) -> Result<()> {
+    LocalSet::new().run_until(run_local(loaded)).await
+}
+
+async fn run_local(loaded: Loaded) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).because(Failure::Failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
+    let config = loaded.config.clone();
+    let _lock = start::lock(&config)?;
+    let start::Started { shared, events, folder } = start::start(loaded).await?;
+
+    let spawn = |task| drop(tokio::task::spawn_local(task));
+    spawn(Box::pin(tasks::watch(Arc::clone(&shared))) as std::pin::Pin<Box<dyn Future<Output = ()>>>);
+    spawn(Box::pin(tasks::reconcile(Arc::clone(&shared))));
+    spawn(Box::pin(tasks::publish(Arc::clone(&shared))));
+    spawn(Box::pin(tasks::number(Arc::clone(&shared))));
+    spawn(Box::pin(tasks::join(Arc::clone(&shared))));
+    spawn(Box::pin(tasks::health(Arc::clone(&shared))));
+    spawn(Box::pin(flows::collect(Arc::clone(&shared))));
+    if let Some(events) = events {
+        spawn(Box::pin(flows::follow(Arc::clone(&shared), events)));
+    }
+    if let Some(changes) = folder {
+        spawn(Box::pin(mirror::run(Arc::clone(&shared), changes)));
+    }
+
+    // Those who ask right after the start find a node that is whole; if the store is away they can
+    // at least ask why.
+    let mut enforced = shared.enforced.subscribe();
+    let whole = enforced.wait_for(Option::is_some);
+    tokio::select! {
+        _ = tokio::time::timeout(START_PATIENCE, whole) => {}
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    }
+    let socket = config.socket();
+    let listener = server::listen(&socket)
+        .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
+        .because(Failure::Failed)?;
+    spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));
+    delete_queued(&shared).await;
+    start::notify("READY=1");
+    tracing::info!(socket = %socket.display(), "ready");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    start::notify("STOPPING=1");
+    tracing::info!("stopping; the packet path stays at work");
+    crate::files::remove(&socket).because(Failure::Failed)
+}
+
+/// Carries out deletions that came while the agent was down.
+async fn delete_queued(shared: &Arc<Shared>) {
+    let state_dir = shared.core.lock().await.config.state_dir.0.clone();
+    let queued = match cni::pending_deletions(&state_dir) {
+        Ok(queued) => queued,
+        Err(error) => return tracing::error!(%error, "queued deletions cannot be read"),
+    };
+    for deletion in queued {
+        let done = match attach::delete(shared, &deletion.attachment).await {
+            Ok(_) => crate::files::remove(&deletion.path).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = done {
+            tracing::error!(container = deletion.attachment.container_id, error, "deletion stays queued");
+        }
+    }
+}
+
+impl Shared {
+    /// What is known changed: desires anew and wakes those who act on it.
+    async fn changed(&self) {
+        self.core.lock().await.desire();
+        self.wake.notify_one();
+        self.publish.notify_one();
+        self.number.notify_one();
+    }
+
+    /// Returns when the records of these addresses of this node are in the store.
+    async fn published(&self, addresses: impl Iterator<Item = IpAddr>) {
+        let addresses: Vec<IpAddr> = addresses.collect();
+        let mut settled = self.settled.subscribe();
+        loop {
+            {
+                let core = self.core.lock().await;
+                let done = |ip: &IpAddr| {
+                    let key = records::ip_key(&core.node.name, *ip);
+                    core.rows.published.state(&key).as_deref() == Some("done")
+                };
+                if addresses.iter().all(done) {
+                    return;
+                }
+            }
+            if settled.changed().await.is_err() {
+                return;
+            }
+        }
+    }
 }

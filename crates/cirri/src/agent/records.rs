@@ -54,6 +54,11 @@ pub fn ip_key(node: &str, ip: IpAddr) -> String {
     format!("{}ips/{node}/{ip}", cirri_store::PREFIX)
 }
 
+/// Prefix of the records of a node's addresses.
+pub fn ip_prefix(node: &str) -> String {
+    format!("{}ips/{node}/", cirri_store::PREFIX)
+}
+
 /// The whole key of an identity by number.
 pub fn identity_key(id: u32) -> String {
     format!("{}identities/id/{id}", cirri_store::PREFIX)

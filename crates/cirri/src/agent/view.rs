@@ -84,12 +84,22 @@ impl View {
 
     /// Every resource's key (as [`Resource::store_key`]) and JSON.
     pub fn resources(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        let prefix = super::records::resource_prefix();
         let whole = cirri_store::PREFIX.len();
+        self.below(&super::records::resource_prefix()).map(move |(key, value)| (&key[whole..], value))
+    }
+
+    /// Whole keys below a prefix, and their values.
+    pub fn below<'a>(&'a self, prefix: &str) -> impl Iterator<Item = (&'a str, &'a [u8])> + use<'a> {
+        let prefix = prefix.to_owned();
         self.entries
             .range(prefix.clone()..)
             .take_while(move |(key, _)| key.starts_with(&prefix))
-            .map(move |(key, entry)| (&key[whole..], entry.value.as_slice()))
+            .map(|(key, entry)| (key.as_str(), entry.value.as_slice()))
+    }
+
+    /// The value of a whole key.
+    pub fn value(&self, key: &str) -> Option<&[u8]> {
+        self.entries.get(key).map(|entry| entry.value.as_slice())
     }
 
     fn put(&mut self, entry: Entry, changes: &mut Vec<Change>) {

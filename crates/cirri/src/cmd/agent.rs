@@ -38,11 +38,6 @@ pub fn run(args: &AgentArgs) -> Result<()> {
         .map_err(|error| format!("log.level `{}`: {error}", loaded.config.log.level))
         .because(Failure::BadInput)?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().because(Failure::Failed)?;
-    if args.cleanup {
-        runtime.block_on(agent::cleanup(&loaded.config))
-    } else {
-        runtime.block_on(agent::run(loaded))
-    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().because(Failure::Failed)?;
+    if args.cleanup { runtime.block_on(agent::cleanup(&loaded.config)) } else { runtime.block_on(agent::run(loaded)) }
 }

@@ -89,12 +89,7 @@ fn table(status: &Status) -> String {
         let mut peers = Table::new(["peer", "addresses", "pod ranges", "workloads"]);
         for peer in &status.peers {
             let addresses: Vec<String> = peer.addresses.iter().map(ToString::to_string).collect();
-            peers.row([
-                peer.name.clone(),
-                addresses.join(","),
-                peer.pod_cidrs.join(","),
-                peer.workloads.to_string(),
-            ]);
+            peers.row([peer.name.clone(), addresses.join(","), peer.pod_cidrs.join(","), peer.workloads.to_string()]);
         }
         out.push('\n');
         out.push_str(&peers.render(width));

@@ -18,7 +18,7 @@ use crate::api::{ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointGc, R
 use crate::client::{self, CallError};
 use spec::{CniError, NetConf, code};
 
-pub use queue::{Queued, pending_deletions};
+pub use queue::pending_deletions;
 
 /// For `cirri cni --help`.
 pub const ABOUT: &str = "\
@@ -86,7 +86,11 @@ fn dispatch(
         return Ok(Some(spec::versions()));
     }
     let conf: NetConf = serde_json::from_str(input).map_err(|error| {
-        CniError::new(code::DECODE, format!("the network configuration is no JSON that fits: {error}"), "see the CNI specification")
+        CniError::new(
+            code::DECODE,
+            format!("the network configuration is no JSON that fits: {error}"),
+            "see the CNI specification",
+        )
     })?;
     if !spec::VERSIONS.contains(&conf.cni_version.as_str()) {
         return Err(CniError::new(
@@ -130,8 +134,8 @@ fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, Cn
         ifname: attachment.ifname,
         netns: netns.clone(),
     };
-    let added: EndpointAdded =
-        client::call(&conf.socket, "endpoint.add", &params, PATIENCE).map_err(|error| from_call(error, code::REFUSED))?;
+    let added: EndpointAdded = client::call(&conf.socket, "endpoint.add", &params, PATIENCE)
+        .map_err(|error| from_call(error, code::REFUSED))?;
     Ok(spec::added(&conf.cni_version, &params.ifname, &netns, &added))
 }
 
@@ -158,8 +162,8 @@ fn check(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), Cni
     let previous = conf.prev_result.as_ref().ok_or_else(|| {
         CniError::new(code::INVALID_CONFIG, "CHECK needs `prevResult`", "the runtime must pass what ADD answered")
     })?;
-    let endpoint: crate::api::EndpointInfo =
-        client::call(&conf.socket, "endpoint.check", &attachment, PATIENCE).map_err(|error| from_call(error, code::CHECK_FAILED))?;
+    let endpoint: crate::api::EndpointInfo = client::call(&conf.socket, "endpoint.check", &attachment, PATIENCE)
+        .map_err(|error| from_call(error, code::CHECK_FAILED))?;
     for ip in previous["ips"].as_array().into_iter().flatten() {
         let text = ip["address"].as_str().unwrap_or_default();
         let address: Option<IpAddr> = text.split('/').next().and_then(|text| text.parse().ok());
@@ -191,9 +195,10 @@ fn gc(conf: &NetConf) -> Result<(), CniError> {
 fn status(conf: &NetConf) -> Result<(), CniError> {
     let unavailable = |why: String, advice: &str| Err(CniError::new(code::NOT_AVAILABLE, why, advice));
     match client::call::<Status>(&conf.socket, "status", &serde_json::json!({}), PATIENCE) {
-        Ok(status) if status.pod_cidrs.is_empty() => {
-            unavailable("the node has no pod range yet".to_owned(), "see `cirri status`: the store must be reachable once")
-        }
+        Ok(status) if status.pod_cidrs.is_empty() => unavailable(
+            "the node has no pod range yet".to_owned(),
+            "see `cirri status`: the store must be reachable once",
+        ),
         Ok(_) => Ok(()),
         Err(error) => unavailable(error.to_string(), "start the agent"),
     }
@@ -218,7 +223,8 @@ fn from_call(error: CallError, refused: u32) -> CniError {
 
 fn attachment(env: &dyn Fn(&str) -> Option<String>) -> Result<Attachment, CniError> {
     let attachment = Attachment { container_id: need(env, "CNI_CONTAINERID")?, ifname: need(env, "CNI_IFNAME")? };
-    let wrong = |what: &str, rule: &str| Err(CniError::new(code::INVALID_ENVIRONMENT, format!("{what} is not valid"), rule));
+    let wrong =
+        |what: &str, rule: &str| Err(CniError::new(code::INVALID_ENVIRONMENT, format!("{what} is not valid"), rule));
     let simple = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
     let id = &attachment.container_id;
     if !id.starts_with(|c: char| c.is_ascii_alphanumeric()) || !id.chars().all(simple) || id.len() > 200 {
@@ -279,7 +285,10 @@ mod tests {
         assert_eq!(code(r#"{"cniVersion":"1.1.0"}"#, &with("ADD")), code::INVALID_CONFIG);
         assert_eq!(code(conf, &with("MAKE")), code::INVALID_ENVIRONMENT);
         assert_eq!(code(conf, &with("GC")), code::INVALID_CONFIG);
-        assert_eq!(code(conf, &[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "../x"), ("CNI_IFNAME", "e")]), code::INVALID_ENVIRONMENT);
+        assert_eq!(
+            code(conf, &[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "../x"), ("CNI_IFNAME", "e")]),
+            code::INVALID_ENVIRONMENT
+        );
     }
 
     #[test]

@@ -133,11 +133,8 @@ pub fn added(version: &str, ifname: &str, netns: &str, added: &EndpointAdded) ->
     let mut ips = Vec::new();
     let mut routes = Vec::new();
     for address in &added.addresses {
-        let (gateway, everything, family) = if address.ip.is_ipv4() {
-            (added.gateway_v4, "0.0.0.0/0", "4")
-        } else {
-            (added.gateway_v6, "::/0", "6")
-        };
+        let (gateway, everything, family) =
+            if address.ip.is_ipv4() { (added.gateway_v4, "0.0.0.0/0", "4") } else { (added.gateway_v6, "::/0", "6") };
         let mut ip = json!({ "interface": 1, "address": format!("{}/{}", address.ip, address.prefix) });
         if let Some(gateway) = gateway {
             ip["gateway"] = json!(gateway);
@@ -213,10 +210,7 @@ mod tests {
             result["interfaces"][1],
             json!({ "name": "eth0", "mac": "02:00:00:00:00:01", "sandbox": "/run/netns/x" })
         );
-        assert_eq!(
-            result["ips"][0],
-            json!({ "interface": 1, "address": "10.244.0.5/32", "gateway": "169.254.1.1" })
-        );
+        assert_eq!(result["ips"][0], json!({ "interface": 1, "address": "10.244.0.5/32", "gateway": "169.254.1.1" }));
         assert_eq!(result["routes"][1], json!({ "dst": "::/0", "gw": "fe80::1" }));
     }
 
@@ -235,7 +229,8 @@ mod tests {
 
     #[test]
     fn gc_reads_the_valid_attachments() {
-        let text = r#"{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}"#;
+        let text =
+            r#"{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}"#;
         let conf: NetConf = serde_json::from_str(text).unwrap();
         assert_eq!(conf.valid_attachments.unwrap()[0].container_id, "a");
     }

@@ -61,8 +61,8 @@ pub fn load(
     });
 
     if let Some(path) = file {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         for (key, value) in read_file(path, &text)? {
             put(&mut tree, &key, value);
             if let Some(known) = values.get_mut(&key) {
@@ -232,7 +232,8 @@ mod tests {
     use crate::config::RoutingMode;
 
     fn load_text(text: &str, env: &[(&str, &str)], flags: &[&str]) -> Result<Loaded, ConfigError> {
-        let dir = std::env::temp_dir().join(format!("cirri-config-{}-{:?}", std::process::id(), std::thread::current().id()));
+        let dir =
+            std::env::temp_dir().join(format!("cirri-config-{}-{:?}", std::process::id(), std::thread::current().id()));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("agent.yaml");
         std::fs::write(&path, text).unwrap();
@@ -252,7 +253,11 @@ mod tests {
     #[test]
     fn every_value_says_where_it_came_from_and_the_stronger_source_wins() {
         let text = format!("{FOLDER}routing: {{mode: direct}}\nnode: {{name: a, ipv4: 10.0.0.1}}\n");
-        let env = [("CIRRI_NODE_NAME", "b"), ("CIRRI_CLUSTER_POD_CIDR_V4", "10.9.0.0/16"), ("CIRRI_NODE_DEVICES", "eth0,eth1")];
+        let env = [
+            ("CIRRI_NODE_NAME", "b"),
+            ("CIRRI_CLUSTER_POD_CIDR_V4", "10.9.0.0/16"),
+            ("CIRRI_NODE_DEVICES", "eth0,eth1"),
+        ];
         let loaded = load_text(&text, &env, &["node.name=c", "masquerade.ipv6=false"]).unwrap();
         assert_eq!(loaded.config.node.name, "c");
         assert_eq!(loaded.config.node.devices, ["eth0", "eth1"]);

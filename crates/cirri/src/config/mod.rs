@@ -212,11 +212,7 @@ impl Default for Masquerade {
 
 impl Default for Store {
     fn default() -> Store {
-        Store {
-            kind: StoreKind::default(),
-            folder: PathBuf::from("/etc/cirri/manifests"),
-            etcd: EtcdConfig::default(),
-        }
+        Store { kind: StoreKind::default(), folder: PathBuf::from("/etc/cirri/manifests"), etcd: EtcdConfig::default() }
     }
 }
 
@@ -234,11 +230,7 @@ impl Default for StateDir {
 
 impl Default for Bpf {
     fn default() -> Bpf {
-        Bpf {
-            pin_root: PathBuf::from("/sys/fs/bpf/cirri"),
-            instance: "default".to_owned(),
-            maps: MapSizes::default(),
-        }
+        Bpf { pin_root: PathBuf::from("/sys/fs/bpf/cirri"), instance: "default".to_owned(), maps: MapSizes::default() }
     }
 }
 

@@ -1,0 +1,315 @@
+//! What the agent knows and wants: the one owner of all its state.
+//!
+//! Sources change [`Core`] (the store through [`Core::apply`], CNI through `attach`), then call
+//! [`Core::desire`], which fills the desired tables from scratch; only rows that differ become
+//! work for the reconcilers (`reconcile`). Nothing is desired, and so nothing removed, before the
+//! store was seen whole once: until then what is pinned stays in force.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, RulesetSlot, epoch_slot};
+use cirri_control::ipam::{IpamError, Pool};
+use cirri_control::labels::{IdentityLabels, LabelFilter};
+use cirri_control::policy::{self, Cluster, PolicyId};
+use cirri_control::resource::Pod;
+use cirri_loader::net::Net;
+use cirri_loader::{Datapath, Tables};
+use cirri_store::Event;
+use ipnet::IpNet;
+
+use super::endpoint::Endpoint;
+use super::node::Node;
+use super::records;
+use super::rows::{Rows, sort};
+use super::slots::Slots;
+use super::view::{Change, Named, View};
+use crate::api::Attachment;
+use crate::config::Config;
+
+/// All state of the agent. Behind one lock; see the module.
+pub struct Core {
+    /// The configuration.
+    pub config: Config,
+    /// This node.
+    pub node: Node,
+    /// Its network.
+    pub net: Net,
+    /// The programs.
+    pub datapath: Datapath,
+    /// Their tables.
+    pub tables: Tables,
+    /// What the store says.
+    pub view: View,
+    /// Policies and identities, as the compiler knows them.
+    pub cluster: Cluster,
+    /// Policies that were not taken, and why; their last good version is in force.
+    pub refused: BTreeMap<Named, String>,
+    /// This node's pod ranges and what is given out of them; empty until they are allocated.
+    pub pools: Vec<Pool>,
+    /// Workloads by number.
+    pub endpoints: BTreeMap<u16, Endpoint>,
+    /// Numbers of workloads.
+    pub endpoint_ids: Slots<Attachment>,
+    /// Slots of rule sets by identity.
+    pub ruleset_slots: Slots<u32>,
+    /// Epoch slots of routes to peers, by the peer's address.
+    pub peer_slots: Slots<Ipv4Addr>,
+    /// The desired tables.
+    pub rows: Rows,
+    /// Labels of workloads here that have no number yet: somebody must allocate them.
+    pub unnumbered: BTreeSet<IdentityLabels>,
+    /// What is wrong with manifests in the folder.
+    pub folder_errors: Vec<String>,
+    /// Newest revision that everything is reconciled for.
+    pub enforced_revision: u64,
+    /// Revision that must be seen before anything is desired; none: not known yet.
+    pub needed_revision: Option<u64>,
+    /// Identities whose rule set must be compiled again.
+    dirty: BTreeSet<u32>,
+}
+
+impl Core {
+    /// Knows nothing yet.
+    pub fn new(config: Config, node: Node, net: Net, datapath: Datapath) -> Core {
+        let mut cluster = Cluster::default();
+        for (identity, labels) in cirri_control::identity::reserved() {
+            cluster.upsert_identity(identity, labels);
+        }
+        Core {
+            tables: datapath.tables().clone(),
+            config,
+            node,
+            net,
+            datapath,
+            view: View::default(),
+            cluster,
+            refused: BTreeMap::new(),
+            pools: Vec::new(),
+            endpoints: BTreeMap::new(),
+            endpoint_ids: Slots::new(1..=u16::MAX),
+            ruleset_slots: Slots::new(epoch_slot::FIRST_RULESET..=epoch_slot::LAST_RULESET),
+            peer_slots: Slots::new(epoch_slot::FIRST_PEER..=epoch_slot::LAST_PEER),
+            rows: Rows::new(),
+            unnumbered: BTreeSet::new(),
+            folder_errors: Vec::new(),
+            enforced_revision: 0,
+            needed_revision: None,
+            dirty: BTreeSet::new(),
+        }
+    }
+
+    /// Whether the store was seen whole and the node has its ranges.
+    pub fn is_ready(&self) -> bool {
+        let seen = self.needed_revision.is_some_and(|needed| self.view.revision >= needed);
+        self.view.synced && seen && !self.pools.is_empty()
+    }
+
+    /// Takes in what the store says.
+    pub fn apply(&mut self, event: Event) {
+        let mut changed = policy::Change::default();
+        for change in self.view.apply(event) {
+            match change {
+                Change::PolicyPut(name) => {
+                    let Some((policy, _)) = self.view.policies.get(&name) else { continue };
+                    match self.cluster.upsert_policy(policy) {
+                        Ok(change) => {
+                            self.refused.remove(&name);
+                            changed.merge(change);
+                        }
+                        Err(error) => {
+                            tracing::error!(namespace = %name.0, policy = %name.1, %error, "policy refused");
+                            self.refused.insert(name, error.to_string());
+                        }
+                    }
+                }
+                Change::PolicyGone(name) => {
+                    self.refused.remove(&name);
+                    changed.merge(self.cluster.remove_policy(&PolicyId::network_policy(&name.0, &name.1)));
+                }
+                Change::IdentityPut(identity) => {
+                    if let Some(labels) = self.view.identities.labels(identity) {
+                        changed.merge(self.cluster.upsert_identity(identity, labels.clone()));
+                    }
+                }
+                Change::IdentityGone(identity) => changed.merge(self.cluster.remove_identity(identity)),
+                // Labels are made again by every `desire`.
+                Change::Labels => {}
+            }
+        }
+        self.dirty.extend(changed.identities().map(|identity| identity.id));
+    }
+
+    /// The identity was just allocated here; no need to wait until the store says so too.
+    pub fn learn_identity(&mut self, identity: Identity, labels: &IdentityLabels) {
+        if self.view.identities.insert(identity, labels.clone()) {
+            let changed = self.cluster.upsert_identity(identity, labels.clone());
+            self.dirty.extend(changed.identities().map(|identity| identity.id));
+        }
+    }
+
+    /// Who a pod is. One without a resource of its own is known by its namespace alone.
+    pub fn labels_of(&self, namespace: &str, pod: &str, filter: &LabelFilter) -> IdentityLabels {
+        let known = self.view.pods.get(&(namespace.to_owned(), pod.to_owned()));
+        let space = self.view.namespaces.get(namespace);
+        let cluster = &self.config.cluster.name;
+        match known {
+            Some(pod) => IdentityLabels::of_pod(pod, space, cluster, filter),
+            None => IdentityLabels::of_pod(&unlabelled(namespace, pod), space, cluster, filter),
+        }
+    }
+
+    /// Fills the desired tables from all that is known. Nothing before [`Core::is_ready`].
+    pub fn desire(&mut self) {
+        if !self.is_ready() {
+            return;
+        }
+        self.identify();
+        self.desire_rulesets();
+        self.desire_rows();
+    }
+
+    /// Gives every workload the identity that its labels have now.
+    fn identify(&mut self) {
+        let filter = self.cluster.label_filter();
+        let mut unnumbered = BTreeSet::new();
+        let mut moved = Vec::new();
+        for endpoint in self.endpoints.values() {
+            let labels = self.labels_of(&endpoint.namespace, &endpoint.pod, &filter);
+            match self.view.identities.find(&labels) {
+                Some(identity) if identity.id == endpoint.identity => {}
+                Some(identity) => moved.push((endpoint.id, identity, labels.canonical())),
+                None => {
+                    unnumbered.insert(labels);
+                }
+            }
+        }
+        self.unnumbered = unnumbered;
+        for (id, identity, labels) in moved {
+            let Some(slot) = self.ruleset_slots.take(&identity.id) else {
+                tracing::error!(endpoint = id, "no slot left for a rule set; the workload keeps its old identity");
+                continue;
+            };
+            let Some(endpoint) = self.endpoints.get_mut(&id) else { continue };
+            tracing::info!(endpoint = id, from = endpoint.identity, to = identity.id, "identity changed");
+            endpoint.identity = identity.id;
+            endpoint.labels = labels;
+            endpoint.ruleset = slot;
+            if let Err(error) = endpoint.save(&self.config.state_dir.0) {
+                tracing::warn!(endpoint = id, %error, "its file is behind; a restart repairs it");
+            }
+        }
+    }
+
+    fn desire_rulesets(&mut self) {
+        let wanted: BTreeMap<u32, RulesetSlot> =
+            self.endpoints.values().map(|endpoint| (endpoint.identity, endpoint.ruleset)).collect();
+        for (identity, slot) in &wanted {
+            if !self.dirty.contains(identity) && self.rows.rulesets.desired(slot).is_some() {
+                continue;
+            }
+            match self.cluster.compile(Identity { id: *identity }) {
+                Ok(mut ruleset) => {
+                    sort(&mut ruleset.entries);
+                    self.rows.rulesets.set(*slot, Arc::new(ruleset.entries));
+                }
+                Err(error) => {
+                    tracing::error!(identity, %error, "no new rule set");
+                    if self.rows.rulesets.desired(slot).is_none() {
+                        let mut entries = closed();
+                        sort(&mut entries);
+                        self.rows.rulesets.set(*slot, Arc::new(entries));
+                    }
+                }
+            }
+        }
+        // What is dirty and has no workload here is compiled when one comes.
+        self.dirty.clear();
+        let live: BTreeSet<RulesetSlot> = wanted.into_values().collect();
+        let unused: Vec<RulesetSlot> =
+            self.rows.rulesets.iter().map(|(slot, _)| *slot).filter(|slot| !live.contains(slot)).collect();
+        for slot in unused {
+            self.rows.rulesets.unset(&slot);
+        }
+    }
+
+    /// The node's ranges are known: reserves in them what its workloads have.
+    ///
+    /// # Errors
+    /// A range has no addresses to give.
+    pub fn set_ranges(&mut self, ranges: &[IpNet]) -> Result<(), IpamError> {
+        let mut pools = ranges.iter().map(|range| Pool::new(*range)).collect::<Result<Vec<_>, _>>()?;
+        for endpoint in self.endpoints.values() {
+            for ip in endpoint.addresses() {
+                let family = pools.iter_mut().find(|pool| pool.cidr().addr().is_ipv6() == ip.is_ipv6());
+                if let Some(Err(error)) = family.map(|pool| pool.reserve(ip)) {
+                    tracing::warn!(endpoint = endpoint.id, %error, "kept, although the node's range does not have it");
+                }
+            }
+        }
+        self.pools = pools;
+        Ok(())
+    }
+
+    /// The store was seen whole again: what this agent published and is not there (any more), or
+    /// was left there by an earlier run, is put right.
+    pub fn compare_published(&mut self) {
+        let desired: Vec<(String, Vec<u8>)> =
+            self.rows.published.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        for (key, value) in desired {
+            if self.view.value(&key) != Some(value.as_slice()) {
+                self.rows.published.suspect(&key);
+            }
+        }
+        let prefix = records::ip_prefix(&self.node.name);
+        for (key, value) in self.view.below(&prefix) {
+            let key = key.to_owned();
+            if self.rows.published.desired(&key).is_none() {
+                self.rows.published.adopt(key, value.to_vec());
+            }
+        }
+    }
+
+    /// The node's range of a family.
+    pub fn pod_cidr(&self, v6: bool) -> Option<IpNet> {
+        self.pools.iter().map(Pool::cidr).find(|cidr| cidr.addr().is_ipv6() == v6)
+    }
+
+    /// The workload with an address.
+    pub fn endpoint_at(&self, ip: IpAddr) -> Option<&Endpoint> {
+        self.endpoints.values().find(|endpoint| endpoint.addresses().any(|address| address == ip))
+    }
+
+    /// The workload of an attachment.
+    pub fn endpoint_of(&self, attachment: &Attachment) -> Option<&Endpoint> {
+        self.endpoints.get(&self.endpoint_ids.get(attachment)?)
+    }
+}
+
+/// A rule set that lets nothing pass.
+fn closed() -> Vec<(PolicyKey, PolicyEntry)> {
+    let key = |direction| PolicyKey { prefix_len: PolicyKey::STATIC_BITS, direction, ..PolicyKey::default() };
+    let deny = PolicyEntry {
+        cookie: Cookie::DEFAULT_DENY,
+        prefix_len: PolicyKey::STATIC_BITS as u8,
+        ..PolicyEntry::default()
+    };
+    [cirri_abi::Direction::INGRESS, cirri_abi::Direction::EGRESS].map(|direction| (key(direction), deny)).to_vec()
+}
+
+/// A pod of which only the name is known.
+fn unlabelled(namespace: &str, name: &str) -> Pod {
+    let metadata = cirri_control::resource::Metadata {
+        name: name.to_owned(),
+        namespace: Some(namespace.to_owned()),
+        ..Default::default()
+    };
+    let spec = cirri_control::resource::PodSpec {
+        node_name: None,
+        service_account_name: "default".to_owned(),
+        host_network: false,
+        containers: Vec::new(),
+    };
+    Pod { metadata, spec, status: Default::default() }
+}

@@ -1,0 +1,290 @@
+//! The rows that follow from the node, its workloads and its peers.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use cirri_abi::{Addr, Identity, Ipcache, NodeConfig, Port, ipcache_flag, node_flag};
+use cirri_control::policy::Blocks;
+use cirri_loader::net::Route;
+use ipnet::IpNet;
+
+use super::core::Core;
+use super::endpoint::Endpoint;
+use super::records::{self, IpRecord, NodeRecord};
+use super::rows::{Attached, Role, RouteRow};
+use crate::config::RoutingMode;
+
+impl Core {
+    /// Fills every table but the rule sets'.
+    pub(super) fn desire_rows(&mut self) {
+        self.rows.node.set("node", self.node_config());
+        self.rows.endpoints.replace(self.endpoints.values().map(|endpoint| (endpoint.id, endpoint.row())).collect());
+        self.number_peers();
+        let ipcache = with_blocks(self.addresses(), self.cluster.blocks());
+        self.rows.ipcache.replace(ipcache);
+        self.rows.routes.replace(self.routes());
+        self.rows.attachments.replace(self.attachments());
+        self.rows.published.replace(self.records());
+    }
+
+    /// Every other node, by name.
+    pub fn peers(&self) -> impl Iterator<Item = &NodeRecord> {
+        self.view.nodes.values().filter(|record| record.name != self.node.name)
+    }
+
+    fn node_config(&self) -> NodeConfig {
+        let masquerade = &self.config.masquerade;
+        let mut flags = 0;
+        let mut set = |wanted: bool, flag: u32| flags |= if wanted { flag } else { 0 };
+        set(masquerade.ipv4, node_flag::MASQUERADE_V4);
+        set(masquerade.ipv6 && self.node.v6.is_some(), node_flag::MASQUERADE_V6);
+        set(self.config.routing.mode == RoutingMode::Overlay, node_flag::TUNNEL);
+        NodeConfig {
+            flags,
+            overlay_ifindex: self.node.overlay.as_ref().map_or(0, |link| link.index),
+            v4: Addr::v4(self.node.v4.octets()),
+            v6: self.node.v6.map_or(Addr::UNSPECIFIED, |v6| Addr::v6(v6.octets())),
+            masquerade_first: Port::new(masquerade.ports.first),
+            masquerade_mask: (masquerade.ports.count() - 1) as u16,
+            mtu: self.node.mtu,
+            _pad: [0; 4],
+        }
+    }
+
+    /// Every peer gets an epoch slot; those of peers that left are free again.
+    fn number_peers(&mut self) {
+        let present: Vec<_> = self.peers().filter_map(|peer| peer.v4).collect();
+        let gone: Vec<_> = self.peer_slots.iter().map(|(v4, _)| *v4).filter(|v4| !present.contains(v4)).collect();
+        for v4 in gone {
+            self.peer_slots.release(&v4);
+        }
+        for v4 in present {
+            if self.peer_slots.take(&v4).is_none() {
+                tracing::error!(peer = %v4, "more peers than epoch slots; it is not reached");
+            }
+        }
+    }
+
+    /// The address cache, without blocks.
+    fn addresses(&self) -> BTreeMap<IpNet, Ipcache> {
+        let mut rows = BTreeMap::new();
+        let plain = |identity| Ipcache { identity, ..Ipcache::default() };
+        let (world_v4, world_v6) = match self.node.v6 {
+            Some(_) => (Identity::WORLD_IPV4, Identity::WORLD_IPV6),
+            None => (Identity::WORLD, Identity::WORLD),
+        };
+        for (everything, world) in [("0.0.0.0/0", world_v4), ("::/0", world_v6)] {
+            if let Ok(everything) = everything.parse::<IpNet>() {
+                rows.insert(everything, plain(world));
+            }
+        }
+        for pool in &self.pools {
+            let row = Ipcache { flags: ipcache_flag::LOCAL_POOL, ..plain(Identity::UNMANAGED) };
+            rows.insert(pool.cidr(), row);
+        }
+        let mut behind = BTreeMap::new();
+        for peer in self.peers() {
+            let Some(v4) = peer.v4 else { continue };
+            let Some(slot) = self.peer_slots.get(&v4) else { continue };
+            let row = |identity| Ipcache {
+                identity,
+                block: 0,
+                peer: u32::from_ne_bytes(v4.octets()),
+                slot,
+                flags: ipcache_flag::REMOTE,
+            };
+            for cidr in [peer.pod_v4.map(IpNet::V4), peer.pod_v6.map(IpNet::V6)].into_iter().flatten() {
+                rows.insert(cidr.trunc(), row(Identity::UNMANAGED));
+            }
+            rows.insert(IpNet::from(IpAddr::V4(v4)), row(Identity::REMOTE_NODE));
+            if let Some(v6) = peer.v6 {
+                rows.insert(IpNet::from(IpAddr::V6(v6)), row(Identity::REMOTE_NODE));
+            }
+            behind.insert(peer.name.as_str(), row(Identity::UNKNOWN));
+        }
+        for (ip, record) in &self.view.ips {
+            if let Some(row) = behind.get(record.node.as_str()) {
+                rows.insert(IpNet::from(*ip), Ipcache { identity: Identity { id: record.identity }, ..*row });
+            }
+        }
+        for endpoint in self.endpoints.values() {
+            for ip in endpoint.addresses() {
+                rows.insert(IpNet::from(ip), plain(endpoint.identity()));
+            }
+        }
+        for ip in &self.node.addresses {
+            rows.insert(IpNet::from(*ip), Ipcache { flags: ipcache_flag::HOST, ..plain(Identity::HOST) });
+        }
+        rows
+    }
+
+    fn routes(&self) -> BTreeMap<IpNet, RouteRow> {
+        let source = |v6: bool| if v6 { self.node.v6.map(IpAddr::V6) } else { Some(IpAddr::V4(self.node.v4)) };
+        let mut rows = BTreeMap::new();
+        for endpoint in self.endpoints.values() {
+            for ip in endpoint.addresses() {
+                let route = Route::host(ip, endpoint.ifindex, source(ip.is_ipv6()));
+                rows.insert(IpNet::from(ip), RouteRow { route, neighbour: Some(endpoint.mac) });
+            }
+        }
+        for peer in self.peers() {
+            for cidr in [peer.pod_v4.map(IpNet::V4), peer.pod_v6.map(IpNet::V6)].into_iter().flatten() {
+                let cidr = cidr.trunc();
+                let v6 = cidr.addr().is_ipv6();
+                let (via, device) = match (&self.node.overlay, self.config.routing.mode) {
+                    (Some(overlay), RoutingMode::Overlay) => (None, overlay.index),
+                    _ => {
+                        let via = if v6 { peer.v6.map(IpAddr::V6) } else { peer.v4.map(IpAddr::V4) };
+                        if via.is_none() {
+                            continue;
+                        }
+                        (via, self.node.uplink)
+                    }
+                };
+                let route = Route {
+                    to: cidr.network(),
+                    prefix: cidr.prefix_len(),
+                    via,
+                    device,
+                    source: source(v6),
+                    onlink: false,
+                };
+                rows.insert(cidr, RouteRow { route, neighbour: None });
+            }
+        }
+        rows
+    }
+
+    fn attachments(&self) -> BTreeMap<String, Attached> {
+        let mut rows = BTreeMap::new();
+        for device in &self.node.devices {
+            rows.insert(device.name.clone(), Attached { role: Role::Network, ifindex: device.index });
+        }
+        if let Some(overlay) = &self.node.overlay {
+            rows.insert(overlay.name.clone(), Attached { role: Role::Overlay, ifindex: overlay.index });
+        }
+        for endpoint in self.endpoints.values() {
+            let attached = Attached { role: Role::Workload, ifindex: endpoint.ifindex };
+            rows.insert(endpoint.host_ifname.clone(), attached);
+        }
+        rows
+    }
+
+    fn records(&self) -> BTreeMap<String, Vec<u8>> {
+        let mut rows = BTreeMap::new();
+        let v4 = |cidr: Option<IpNet>| match cidr {
+            Some(IpNet::V4(v4)) => Some(v4),
+            _ => None,
+        };
+        let v6 = |cidr: Option<IpNet>| match cidr {
+            Some(IpNet::V6(v6)) => Some(v6),
+            _ => None,
+        };
+        let node = NodeRecord {
+            name: self.node.name.clone(),
+            v4: Some(self.node.v4),
+            v6: self.node.v6,
+            pod_v4: v4(self.pod_cidr(false)),
+            pod_v6: v6(self.pod_cidr(true)),
+        };
+        insert_json(&mut rows, records::node_key(&self.node.name), &node);
+        for endpoint in self.endpoints.values() {
+            for ip in endpoint.addresses() {
+                insert_json(&mut rows, records::ip_key(&self.node.name, ip), &self.ip_record(endpoint, ip));
+            }
+        }
+        rows
+    }
+
+    fn ip_record(&self, endpoint: &Endpoint, ip: IpAddr) -> IpRecord {
+        IpRecord {
+            ip,
+            identity: endpoint.identity,
+            node: self.node.name.clone(),
+            namespace: endpoint.namespace.clone(),
+            pod: endpoint.pod.clone(),
+        }
+    }
+}
+
+/// Adds what policies name: every row learns the most specific block that holds it, and every block
+/// gets a row of its own, which inherits all else from the row that holds it.
+fn with_blocks(mut rows: BTreeMap<IpNet, Ipcache>, blocks: &Blocks) -> BTreeMap<IpNet, Ipcache> {
+    let mut inherited = Vec::new();
+    for (block, number) in blocks.iter() {
+        if !rows.contains_key(&block)
+            && let Some(holder) = holder(&rows, block)
+        {
+            inherited.push((block, Ipcache { block: number, ..holder }));
+        }
+    }
+    for (net, row) in &mut rows {
+        row.block = blocks.block_of(*net);
+    }
+    rows.extend(inherited);
+    rows
+}
+
+fn holder(rows: &BTreeMap<IpNet, Ipcache>, net: IpNet) -> Option<Ipcache> {
+    (0..net.prefix_len())
+        .rev()
+        .filter_map(|length| IpNet::new(net.addr(), length).ok())
+        .find_map(|wider| rows.get(&wider.trunc()).copied())
+}
+
+fn insert_json(rows: &mut BTreeMap<String, Vec<u8>>, key: String, value: &impl serde::Serialize) {
+    match serde_json::to_vec(value) {
+        Ok(json) => {
+            rows.insert(key, json);
+        }
+        // Plain structs of numbers and strings: this cannot happen, and must not stop the agent.
+        Err(error) => tracing::error!(key, %error, "a record cannot be written as JSON"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cirri_control::policy::Cluster;
+    use cirri_control::resource::{Resource, parse_documents};
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_block_inherits_from_the_row_that_holds_it_and_rows_learn_their_block() {
+        let policy = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: p, namespace: shop}
+spec:
+  podSelector: {}
+  egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.128.0/17]}}]}]
+  policyTypes: [Egress]
+";
+        let mut cluster = Cluster::default();
+        match parse_documents("p.yaml", policy).unwrap().remove(0) {
+            Resource::NetworkPolicy(policy) => cluster.upsert_policy(&policy).unwrap(),
+            other => panic!("expected a policy, got {other:?}"),
+        };
+        let row = |id, slot| Ipcache { identity: Identity { id }, slot, ..Ipcache::default() };
+        let rows = BTreeMap::from([
+            (net("0.0.0.0/0"), row(9, 0)),
+            (net("10.1.0.0/16"), row(3, 4096)),
+            (net("10.1.200.7/32"), row(300, 4096)),
+        ]);
+        let rows = with_blocks(rows, cluster.blocks());
+        let number = |text: &str| cluster.blocks().block_of(net(text));
+        let (wide, narrow) = (number("10.0.0.0/8"), number("10.1.128.0/17"));
+        assert!(wide != 0 && narrow != 0 && wide != narrow);
+        let expected = BTreeMap::from([
+            (net("0.0.0.0/0"), row(9, 0)),
+            (net("10.0.0.0/8"), Ipcache { block: wide, ..row(9, 0) }),
+            (net("10.1.0.0/16"), Ipcache { block: wide, ..row(3, 4096) }),
+            (net("10.1.128.0/17"), Ipcache { block: narrow, ..row(3, 4096) }),
+            (net("10.1.200.7/32"), Ipcache { block: narrow, ..row(300, 4096) }),
+        ]);
+        assert_eq!(rows, expected);
+    }
+}

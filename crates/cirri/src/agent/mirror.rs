@@ -1,0 +1,63 @@
+//! Manifests of a directory, kept in the embedded store: from there on they go the same way as on
+//! a node of a cluster, and the last good content survives a restart.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cirri_store::{PREFIX, StoreError, folder};
+use futures::StreamExt;
+
+use super::Shared;
+use super::records::resource_prefix;
+
+/// How long to wait before a write that failed is tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Copies changes until the agent stops.
+pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'static, folder::Change>) {
+    let mut first = true;
+    while let Some(change) = changes.next().await {
+        let errors: Vec<String> = change.errors.iter().map(|error| error.message.clone()).collect();
+        for error in &errors {
+            tracing::error!("{error}");
+        }
+        shared.core.lock().await.folder_errors = errors;
+        // What an earlier run stored and no file says any more; unless a file that cannot be read
+        // now may have said it.
+        let stale = first && change.errors.is_empty();
+        while let Err(error) = copy(&shared, &change, stale).await {
+            tracing::error!(%error, "manifests are not in force yet; trying again");
+            tokio::time::sleep(PAUSE).await;
+        }
+        if first && let Ok(health) = shared.store.health().await {
+            shared.core.lock().await.needed_revision = Some(health.revision);
+            first = false;
+        }
+        shared.changed().await;
+    }
+}
+
+/// The resources that the store holds, by key (without the store's prefix), as JSON.
+pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, String> {
+    let core = shared.core.lock().await;
+    core.view.resources().map(|(key, json)| (key.to_owned(), String::from_utf8_lossy(json).into_owned())).collect()
+}
+
+async fn copy(shared: &Arc<Shared>, change: &folder::Change, stale: bool) -> Result<(), StoreError> {
+    for resource in &change.upserted {
+        let key = format!("{PREFIX}{}", resource.store_key());
+        shared.store.put(&key, resource.to_json().as_bytes(), false).await?;
+    }
+    for key in &change.removed {
+        shared.store.delete(&format!("{PREFIX}{key}")).await?;
+    }
+    if stale {
+        let wanted: Vec<String> = change.upserted.iter().map(|it| format!("{PREFIX}{}", it.store_key())).collect();
+        let (entries, _) = shared.store.list(&resource_prefix()).await?;
+        for entry in entries.iter().filter(|entry| !wanted.contains(&entry.key)) {
+            shared.store.delete(&entry.key).await?;
+        }
+    }
+    Ok(())
+}

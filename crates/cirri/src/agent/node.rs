@@ -1,0 +1,194 @@
+//! The node as it is: its devices and addresses, and the settings that the packet path needs.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use cirri_abi::VXLAN_PORT;
+use cirri_loader::net::{Link, Net, NetError};
+
+use crate::config::{Config, RoutingMode};
+
+/// Name of the overlay device.
+pub const OVERLAY: &str = "cirri_vxlan";
+/// Bytes that the overlay puts before a packet: outer IPv4, UDP, VXLAN, inner Ethernet.
+pub const OVERLAY_COST: u32 = 50;
+
+/// What was found out about this node when the agent started.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Its IPv4 address; peers send to it.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address; without one its workloads have IPv4 only.
+    pub v6: Option<Ipv6Addr>,
+    /// Devices that lead to the network.
+    pub devices: Vec<Link>,
+    /// The one of them that has the address.
+    pub uplink: u32,
+    /// The overlay device, with the overlay.
+    pub overlay: Option<Link>,
+    /// Every address of the node, for the address cache.
+    pub addresses: Vec<IpAddr>,
+    /// Largest packet of a workload, bytes from the IP header on.
+    pub mtu: u32,
+}
+
+/// A node that the agent cannot run on as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The network cannot be asked or changed.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// No address to be reached at.
+    #[error("no IPv4 address found for this node; set node.ipv4, or node.devices to the device that has it")]
+    NoAddress,
+    /// The configured address is on no device.
+    #[error("no device has {0}; correct node.ipv4 and node.ipv6, or give the address to a device first")]
+    ForeignAddress(IpAddr),
+    /// No name.
+    #[error("the host has no name; set node.name")]
+    NoName,
+}
+
+/// Looks around, applies settings, makes the overlay device.
+///
+/// # Errors
+/// See [`NodeError`].
+pub async fn prepare(config: &Config, net: &Net) -> Result<Node, NodeError> {
+    let mut node = discover(config, net).await?;
+    apply_settings(config, net, &node)?;
+    if config.routing.mode == RoutingMode::Overlay {
+        net.create_vxlan(OVERLAY, VXLAN_PORT, node.mtu).await?;
+        net.set_mtu(OVERLAY, node.mtu).await?;
+        quiet(net, OVERLAY)?;
+        net.set_up(OVERLAY).await?;
+        node.overlay = Some(net.link(OVERLAY).await?);
+    } else {
+        // What an earlier run with the overlay left.
+        net.delete_link(OVERLAY).await?;
+    }
+    Ok(node)
+}
+
+/// Every address of the node that packets may be for: not of loopback, not IPv6 link-local.
+///
+/// # Errors
+/// The kernel does not tell.
+pub async fn addresses(net: &Net) -> Result<Vec<IpAddr>, NetError> {
+    let mut all: Vec<IpAddr> = net.addresses().await?.iter().map(|address| address.ip).filter(is_global).collect();
+    all.sort();
+    all.dedup();
+    Ok(all)
+}
+
+/// Settings of a device of ours: no reverse-path filter, no address of its own by router, no wait
+/// before an address is used.
+///
+/// # Errors
+/// A setting cannot be written.
+pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
+    net.set_sysctl(&format!("ipv4/conf/{device}/rp_filter"), "0")?;
+    if has_ipv6(net) {
+        net.set_sysctl(&format!("ipv6/conf/{device}/accept_dad"), "0")?;
+        net.set_sysctl(&format!("ipv6/conf/{device}/accept_ra"), "0")?;
+    }
+    Ok(())
+}
+
+/// Whether the namespace has IPv6 at all.
+pub fn has_ipv6(net: &Net) -> bool {
+    net.sysctl("ipv6/conf/all/disable_ipv6").is_ok_and(|disabled| disabled == "0")
+}
+
+async fn discover(config: &Config, net: &Net) -> Result<Node, NodeError> {
+    let links = net.links().await?;
+    let all = net.addresses().await?;
+    let named = |name: &str| links.iter().find(|link| link.name == name);
+    let mut devices = Vec::new();
+    for name in &config.node.devices {
+        devices.push(net.link(name).await?);
+    }
+    let first_of = |device: u32, v6: bool| {
+        all.iter()
+            .filter(|address| address.device == device && address.ip.is_ipv6() == v6)
+            .map(|address| address.ip)
+            .find(is_global)
+    };
+    let default_device = net.default_route(false).await?.map(|route| route.device);
+    let v4 = match config.node.ipv4 {
+        Some(v4) => v4,
+        None => {
+            let device = devices.first().map(|link| link.index).or(default_device);
+            match device.and_then(|device| first_of(device, false)) {
+                Some(IpAddr::V4(v4)) => v4,
+                _ => return Err(NodeError::NoAddress),
+            }
+        }
+    };
+    let device_of = |ip: IpAddr| {
+        all.iter().find(|address| address.ip == ip).map(|address| address.device).ok_or(NodeError::ForeignAddress(ip))
+    };
+    let uplink = device_of(IpAddr::V4(v4))?;
+    let v6 = match config.node.ipv6 {
+        Some(v6) => {
+            device_of(IpAddr::V6(v6))?;
+            Some(v6)
+        }
+        None => match first_of(uplink, true) {
+            Some(IpAddr::V6(v6)) => Some(v6),
+            _ => None,
+        },
+    };
+    if devices.is_empty() {
+        devices.extend(links.iter().find(|link| link.index == uplink).cloned());
+    }
+    let underlay = devices.iter().map(|link| link.mtu).min().unwrap_or(1500);
+    let cost = if config.routing.mode == RoutingMode::Overlay { OVERLAY_COST } else { 0 };
+    Ok(Node {
+        name: name(config)?,
+        v4,
+        v6: v6.filter(|_| has_ipv6(net)),
+        devices,
+        uplink,
+        overlay: named(OVERLAY).cloned(),
+        addresses: addresses(net).await?,
+        mtu: underlay.saturating_sub(cost),
+    })
+}
+
+fn apply_settings(config: &Config, net: &Net, node: &Node) -> Result<(), NetError> {
+    net.set_sysctl("ipv4/ip_forward", "1")?;
+    if node.v6.is_some() {
+        net.set_sysctl("ipv6/conf/all/forwarding", "1")?;
+    }
+    // Masqueraded connections use these source ports; the node's own sockets must not.
+    if config.masquerade.ipv4 || config.masquerade.ipv6 {
+        let ours = String::from(config.masquerade.ports);
+        let reserved = net.sysctl("ipv4/ip_local_reserved_ports")?;
+        if !reserved.split(',').any(|range| range == ours) {
+            // The kernel sorts and merges; what others reserved stays reserved.
+            let all = if reserved.is_empty() { ours } else { format!("{reserved},{ours}") };
+            net.set_sysctl("ipv4/ip_local_reserved_ports", &all)?;
+        }
+    }
+    for device in &node.devices {
+        net.set_sysctl(&format!("ipv4/conf/{}/rp_filter", device.name), "0")?;
+    }
+    // The kernel takes the larger of this and the device's.
+    net.set_sysctl("ipv4/conf/all/rp_filter", "0")
+}
+
+fn name(config: &Config) -> Result<String, NodeError> {
+    if !config.node.name.is_empty() {
+        return Ok(config.node.name.clone());
+    }
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if name.is_empty() { Err(NodeError::NoName) } else { Ok(name) }
+}
+
+fn is_global(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_unspecified(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,281 @@
+//! Makes the kernel like the desired tables. One reconciler a table, in an order that never opens
+//! anything and lets nothing lead to a rule set or a workload that is not there.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cirri_abi::{Addr, Identity, Ipcache, epoch_slot, ipcache_flag};
+use cirri_loader::MapError;
+use cirri_loader::net::Neighbour;
+use ipnet::IpNet;
+
+use super::core::Core;
+use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
+use super::table::Due;
+
+impl Core {
+    /// Takes over what an earlier run left in the kernel: from here on only differences are work.
+    ///
+    /// # Errors
+    /// A table cannot be read.
+    pub async fn adopt(&mut self) -> anyhow::Result<()> {
+        self.rows.node.adopt("node", self.tables.node()?);
+        for slot in self.tables.ruleset_slots()? {
+            if let Some(mut entries) = self.tables.read_ruleset(slot)? {
+                sort(&mut entries);
+                self.rows.rulesets.adopt(slot, Arc::new(entries));
+            }
+        }
+        for (_, endpoint) in self.tables.devices.entries()? {
+            self.rows.endpoints.adopt(endpoint.id, endpoint);
+        }
+        for (key, row) in self.tables.ipcache.entries()? {
+            if let Some(net) = ipcache_net(&key) {
+                if row.flags & ipcache_flag::REMOTE != 0 {
+                    self.peer_slots.adopt(row.peer.to_ne_bytes().into(), row.slot);
+                }
+                self.rows.ipcache.adopt(net, row);
+            }
+        }
+        let neighbours = self.net.neighbours().await?;
+        for route in self.net.routes().await? {
+            if let Ok(net) = IpNet::new(route.to, route.prefix) {
+                let neighbour = neighbours
+                    .iter()
+                    .find(|neighbour| neighbour.ip == route.to && neighbour.device == route.device)
+                    .map(|neighbour| neighbour.mac);
+                self.rows.routes.adopt(net, RouteRow { route, neighbour });
+            }
+        }
+        Ok(())
+    }
+
+    /// Works on every row that is due. Rows that fail are due again later.
+    pub async fn reconcile(&mut self, now: Instant) {
+        let mut bumps = BTreeSet::new();
+        self.reconcile_node(now, &mut bumps);
+        let (early, late) = self.split_ipcache(now);
+        self.reconcile_ipcache(early, now, &mut bumps);
+        let changed_rulesets = self.reconcile_rulesets(now);
+        self.reconcile_endpoints(now, &mut bumps);
+        if !late.is_empty() {
+            // Recipes made while rule sets were ahead of the blocks of addresses are made again.
+            bumps.extend(changed_rulesets);
+        }
+        self.reconcile_ipcache(late, now, &mut bumps);
+        for slot in bumps {
+            if let Err(error) = self.tables.bump(slot) {
+                tracing::error!(slot, %error, "established connections may not feel the last change");
+            }
+        }
+        self.reconcile_routes(now).await;
+        self.reconcile_attachments(now);
+        self.remove_rulesets(now);
+    }
+
+    fn reconcile_node(&mut self, now: Instant, bumps: &mut BTreeSet<u16>) {
+        for Due { key, desired, .. } in self.rows.node.due(now) {
+            let outcome = match &desired {
+                Some(config) => self.tables.set_node(config),
+                None => Ok(()),
+            };
+            bumps.insert(epoch_slot::NODE);
+            report("node", &key, &outcome);
+            self.rows.node.settle(&key, desired, outcome, now);
+        }
+    }
+
+    /// Rows to write before the rule sets, and rows to write after: a block that is new must be in
+    /// the address cache first, one that is gone must leave the rule sets first.
+    fn split_ipcache(&self, now: Instant) -> (Vec<Due<IpNet, Ipcache>>, Vec<Due<IpNet, Ipcache>>) {
+        let live: BTreeSet<u32> = self.cluster.blocks().iter().map(|(_, number)| number).collect();
+        self.rows.ipcache.due(now).into_iter().partition(|due| {
+            due.desired.is_some() && due.actual.is_none_or(|actual| actual.block == 0 || live.contains(&actual.block))
+        })
+    }
+
+    fn reconcile_ipcache(&mut self, due: Vec<Due<IpNet, Ipcache>>, now: Instant, bumps: &mut BTreeSet<u16>) {
+        for Due { key, desired, actual } in due {
+            let outcome = match &desired {
+                Some(row) => self.tables.ipcache.put(&ipcache_key(key), row),
+                None => self.tables.ipcache.delete(&ipcache_key(key)).map(drop),
+            };
+            report("ipcache", &key, &outcome);
+            bumps.extend(self.concerned(key, desired, actual));
+            self.rows.ipcache.settle(&key, desired, outcome, now);
+        }
+    }
+
+    /// The epochs of recipes that rest on a row of the address cache.
+    fn concerned(&self, net: IpNet, desired: Option<Ipcache>, actual: Option<Ipcache>) -> Vec<u16> {
+        let differs_in_block_only = match (desired, actual) {
+            (Some(desired), Some(actual)) => Ipcache { block: 0, ..desired } == Ipcache { block: 0, ..actual },
+            // A block's own row inherits everything else from the row around it.
+            (one, other) => one.or(other).is_some_and(|row| is_world(row.identity) && net.prefix_len() > 0),
+        };
+        if differs_in_block_only {
+            // Rule sets that ask for the block changed with it, and their epochs moved.
+            return Vec::new();
+        }
+        let peers: Vec<u16> =
+            [desired, actual].into_iter().flatten().map(|row| row.slot).filter(|slot| *slot != 0).collect();
+        if !peers.is_empty() {
+            return peers;
+        }
+        match self.endpoint_at(net.addr()) {
+            Some(endpoint) => vec![endpoint.ruleset],
+            // A workload that left: its recipes ended with its device, see `reconcile_endpoints`.
+            None if self.pools.iter().any(|pool| pool.cidr().contains(&net) && pool.cidr() != net) => Vec::new(),
+            None => vec![epoch_slot::NODE],
+        }
+    }
+
+    /// Installs rule sets; answers the slots whose epoch moved.
+    fn reconcile_rulesets(&mut self, now: Instant) -> Vec<u16> {
+        let mut changed = Vec::new();
+        for Due { key, desired, .. } in self.rows.rulesets.due(now) {
+            let Some(entries) = &desired else { continue };
+            let outcome = self.tables.install_ruleset(key, entries).map(drop);
+            report("rule set", &key, &outcome);
+            changed.push(key);
+            self.rows.rulesets.settle(&key, desired, outcome, now);
+        }
+        changed
+    }
+
+    /// Removes rule sets that no workload has any more; last, when nothing leads to them.
+    fn remove_rulesets(&mut self, now: Instant) {
+        for Due { key, desired, .. } in self.rows.rulesets.due(now) {
+            if desired.is_some() {
+                continue;
+            }
+            let outcome = self.tables.remove_ruleset(key).map(drop);
+            report("rule set", &key, &outcome);
+            self.rows.rulesets.settle(&key, None, outcome, now);
+        }
+        // A slot is free once its rule set is gone and no workload has the identity.
+        let used: BTreeSet<u16> = self.endpoints.values().map(|endpoint| endpoint.ruleset).collect();
+        let free: Vec<u32> = self
+            .ruleset_slots
+            .iter()
+            .filter(|(_, slot)| !used.contains(slot) && self.rows.rulesets.state(slot).is_none())
+            .map(|(identity, _)| *identity)
+            .collect();
+        for identity in free {
+            self.ruleset_slots.release(&identity);
+        }
+    }
+
+    fn reconcile_endpoints(&mut self, now: Instant, bumps: &mut BTreeSet<u16>) {
+        for Due { key, desired, actual } in self.rows.endpoints.due(now) {
+            let outcome = self.write_endpoint(desired, actual);
+            report("endpoint", &key, &outcome);
+            bumps.extend([desired, actual].into_iter().flatten().map(|row| row.ruleset).filter(|slot| *slot != 0));
+            self.rows.endpoints.settle(&key, desired, outcome, now);
+        }
+    }
+
+    fn write_endpoint(
+        &self,
+        desired: Option<cirri_abi::Endpoint>,
+        actual: Option<cirri_abi::Endpoint>,
+    ) -> Result<(), MapError> {
+        if let Some(old) = actual {
+            let stays = |ip: Addr| desired.is_some_and(|new| new.v4 == ip || new.v6 == ip);
+            // An address or device number may be another workload's by now.
+            for ip in [old.v4, old.v6] {
+                let owned = self.tables.endpoints.get(&ip)?.is_some_and(|row| row.id == old.id);
+                if ip != Addr::UNSPECIFIED && owned && !stays(ip) {
+                    self.tables.endpoints.delete(&ip)?;
+                }
+            }
+            let owned = self.tables.devices.get(&old.ifindex)?.is_some_and(|row| row.id == old.id);
+            if owned && desired.is_none_or(|new| new.ifindex != old.ifindex) {
+                self.tables.devices.delete(&old.ifindex)?;
+            }
+        }
+        if let Some(new) = desired {
+            for ip in [new.v4, new.v6] {
+                if ip != Addr::UNSPECIFIED {
+                    self.tables.endpoints.put(&ip, &new)?;
+                }
+            }
+            self.tables.devices.put(&new.ifindex, &new)?;
+        }
+        Ok(())
+    }
+
+    async fn reconcile_routes(&mut self, now: Instant) {
+        // A route can only be put where an old one does not stand in the way: removals first.
+        let (removals, writes): (Vec<_>, Vec<_>) =
+            self.rows.routes.due(now).into_iter().partition(|due| due.desired.is_none());
+        for Due { key, desired, actual } in removals.into_iter().chain(writes) {
+            let outcome = self.write_route(desired, actual).await;
+            report("route", &key, &outcome);
+            self.rows.routes.settle(&key, desired, outcome, now);
+        }
+    }
+
+    async fn write_route(
+        &self,
+        desired: Option<RouteRow>,
+        actual: Option<RouteRow>,
+    ) -> Result<(), cirri_loader::net::NetError> {
+        if let Some(old) = actual
+            && desired.is_none_or(|new| new.route != old.route)
+        {
+            self.net.delete_route(&old.route).await?;
+            if old.neighbour.is_some() {
+                self.net.delete_neighbour(old.route.device, old.route.to).await?;
+            }
+        }
+        if let Some(new) = desired {
+            if let Some(mac) = new.neighbour {
+                let neighbour = Neighbour { ip: new.route.to, mac, device: new.route.device };
+                self.net.put_neighbour(&neighbour).await?;
+            }
+            self.net.put_route(&new.route).await?;
+        }
+        Ok(())
+    }
+
+    fn reconcile_attachments(&mut self, now: Instant) {
+        for Due { key, desired, actual } in self.rows.attachments.due(now) {
+            let outcome = self.write_attachment(&key, desired, actual);
+            report("attachment", &key, &outcome);
+            self.rows.attachments.settle(&key, desired, outcome, now);
+        }
+    }
+
+    fn write_attachment(
+        &mut self,
+        device: &str,
+        desired: Option<Attached>,
+        actual: Option<Attached>,
+    ) -> Result<(), cirri_loader::LoadError> {
+        if let Some(old) = actual
+            && desired.is_none_or(|new| new.ifindex != old.ifindex)
+        {
+            self.datapath.detach(old.ifindex)?;
+        }
+        match desired.map(|new| new.role) {
+            Some(Role::Workload) => self.datapath.attach_workload(device).map(drop),
+            Some(Role::Network) => self.datapath.attach_network(device).map(drop),
+            Some(Role::Overlay) => self.datapath.attach_overlay(device).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+fn is_world(identity: Identity) -> bool {
+    [Identity::WORLD, Identity::WORLD_IPV4, Identity::WORLD_IPV6].contains(&identity)
+}
+
+fn report<E: Display>(table: &str, key: &dyn Display, outcome: &Result<(), E>) {
+    match outcome {
+        Ok(()) => tracing::debug!(table, %key, "done"),
+        Err(error) => tracing::warn!(table, %key, %error, "not done; it is tried again"),
+    }
+}

@@ -1,0 +1,197 @@
+//! From a configuration to an agent that knows what an earlier run left.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use cirri_flow::{Decoder, Ring};
+use cirri_loader::net::Net;
+use cirri_loader::{Datapath, Events, LoadOptions};
+use cirri_store::{Embedded, Etcd, EtcdOptions, Store, folder};
+use futures::stream::BoxStream;
+use rustix::fs::{FlockOperation, flock};
+use tokio::sync::{Mutex, Notify, broadcast, watch};
+
+use super::core::Core;
+use super::endpoint::{self, Endpoint};
+use super::{Shared, flows, node};
+use crate::api::StoreStatus;
+use crate::config::{Config, Loaded, MapSizes, StoreKind};
+use crate::exit::{Because, Error, Failure, Result};
+
+/// An agent whose tasks may begin.
+pub struct Started {
+    /// What they share.
+    pub shared: Arc<Shared>,
+    /// The kernel's events.
+    pub events: Option<Events>,
+    /// The folder of manifests, if there is one.
+    pub folder: Option<BoxStream<'static, folder::Change>>,
+}
+
+/// Events that a monitor may be behind.
+const MONITOR_BACKLOG: usize = 8192;
+
+/// Makes sure that no other agent uses the state directory, as long as the answer is kept.
+pub fn lock(config: &Config) -> Result<File> {
+    let state_dir = &config.state_dir.0;
+    let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
+    std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
+    let path = state_dir.join("agent.lock");
+    let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(&path);
+    let file = file.map_err(wrong).because(Failure::Failed)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::new(Failure::Failed, format!("another agent uses {}", state_dir.display()))
+            .hint("stop it first, or give this one its own stateDir and bpf.instance")
+    })?;
+    Ok(file)
+}
+
+/// Loads, looks around, and takes over what is there.
+pub async fn start(loaded: Loaded) -> Result<Started> {
+    let Loaded { config, values } = loaded;
+    let net = Net::here().because(Failure::Failed)?;
+    let mut datapath = load_datapath(&config)?;
+    let node = node::prepare(&config, &net).await.because(Failure::BadInput)?;
+    let events = datapath.events().because(Failure::Failed)?;
+    tracing::info!(
+        node = node.name, v4 = %node.v4, v6 = ?node.v6, mtu = node.mtu, resumed = datapath.resumed(),
+        "packet path loaded"
+    );
+
+    let (store, folder) = open_store(&config).await?;
+    let mut core = Core::new(config, node, net, datapath);
+    if core.config.store.kind == StoreKind::Etcd {
+        core.needed_revision = Some(0);
+    }
+    restore(&mut core).await?;
+    core.adopt()
+        .await
+        .map_err(|error| format!("cannot read what an earlier run left: {error:#}"))
+        .because(Failure::Failed)?;
+
+    let kind = match core.config.store.kind {
+        StoreKind::Folder => "folder",
+        StoreKind::Etcd => "etcd",
+    };
+    let store_status = StoreStatus { kind: kind.to_owned(), ..StoreStatus::default() };
+    let shared = Shared {
+        ring: Ring::new(core.config.flows.keep),
+        decoder: Decoder::new(core.node.name.clone(), boot_time_ns()),
+        core: Mutex::new(core),
+        store,
+        config_values: values,
+        started: Instant::now(),
+        wake: Notify::new(),
+        publish: Notify::new(),
+        number: Notify::new(),
+        enforced: watch::Sender::new(None),
+        settled: watch::Sender::new(()),
+        store_status: std::sync::Mutex::new(store_status),
+        events: broadcast::Sender::new(MONITOR_BACKLOG),
+        events_seen: AtomicU64::new(0),
+        events_lost: AtomicU64::new(0),
+    };
+    Ok(Started { shared: Arc::new(shared), events, folder })
+}
+
+/// Tells systemd, if it wants to know. That nobody listens is no reason to stop.
+pub fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let bytes = path.as_encoded_bytes();
+    let address = match bytes.strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(Path::new(&path)),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, state, "NOTIFY_SOCKET cannot be told");
+    }
+}
+
+fn load_datapath(config: &Config) -> Result<Datapath> {
+    let bpf = &config.bpf;
+    let options = LoadOptions {
+        pin_root: bpf.pin_root.clone(),
+        instance: bpf.instance.clone(),
+        sizes: sizes(&bpf.maps),
+        hooking: None,
+    };
+    let datapath = Datapath::load(&options).because(Failure::Failed)?;
+    for warning in datapath.warnings() {
+        tracing::warn!("{warning}");
+    }
+    Ok(datapath)
+}
+
+fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
+    let all = [
+        ("FLOWS4", maps.flows),
+        ("FLOWS6", maps.flows / 2),
+        ("PENDING4", maps.pending),
+        ("PENDING6", maps.pending),
+        ("IPCACHE", maps.ipcache),
+    ];
+    all.into_iter().filter(|(_, size)| *size > 0).map(|(name, size)| (name.to_owned(), size)).collect()
+}
+
+type Sources = (Arc<dyn Store>, Option<BoxStream<'static, folder::Change>>);
+
+async fn open_store(config: &Config) -> Result<Sources> {
+    match config.store.kind {
+        StoreKind::Etcd => {
+            let store = Etcd::new(&EtcdOptions::new(config.store.etcd.endpoints.clone())).because(Failure::BadInput)?;
+            Ok((Arc::new(store), None))
+        }
+        StoreKind::Folder => {
+            let changes = folder::watch(&config.store.folder).because(Failure::BadInput)?;
+            let store = Embedded::open(config.state_dir.0.join("store.redb")).await.because(Failure::Failed)?;
+            Ok((Arc::new(store), Some(changes)))
+        }
+    }
+}
+
+/// The workloads of an earlier run that are still there.
+async fn restore(core: &mut Core) -> Result<()> {
+    let state_dir = core.config.state_dir.0.clone();
+    let endpoints = endpoint::load_all(&state_dir)
+        .map_err(|error| format!("cannot read {}: {error}", state_dir.display()))
+        .because(Failure::Failed)?;
+    for mut endpoint in endpoints {
+        if !is_there(core, &endpoint).await? {
+            tracing::info!(endpoint = endpoint.id, pod = endpoint.pod, "its device is gone");
+            core.net.delete_link(&endpoint.host_ifname).await.because(Failure::Failed)?;
+            if let Err(error) = endpoint.forget(&state_dir) {
+                tracing::warn!(endpoint = endpoint.id, %error, "its file stays");
+            }
+            continue;
+        }
+        if !core.endpoint_ids.adopt(endpoint.attachment.clone(), endpoint.id) {
+            tracing::error!(endpoint = endpoint.id, pod = endpoint.pod, "its number is another's; it is left alone");
+            continue;
+        }
+        if !core.ruleset_slots.adopt(endpoint.identity, endpoint.ruleset) {
+            let slot = core.ruleset_slots.take(&endpoint.identity);
+            endpoint.ruleset = slot.unwrap_or_default();
+        }
+        core.endpoints.insert(endpoint.id, endpoint);
+    }
+    Ok(())
+}
+
+async fn is_there(core: &Core, endpoint: &Endpoint) -> Result<bool> {
+    let device = core.net.find_link(&endpoint.host_ifname).await.because(Failure::Failed)?;
+    Ok(endpoint.ifindex != 0 && device.is_some_and(|device| device.index == endpoint.ifindex))
+}
+
+/// When the monotonic clock started, nanoseconds since 1970.
+fn boot_time_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or_default().saturating_sub(flows::monotonic_ns())
+}

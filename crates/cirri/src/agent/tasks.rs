@@ -1,0 +1,223 @@
+//! The loops that carry things between the store, the core and the kernel.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use cirri_abi::Identity;
+use cirri_control::ipam::ClusterPool;
+use cirri_control::labels::IdentityLabels;
+use cirri_store::{Event, PREFIX};
+use futures::StreamExt;
+use ipnet::IpNet;
+
+use super::allocate::{self, AllocateError};
+use super::{Shared, node};
+
+/// Events taken in before the tables are filled again.
+const CHUNK: usize = 4096;
+/// How long to wait before something that the store refused is tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+const HEALTH_EVERY: Duration = Duration::from_secs(2);
+
+/// Takes in what the store says.
+pub async fn watch(shared: Arc<Shared>) {
+    let mut events = shared.store.watch(PREFIX).ready_chunks(CHUNK);
+    while let Some(chunk) = events.next().await {
+        let mut complete = false;
+        {
+            let mut core = shared.core.lock().await;
+            for event in chunk {
+                let whole = matches!(event, Event::Snapshot(..));
+                complete |= whole || matches!(event, Event::Progress(_));
+                let gone = match &event {
+                    Event::Delete { key, .. } => Some(key.clone()),
+                    _ => None,
+                };
+                core.apply(event);
+                if whole {
+                    core.compare_published();
+                }
+                // Ours, and somebody else removed it.
+                if let Some(key) = gone
+                    && core.rows.published.desired(&key).is_some()
+                {
+                    core.rows.published.suspect(&key);
+                }
+            }
+        }
+        if complete {
+            shared.changed().await;
+        }
+    }
+    tracing::error!("the store's watch ended");
+}
+
+/// Makes the kernel like the tables, whenever something is due.
+pub async fn reconcile(shared: Arc<Shared>) {
+    loop {
+        let next = {
+            let mut core = shared.core.lock().await;
+            core.reconcile(Instant::now()).await;
+            if core.is_ready() && core.unnumbered.is_empty() && core.rows.is_done() {
+                core.enforced_revision = core.view.revision;
+                shared.enforced.send_replace(Some(core.enforced_revision));
+            } else {
+                shared.enforced.send_modify(|_| {});
+            }
+            core.rows.next_due()
+        };
+        let pause = async {
+            match next {
+                Some(next) => tokio::time::sleep_until(next.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shared.wake.notified() => {}
+            () = pause => {}
+        }
+    }
+}
+
+/// Makes the store like the table of what this node publishes. Without the lock while it waits.
+pub async fn publish(shared: Arc<Shared>) {
+    loop {
+        let due = shared.core.lock().await.rows.published.due(Instant::now());
+        let worked = !due.is_empty();
+        for row in due {
+            let outcome = match &row.desired {
+                Some(value) => shared.store.put(&row.key, value, true).await,
+                None => shared.store.delete(&row.key).await,
+            };
+            if let Err(error) = &outcome {
+                tracing::warn!(key = row.key, %error, "not published; it is tried again");
+            }
+            let mut core = shared.core.lock().await;
+            core.rows.published.settle(&row.key, row.desired, outcome.map(drop), Instant::now());
+        }
+        if worked {
+            shared.settled.send_replace(());
+            shared.wake.notify_one();
+            // Rows may have changed while they were written.
+            if !shared.core.lock().await.rows.published.due(Instant::now()).is_empty() {
+                continue;
+            }
+        }
+        let next = shared.core.lock().await.rows.published.next_due();
+        let pause = async {
+            match next {
+                Some(next) => tokio::time::sleep_until(next.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shared.publish.notified() => {}
+            () = pause => {}
+        }
+    }
+}
+
+/// Gets numbers for labels that have none.
+pub async fn number(shared: Arc<Shared>) {
+    loop {
+        let (wanted, known) = {
+            let core = shared.core.lock().await;
+            (core.unnumbered.clone(), core.view.identities.clone())
+        };
+        let mut failed = false;
+        for labels in wanted {
+            match allocate::identity(shared.store.as_ref(), &known, &labels).await {
+                Ok(identity) => learn(&shared, identity, &labels).await,
+                Err(error) => {
+                    failed = true;
+                    tracing::warn!(%labels, %error, "no identity; it is tried again");
+                }
+            }
+        }
+        let pause = async { if failed { tokio::time::sleep(PAUSE).await } else { std::future::pending().await } };
+        tokio::select! {
+            () = shared.number.notified() => {}
+            () = pause => {}
+        }
+    }
+}
+
+async fn learn(shared: &Arc<Shared>, identity: Identity, labels: &IdentityLabels) {
+    shared.core.lock().await.learn_identity(identity, labels);
+    shared.changed().await;
+}
+
+/// Gets the node's pod ranges, then is done.
+pub async fn join(shared: Arc<Shared>) {
+    let (cluster, name, v6) = {
+        let core = shared.core.lock().await;
+        (core.config.cluster.clone(), core.node.name.clone(), core.node.v6.is_some())
+    };
+    let mut pools = vec![(IpNet::V4(cluster.pod_cidr_v4), cluster.pod_cidr_v4_per_node)];
+    if v6 {
+        pools.push((IpNet::V6(cluster.pod_cidr_v6), cluster.pod_cidr_v6_per_node));
+    }
+    loop {
+        match ranges(&shared, &pools, &name).await {
+            Ok(ranges) => {
+                let mut core = shared.core.lock().await;
+                match core.set_ranges(&ranges) {
+                    Ok(()) => tracing::info!(?ranges, "pod ranges"),
+                    Err(error) => tracing::error!(%error, "the node's pod range cannot be used"),
+                }
+                drop(core);
+                return shared.changed().await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no pod range yet; it is tried again");
+                note_failure(&shared, &error.to_string());
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn ranges(shared: &Arc<Shared>, pools: &[(IpNet, u8)], name: &str) -> Result<Vec<IpNet>, AllocateError> {
+    let mut ranges = Vec::new();
+    for (cidr, per_node) in pools {
+        let pool = ClusterPool::new(*cidr, *per_node)?;
+        ranges.push(allocate::range(shared.store.as_ref(), &pool, name).await?);
+    }
+    Ok(ranges)
+}
+
+/// Asks the store how it is, for `cirri status`, and looks whether the node's addresses changed.
+pub async fn health(shared: Arc<Shared>) {
+    let mut pause = tokio::time::interval(HEALTH_EVERY);
+    pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        pause.tick().await;
+        match shared.store.health().await {
+            Ok(health) => {
+                let mut status = shared.store_status.lock().unwrap_or_else(PoisonError::into_inner);
+                status.healthy = true;
+                status.error = health.warning.unwrap_or_default();
+            }
+            Err(error) => note_failure(&shared, &error.to_string()),
+        }
+        let net = shared.core.lock().await.net.clone();
+        match node::addresses(&net).await {
+            Ok(addresses) => {
+                let mut core = shared.core.lock().await;
+                if core.node.addresses != addresses {
+                    tracing::info!(?addresses, "the node's addresses changed");
+                    core.node.addresses = addresses;
+                    drop(core);
+                    shared.changed().await;
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the node's addresses cannot be read"),
+        }
+    }
+}
+
+fn note_failure(shared: &Shared, error: &str) {
+    let mut status = shared.store_status.lock().unwrap_or_else(PoisonError::into_inner);
+    status.healthy = false;
+    status.error = error.to_owned();
+}
