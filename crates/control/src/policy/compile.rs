@@ -1,7 +1,9 @@
 //! From the rules that select an identity to the entries of its table.
 
 use super::model::PortPrefix;
-use super::{Change, Cluster, Direction, Installed, Peer, PolicyId, Rule, RuleVerdict, Selector, Tier};
+use super::{
+    Change, Cluster, Direction, Installed, Peer, Policy, PolicyId, PortMatch, Rule, RuleVerdict, Selector, Tier,
+};
 use crate::labels::IdentityLabels;
 use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, policy_flag};
 use std::collections::{BTreeMap, BTreeSet};
@@ -84,16 +86,27 @@ impl Cluster {
         self.table(identity).map_or(0, |table| table.len())
     }
 
-    /// Those of a change's identities whose rule set does not fit.
-    pub(super) fn oversized(&self, change: &Change) -> Vec<CompileError> {
-        let fits = |identity: Identity| {
-            // Adding up what each rule takes is quick and never too little.
-            if self.bound(identity) <= self.limit {
-                return Ok(());
+    /// Those of a change's identities whose rule set does not fit now that the policy is in.
+    pub(super) fn oversized(&mut self, change: &Change, policy: &Policy) -> Vec<CompileError> {
+        let cost = policy.rules.iter().map(|rule| self.most_entries(rule)).sum::<usize>();
+        let mut refused = Vec::new();
+        for identity in change.identities() {
+            // Adding up is quick and never too little. Only who might not fit is counted exactly.
+            let mut bound = self.bounds.get(&identity.id).map_or(usize::MAX, |known| known + cost);
+            if bound > self.limit {
+                bound = self.bound(identity);
             }
-            self.check_size(identity, self.entries_of(identity))
-        };
-        change.identities().filter_map(|identity| fits(identity).err()).collect()
+            if bound > self.limit {
+                bound = self.entries_of(identity);
+            }
+            match self.check_size(identity, bound) {
+                Ok(()) => {
+                    self.bounds.insert(identity.id, bound);
+                }
+                Err(error) => refused.push(error),
+            }
+        }
+        refused
     }
 
     fn check_size(&self, identity: Identity, entries: usize) -> Result<(), CompileError> {
@@ -128,24 +141,29 @@ impl Cluster {
         }
     }
 
+    /// No less than the entries of the identity's rule set.
     fn bound(&self, identity: Identity) -> usize {
-        let Ok(labels) = self.known(identity) else { return 0 };
-        let rules = self.installed_for(identity.id).flat_map(|installed| installed.rules());
-        let cost = |rule: &Rule| -> usize {
-            let mut static_ports = 0;
-            for port in &rule.ports {
-                port.prefixes(labels, |_| static_ports += 1);
+        let rules = self.installed_for(identity.id).flat_map(|installed| &installed.policy.rules);
+        BUILT_IN + rules.map(|rule| self.most_entries(rule)).sum::<usize>()
+    }
+
+    /// No less than the entries that the rule takes, whomever it is for.
+    fn most_entries(&self, rule: &Rule) -> usize {
+        let mut ports = 0;
+        for port in &rule.ports {
+            match port {
+                // At most one at each receiver.
+                PortMatch::Named { .. } => ports += 1,
+                _ => port.prefixes(&IdentityLabels::default(), |_| ports += 1),
             }
-            let peers = |peer: &Peer| match peer {
-                Peer::Any if rule.names_port_of_peer() => 1 + self.index.matched(&Selector::every_pod()).len(),
-                Peer::Any => 1,
-                Peer::Pods(selector) => self.index.matched(selector).len(),
-                Peer::Addresses(block) => self.blocks.meant_by(block).count(),
-            };
-            // A named port takes at most one entry at each peer.
-            rule.peers.iter().map(peers).sum::<usize>() * (static_ports + rule.ports.len())
-        };
-        BUILT_IN + rules.map(|(rule, _)| cost(rule)).sum::<usize>()
+        }
+        let peers = rule.peers.iter().map(|peer| match peer {
+            Peer::Any if rule.names_port_of_peer() => 1 + self.index.matched(&Selector::every_pod()).len(),
+            Peer::Any => 1,
+            Peer::Pods(selector) => self.index.matched(selector).len(),
+            Peer::Addresses(block) => self.blocks.meant_by(block).count(),
+        });
+        peers.sum::<usize>() * ports
     }
 
     fn known(&self, identity: Identity) -> Result<&IdentityLabels, CompileError> {

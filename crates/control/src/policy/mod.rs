@@ -44,6 +44,9 @@ pub struct Cluster {
     index: SelectorIndex,
     blocks: Blocks,
     rules: BTreeMap<u32, RuleInfo>,
+    /// By identity, a number of entries that its rule set does not exceed, where one is known.
+    /// Spares counting everything again for each policy.
+    bounds: BTreeMap<u32, usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -124,6 +127,7 @@ impl Cluster {
             index: SelectorIndex::default(),
             blocks: Blocks::default(),
             rules: BTreeMap::new(),
+            bounds: BTreeMap::new(),
         }
     }
 
@@ -141,7 +145,7 @@ impl Cluster {
         let id = policy.id.clone();
         let old = self.policies.get(&id).map(|old| old.policy.clone());
         let change = self.replace(&id, Some(policy.clone()));
-        let mut refused = self.oversized(&change);
+        let mut refused = self.oversized(&change, &policy);
         if !refused.is_empty() {
             self.replace(&id, old);
             // What was too large before and does not grow is no reason to refuse: the way out of
@@ -177,8 +181,8 @@ impl Cluster {
     pub fn remove_identity(&mut self, identity: Identity) -> Change {
         let mut change = Change::default();
         if self.identities.contains_key(&identity.id) {
-            self.add_dependents(identity, &mut change);
             change.identities.insert(identity.id);
+            self.add_dependents(identity, &mut change);
             self.index.remove(identity.id);
             self.identities.remove(&identity.id);
         }
@@ -254,8 +258,12 @@ impl Cluster {
         if change.blocks {
             for installed in self.policies.values() {
                 let mut meant = installed.policy.address_blocks();
-                if meant.any(|block| blocks.iter().any(|net| block.cidr.contains(net))) {
-                    change.identities.extend(self.index.matched(&installed.policy.subject));
+                let own = installed.policy.id == *id;
+                if !own && meant.any(|block| blocks.iter().any(|net| block.cidr.contains(net))) {
+                    for identity in self.index.matched(&installed.policy.subject) {
+                        change.identities.insert(identity);
+                        self.bounds.remove(&identity);
+                    }
                 }
             }
         }
@@ -291,11 +299,14 @@ impl Cluster {
     }
 
     /// Adds those whose policies name `identity` as a peer.
-    fn add_dependents(&self, identity: Identity, change: &mut Change) {
+    fn add_dependents(&mut self, identity: Identity, change: &mut Change) {
         for id in self.index.policies_with_peer(identity.id) {
             if let Some(installed) = self.policies.get(id) {
                 change.identities.extend(self.index.matched(&installed.policy.subject));
             }
+        }
+        for id in &change.identities {
+            self.bounds.remove(id);
         }
     }
 

@@ -95,6 +95,12 @@ impl Probe<'_> {
     }
 }
 
+/// Everything that shows of a cluster; not what it remembers to be quick.
+fn contents(cluster: &Cluster) -> String {
+    let Cluster { limit, filter, identities, policies, index, blocks, rules, bounds: _ } = cluster;
+    format!("{limit} {filter:?} {identities:?} {policies:?} {index:?} {blocks:?} {rules:?}")
+}
+
 #[test]
 fn without_policies_everything_passes_and_an_unknown_identity_has_no_rules() {
     let cluster = cluster();
@@ -139,7 +145,7 @@ fn policies_add_up_and_leave_no_trace() {
     assert!(change.concerns(WEB) && !change.concerns(CLIENT));
     assert!(cluster.remove_policy(&id("all")).is_empty());
     cluster.remove_policy(&id("none"));
-    assert_eq!(format!("{cluster:?}"), format!("{before:?}"), "nothing of the policies is left");
+    assert_eq!(contents(&cluster), contents(&before), "nothing of the policies is left");
 }
 
 #[test]
@@ -330,7 +336,7 @@ fn what_does_not_fit_is_refused_with_the_rule_that_costs_most() {
     cluster.upsert_identity(WEB, pod_labels("shop", "k8s:app=web"));
     let small = policy("p", "{podSelector: {}, ingress: [{ports: [{port: 1}]}]}");
     cluster.upsert_policy(small.clone()).unwrap();
-    let before = format!("{cluster:?}");
+    let before = contents(&cluster);
     let large = "{podSelector: {}, ingress: [{ports: [{port: 1}]}], egress: [{ports: [{port: 5}]}, {ports: [{port: 1, endPort: 65534}]}]}";
     let error = cluster.upsert_policy(policy("p", large)).unwrap_err();
     assert_eq!(
@@ -338,7 +344,7 @@ fn what_does_not_fit_is_refused_with_the_rule_that_costs_most() {
         "the rules of identity 300 take 34 table entries, 20 fit; egress rule 1 of NetworkPolicy shop/p takes 30 of them: \
          narrow its peers or its ports, or split the workloads that it selects"
     );
-    assert_eq!(format!("{cluster:?}"), before, "nothing is half applied");
+    assert_eq!(contents(&cluster), before, "nothing is half applied");
     // 34 = 2 built in, 1 + 1 + 30: exactly what compiling without the limit gives.
     let mut free = Cluster::default();
     free.upsert_identity(WEB, pod_labels("shop", "k8s:app=web"));

@@ -172,7 +172,7 @@ proptest! {
         }
         winding.remove_identity(Identity { id: 999 });
         prop_assert_eq!(tables(&winding), tables(&straight));
-        prop_assert_eq!(format!("{winding:?}"), format!("{straight:?}"));
+        prop_assert_eq!(contents(&winding), contents(&straight));
     }
 
     #[test]
@@ -194,6 +194,10 @@ proptest! {
         for step in steps {
             let before: BTreeMap<u32, Ruleset> = tables(&cluster).into_iter().map(|rules| (rules.identity.id, rules)).collect();
             let change = step(&mut cluster);
+            for (&id, &bound) in &cluster.bounds {
+                let entries = cluster.entries_of(Identity { id });
+                prop_assert!(entries <= bound, "{} entries, at most {} expected", entries, bound);
+            }
             for rules in tables(&cluster) {
                 if !change.concerns(rules.identity) {
                     prop_assert_eq!(before.get(&rules.identity.id), Some(&rules));
