@@ -131,6 +131,9 @@ pub fn build_object(toolchain: &Toolchain, linker: &Linker) -> Result<PathBuf> {
         format!("--cfg=bpf_target_arch=\"{architecture}\""),
         "-Cdebuginfo=2".to_owned(), // BTF is made from it; without it no map has a type.
         "-Clink-arg=--btf".to_owned(),
+        "-Clink-arg=-O3".to_owned(),
+        // Else LLVM leaves every copy and every zeroing to byte loops that the verifier walks.
+        "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
         format!("-Clinker={}", linker.path.display()),
     ];
     let mut cargo = Command::new(&toolchain.cargo);

@@ -19,7 +19,9 @@ plain! {
         /// IP protocol.
         pub proto: u8,
         /// Zero.
-        pub _pad: [u8; 3],
+        pub _pad: u8,
+        /// Zero.
+        pub _pad2: u16,
     }
     /// Key of the IPv4 flow tables.
     pub struct FlowKey4 = 16 {
@@ -34,7 +36,9 @@ plain! {
         /// IP protocol.
         pub proto: u8,
         /// Zero.
-        pub _pad: [u8; 3],
+        pub _pad: u8,
+        /// Zero.
+        pub _pad2: u16,
     }
     /// What to do with the packets of one direction of a connection.
     ///
@@ -100,7 +104,9 @@ plain! {
         /// IP protocol.
         pub proto: u8,
         /// Zero.
-        pub _pad: [u8; 3],
+        pub _pad: u8,
+        /// Zero.
+        pub _pad2: u16,
     }
     /// The ports that its first fragment carried.
     pub struct FragmentPorts = 4 {
@@ -230,7 +236,15 @@ impl Tuple {
     /// The tuple of the answer.
     #[inline(always)]
     pub const fn turned(&self) -> Tuple {
-        Tuple { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, proto: self.proto, _pad: [0; 3] }
+        Tuple {
+            src: self.dst,
+            dst: self.src,
+            sport: self.dport,
+            dport: self.sport,
+            proto: self.proto,
+            _pad: 0,
+            _pad2: 0,
+        }
     }
 
     /// The tuple that leaves when `recipe` has been carried out on a packet of this one.
@@ -260,7 +274,8 @@ impl Tuple {
             sport: self.sport,
             dport: self.dport,
             proto: self.proto,
-            _pad: [0; 3],
+            _pad: 0,
+            _pad2: 0,
         }
     }
 }
@@ -275,7 +290,8 @@ impl FlowKey4 {
             sport: self.sport,
             dport: self.dport,
             proto: self.proto,
-            _pad: [0; 3],
+            _pad: 0,
+            _pad2: 0,
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Where the slow path is cut into subprograms.
 //!
 //! A stack frame may hold 512 bytes, summed over the chain of calls, so each stage has a frame of
-//! its own. Arguments and results are plain registers: BTF knows no Rust enums.
+//! its own. Arguments are plain pointers: BTF knows no Rust enums. Results travel in the scratch: a
+//! result in a register would be a different constant for every way out of a stage, and the verifier
+//! would walk all that follows once for each.
 
 use core::{ffi::c_void, ptr};
 
@@ -15,13 +17,16 @@ use crate::{maps::SCRATCH, skb::Skb, tables::Kernel};
 #[inline(always)]
 pub fn slow(hook: u8, skb: &mut Skb) -> Verdict {
     #[inline(never)]
-    fn seam(ctx: *mut __sk_buff, hook: u32) -> u64 {
-        let Some(scratch) = scratch() else {
-            return pack(Err(DropReason::NO_CONFIG.into()));
-        };
-        pack(Ok(Next::Done(slow_path(hook as u8, &mut Skb::new(ctx), &Kernel(ctx), scratch))))
+    fn seam(ctx: *mut __sk_buff, scratch: *mut c_void, hook: u32) {
+        // SAFETY: the caller's own exclusive reference, lent for this call.
+        let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
+        scratch.word = pack(Ok(Next::Done(slow_path(hook as u8, &mut Skb::new(ctx), &Kernel(ctx), scratch))));
     }
-    match unpack(seam(skb.context(), hook as u32)) {
+    let Some(scratch) = scratch() else {
+        return Verdict::Drop(DropReason::NO_CONFIG);
+    };
+    seam(skb.context(), ptr::from_mut(scratch).cast(), hook as u32);
+    match unpack(scratch.word) {
         Ok(Next::Done(verdict)) => verdict,
         Ok(_) => Verdict::Continue,
         Err(refusal) => Verdict::Drop(refusal.reason),
@@ -35,23 +40,32 @@ pub fn run(stage: Stage, ctx: *mut __sk_buff, scratch: &mut Scratch) -> Outcome 
         ($($name:ident: $stage:ident,)*) => {
             $(
                 #[inline(never)]
-                fn $name(ctx: *mut __sk_buff, scratch: *mut c_void) -> u64 {
+                fn $name(ctx: *mut __sk_buff, scratch: *mut c_void) {
                     // SAFETY: the caller's own exclusive reference, lent for this call.
                     let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
-                    pack(run_stage(Stage::$stage, &mut Skb::new(ctx), &Kernel(ctx), scratch))
+                    scratch.word = pack(run_stage(Stage::$stage, &mut Skb::new(ctx), &Kernel(ctx), scratch));
                 }
             )*
-            unpack(match stage { $(Stage::$stage => $name(ctx, ptr::from_mut(scratch).cast()),)* })
+            match stage { $(Stage::$stage => $name(ctx, ptr::from_mut(scratch).cast()),)* }
+            unpack(scratch.word)
         };
     }
     seams! {
         parse: Parse,
+        extension: Extension,
+        transport: Transport,
         link_local: LinkLocal,
         related: Related,
         meet: Meet,
-        renew: Renew,
+        revisit: Revisit,
+        forget: Forget,
+        replace: Replace,
+        advance: Advance,
         check_source: CheckSource,
+        locate: Locate,
         judge: Judge,
+        draft: Draft,
+        masquerade: Masquerade,
         write: Write,
         report: Report,
     }

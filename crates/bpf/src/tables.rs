@@ -40,10 +40,10 @@ pub struct FlowRef(*mut Recipe);
 
 impl Flow for FlowRef {
     #[inline(always)]
-    fn load(&self) -> Recipe {
+    fn recipe(&self) -> &Recipe {
         // SAFETY: a live map value; the program holds RCU, so it is not freed. An evicted entry may
         // be reused by another flow: such a packet obeys a recipe that was true a moment ago.
-        unsafe { ptr::read(self.0) }
+        unsafe { &*self.0 }
     }
 
     #[inline(always)]
@@ -109,7 +109,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn promote(&self, tuple: &Tuple, flow: &FlowRef) -> bool {
-        // SAFETY: as in `FlowRef::load`; the kernel copies the value from where it stands.
+        // SAFETY: as in `FlowRef::recipe`; the kernel copies the value from where it stands.
         self.insert(Table::Flows, tuple, unsafe { &*flow.0 }, false)
     }
 
@@ -176,8 +176,7 @@ impl Tables for Kernel {
         }
         let flags = BPF_FIB_LOOKUP_SKIP_NEIGH;
         // SAFETY: the block lives on this stack and its size is passed.
-        let answer =
-            unsafe { bpf_fib_lookup(self.0.cast(), &mut params, size_of::<FibParams>() as i32, flags) };
+        let answer = unsafe { bpf_fib_lookup(self.0.cast(), &mut params, size_of::<FibParams>() as i32, flags) };
         // A packet that is too large now does not make the route a bad one.
         if answer != FIB_SUCCESS && answer != FIB_NO_NEIGHBOUR && answer != FIB_TOO_LARGE {
             return None;

@@ -1,6 +1,6 @@
 //! Carrying a recipe out.
 
-use cirri_abi::{Action, DropReason, FlowKey4, GATEWAY_MAC, Hook, Port, Recipe, Rewrite, Tuple, proto};
+use cirri_abi::{Action, DropReason, GATEWAY_MAC, Hook, Port, Recipe, Rewrite, proto};
 
 use crate::{
     Verdict,
@@ -11,7 +11,7 @@ use crate::{
 
 /// What a rewrite must know of the packet's headers.
 #[derive(Clone, Copy)]
-pub(crate) struct Rewritten {
+pub(crate) struct Headers {
     /// Offset of the transport header; 0 if there is none (a later fragment).
     pub l4: u32,
     pub sport: Port,
@@ -20,20 +20,10 @@ pub(crate) struct Rewritten {
     pub v6: bool,
 }
 
-impl Rewritten {
-    #[inline(always)]
-    pub fn v4(key: &FlowKey4) -> Self {
-        Rewritten { l4: L3 + 20, sport: key.sport, dport: key.dport, proto: key.proto, v6: false }
-    }
-
-    #[inline(always)]
-    pub fn v6(key: &Tuple) -> Self {
-        Rewritten { l4: L3 + 40, sport: key.sport, dport: key.dport, proto: key.proto, v6: true }
-    }
-
+impl Headers {
     #[inline(always)]
     pub fn parsed(parsed: &Parsed) -> Self {
-        Rewritten {
+        Headers {
             l4: if parsed.later_fragment { 0 } else { parsed.l4 },
             sport: parsed.tuple.sport,
             dport: parsed.tuple.dport,
@@ -45,7 +35,7 @@ impl Rewritten {
 
 /// Rewrites the packet and says where it goes.
 #[inline(always)]
-pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe, headers: &Rewritten) -> Verdict {
+pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe, headers: &Headers) -> Verdict {
     if recipe.rewrite != Rewrite::NONE && !rewrite(packet, recipe, headers) {
         return refuse(tables, packet, DropReason::WRITE_ERROR);
     }
@@ -86,7 +76,7 @@ fn refuse<P: Packet, T: Tables>(tables: &T, packet: &P, reason: DropReason) -> V
 
 /// Replaces one end's address and port, checksums included.
 #[inline(always)]
-fn rewrite<P: Packet>(packet: &mut P, recipe: &Recipe, headers: &Rewritten) -> bool {
+fn rewrite<P: Packet>(packet: &mut P, recipe: &Recipe, headers: &Headers) -> bool {
     let source = recipe.rewrite == Rewrite::SOURCE;
     let addressed = if headers.v6 {
         packet.store(L3 + if source { 8 } else { 24 }, &recipe.address.words)

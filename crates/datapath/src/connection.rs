@@ -11,29 +11,31 @@ use cirri_abi::{
 use crate::{
     door, epochs,
     place::{Place, PlaceKind, peer_identity},
-    policy::judge,
-    slow::{Next, Outcome, Scratch, Stage, is_syn},
+    slow::{Current, Next, Outcome, Scratch, is_syn},
     traits::{Flow, NextHop, Packet, Table, Tables},
     wire::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
-/// Finds the packet's connection and moves its state on. [`Next::Carry`]: it holds; [`Next::Go`]:
-/// the packet belongs to none.
+/// Finds the packet's connection. [`Next::Carry`]: it is there, and `old` holds its recipe, which
+/// must be renewed first if `stale` is set; [`Next::Go`]: the packet belongs to none.
 #[inline(always)]
-pub(crate) fn meet<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
-    let (pending, flow) = match tables.flow(Table::Flows, &s.parsed.tuple) {
-        Some(flow) => (false, flow),
-        None => match tables.flow(Table::Pending, &s.parsed.tuple) {
-            Some(flow) => (true, flow),
-            None => return Ok(Next::Go),
-        },
+pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
+    s.pending = false;
+    let flow = match tables.flow(Table::Flows, &s.parsed.tuple) {
+        Some(flow) => flow,
+        None => {
+            s.pending = true;
+            match tables.flow(Table::Pending, &s.parsed.tuple) {
+                Some(flow) => flow,
+                None => return Ok(Next::Go),
+            }
+        }
     };
     flow.copy_to(&mut s.old);
-    s.pending = pending;
-    s.replaces = !pending;
-    let door = door(s.hook, packet);
+    s.replaces = !s.pending;
     // From the overlay another identity than expected is news about the sender, not a stranger.
-    if s.old.hook != s.hook || (door != Some(s.old.door) && s.hook != Hook::FROM_OVERLAY) {
+    let same = door(s.hook, packet) == s.old.door;
+    if s.old.hook != s.hook || (!same && s.hook != Hook::FROM_OVERLAY) {
         return Ok(Next::Go);
     }
     let syn = is_syn(&s.parsed);
@@ -41,69 +43,26 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scr
         // The other side opens a connection of its own with the same ports.
         return Ok(Next::Go);
     }
-    let holds = door == Some(s.old.door) && epochs(tables, &s.old.slots) == s.old.epoch;
-    if holds && !(syn && !pending) {
-        s.forward = s.old;
-        s.from.identity = s.old.src_identity;
-        s.to.identity = s.old.dst_identity;
-    } else {
-        tables.stage(Stage::Renew, packet, s)?;
-    }
-    flow.touch(tables.now(), packet.length());
-    advance(packet, tables, s, &flow);
-    if s.event.kind == EventKind::CLOSE {
-        tables.stage(Stage::Report, packet, s)?;
-    }
+    s.reopened = syn && !s.pending;
+    s.stale = s.reopened || !same || epochs(tables, &s.old.slots) != s.old.epoch;
+    s.current = Current::Old;
+    s.from.identity = s.old.src_identity;
+    s.to.identity = s.old.dst_identity;
     Ok(Next::Carry)
 }
 
-/// Asks policy again for a connection that something it rests on has changed for, or whose opener
-/// begins anew. Keeps the bindings, and both directions' counters.
+/// Before policy is asked again for a connection that something it rests on has changed for, or
+/// whose opener begins anew: both tuples, whichever of the two this packet has, and both ends.
 #[inline(always)]
-pub(crate) fn renew<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
-    let table = if s.pending { Table::Pending } else { Table::Flows };
+pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
     let reply = s.old.flags & recipe_flag::REPLY != 0;
-    let reopened = is_syn(&s.parsed) && !s.pending;
-    // The opener's tuple and the answers', whichever of the two this packet has.
-    s.opener = s.parsed.tuple;
-    s.answer = s.parsed.tuple.rewritten(&s.old).turned();
     if reply {
-        core::mem::swap(&mut s.opener, &mut s.answer);
+        s.opener = s.parsed.tuple.rewritten(&s.old).turned();
+        s.answer = s.parsed.tuple;
+    } else {
+        s.opener = s.parsed.tuple;
+        s.answer = s.parsed.tuple.rewritten(&s.old).turned();
     }
-    let answer = s.answer;
-    if let Err(reason) = rejudge(packet, tables, s, reply) {
-        tables.remove(table, &s.opener);
-        tables.remove(table, &answer);
-        s.forward.flags = s.old.flags;
-        return Err(reason.into());
-    }
-    s.answer = answer;
-    let other = if reply { &s.opener } else { &s.answer };
-    let Some(opposite) = tables.flow(table, other) else {
-        // Half of the pair was evicted. Begin again: the opener's next packet writes both.
-        tables.remove(table, &s.parsed.tuple);
-        return Err(DropReason::UNKNOWN_STATE.into());
-    };
-    let kept = if reply { &mut s.reverse } else { &mut s.forward };
-    keep(kept, &s.old, reopened);
-    if let Some(door) = door(s.hook, packet) {
-        kept.door = door;
-    }
-    opposite.copy_to(&mut s.old);
-    keep(if reply { &mut s.forward } else { &mut s.reverse }, &s.old, reopened);
-    tables.insert(table, &s.opener, &s.forward, false);
-    tables.insert(table, &s.answer, &s.reverse, false);
-    tables.count(CounterIndex::RENEWED, packet.length());
-    if reply {
-        s.forward = s.reverse;
-    }
-    s.old = s.forward;
-    s.event.kind = if reopened { EventKind::NEW } else { EventKind::RENEWED };
-    tables.stage(Stage::Report, packet, s)
-}
-
-#[inline(always)]
-fn rejudge<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, reply: bool) -> Result<(), DropReason> {
     s.from.set_address(tables, &s.opener.src)?;
     s.to.set_address(tables, &s.opener.dst)?;
     if s.hook == Hook::FROM_OVERLAY
@@ -113,9 +72,39 @@ fn rejudge<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, reply:
         sender.identity = peer_identity(key.vni);
     }
     snapshot(tables, s);
-    let echo = if s.opener.proto == proto::ICMPV6 { ECHO_REQUEST_V6 } else { ECHO_REQUEST };
-    judge(tables, &s.from, &s.to, &s.opener, echo, &mut s.judgement)?;
-    draft(tables, s)
+    s.icmp_type = if s.opener.proto == proto::ICMPV6 { ECHO_REQUEST_V6 } else { ECHO_REQUEST };
+    Ok(Next::Go)
+}
+
+/// Policy refused a connection that it had allowed: both directions are forgotten.
+#[inline(always)]
+pub(crate) fn forget<T: Tables>(tables: &T, s: &Scratch) -> Outcome {
+    let table = if s.pending { Table::Pending } else { Table::Flows };
+    tables.remove(table, &s.opener);
+    tables.remove(table, &s.answer);
+    Ok(Next::Go)
+}
+
+/// Policy still allows it: new recipes in place of the old, with the bindings and counters of these.
+#[inline(always)]
+pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
+    let table = if s.pending { Table::Pending } else { Table::Flows };
+    let reply = s.old.flags & recipe_flag::REPLY != 0;
+    let (own, other) = if reply { (&mut s.reverse, &mut s.forward) } else { (&mut s.forward, &mut s.reverse) };
+    keep(own, &s.old, s.reopened);
+    own.door = door(s.hook, packet);
+    let Some(opposite) = tables.flow(table, if reply { &s.opener } else { &s.answer }) else {
+        // Half of the pair was evicted. Begin again: the opener's next packet writes both.
+        tables.remove(table, &s.parsed.tuple);
+        return Err(DropReason::UNKNOWN_STATE.into());
+    };
+    keep(other, opposite.recipe(), s.reopened);
+    tables.insert(table, &s.opener, &s.forward, false);
+    tables.insert(table, &s.answer, &s.reverse, false);
+    tables.count(CounterIndex::RENEWED, packet.length());
+    s.current = if reply { Current::Reverse } else { Current::Forward };
+    s.event.kind = if s.reopened { EventKind::NEW } else { EventKind::RENEWED };
+    Ok(Next::Go)
 }
 
 /// The only ICMP that opens a connection and can be answered.
@@ -156,7 +145,6 @@ pub(crate) fn snapshot<T: Tables>(tables: &T, s: &mut Scratch) {
 /// Drafts both directions' recipes from what is in the scratch. No rewrite yet.
 #[inline(always)]
 pub(crate) fn draft<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropReason> {
-    s.answer = s.opener.turned();
     let tunnel = match tables.node() {
         Some(node) if node.flags & node_flag::TUNNEL != 0 => node.overlay_ifindex,
         Some(_) => 0,
@@ -240,59 +228,56 @@ pub(crate) fn write<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratc
     Ok(Next::Go)
 }
 
-/// Moves a connection's state on by one of its packets, whose recipe stands in `forward`.
+/// Counts the packet and moves its connection's state on.
 #[inline(always)]
-fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, flow: &T::Flow) {
-    s.event.kind = 0;
+pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
+    let table = if s.pending { Table::Pending } else { Table::Flows };
     let tuple = &s.parsed.tuple;
-    let flags = s.parsed.tcp_flags;
-    let reply = s.forward.flags & recipe_flag::REPLY != 0;
-    let tcp = tuple.proto == proto::TCP;
-    if !s.pending {
-        if flags & (TCP_FIN | TCP_RST) == 0 {
-            return;
-        }
-        if s.forward.tcp_flags & (TCP_FIN | TCP_RST) == 0 {
-            s.event.kind = EventKind::CLOSE;
-        }
-        flow.set_state(State::CLOSING, flags);
-        if flags & TCP_RST != 0 {
-            s.answer = tuple.rewritten(&s.forward).turned();
-            if let Some(opposite) = tables.flow(Table::Flows, &s.answer) {
-                opposite.set_state(State::CLOSING, TCP_RST);
-            }
-        }
-        return;
-    }
-    let answered = tcp && reply && s.forward.state == State::NEW;
-    let complete = if tcp {
-        !reply && s.forward.state == State::REPLIED && flags & (TCP_ACK | TCP_SYN) == TCP_ACK
-    } else {
-        reply
+    let Some(flow) = tables.flow(table, tuple) else {
+        return Ok(Next::Go);
     };
-    if !answered && !complete && flags & TCP_RST == 0 {
-        return;
+    flow.touch(tables.now(), packet.length());
+    let recipe = s.current();
+    let flags = s.parsed.tcp_flags;
+    let reply = recipe.flags & recipe_flag::REPLY != 0;
+    let tcp = tuple.proto == proto::TCP;
+    let answered = s.pending && tcp && reply && recipe.state == State::NEW;
+    let complete = s.pending
+        && if tcp { !reply && recipe.state == State::REPLIED && flags & (TCP_ACK | TCP_SYN) == TCP_ACK } else { reply };
+    let closing = flags & (TCP_FIN | TCP_RST) != 0;
+    if !answered && !complete && !closing {
+        return Ok(Next::Go);
     }
-    s.answer = tuple.rewritten(&s.forward).turned();
-    if flags & TCP_RST != 0 {
+    let first_close = closing && recipe.tcp_flags & (TCP_FIN | TCP_RST) == 0;
+    s.answer = tuple.rewritten(recipe).turned();
+    if s.pending && flags & TCP_RST != 0 {
         tables.remove(Table::Pending, tuple);
         tables.remove(Table::Pending, &s.answer);
-        return;
+        return Ok(Next::Go);
     }
-    let Some(opposite) = tables.flow(Table::Pending, &s.answer) else {
-        return;
+    let Some(opposite) = tables.flow(table, &s.answer) else {
+        return Ok(Next::Go);
     };
     if answered {
         flow.set_state(State::REPLIED, flags);
         opposite.set_state(State::REPLIED, 0);
-        return;
+    } else if complete {
+        // Both sides have spoken: from the pending table to the flow table.
+        opposite.set_state(State::ESTABLISHED, 0);
+        flow.set_state(if closing { State::CLOSING } else { State::ESTABLISHED }, flags);
+        if tables.promote(&s.answer, &opposite) && tables.promote(tuple, &flow) {
+            tables.remove(Table::Pending, tuple);
+            tables.remove(Table::Pending, &s.answer);
+            tables.count(CounterIndex::PROMOTED, packet.length());
+        }
+    } else {
+        flow.set_state(State::CLOSING, flags);
+        if flags & TCP_RST != 0 {
+            opposite.set_state(State::CLOSING, TCP_RST);
+        }
+        if first_close {
+            s.event.kind = EventKind::CLOSE;
+        }
     }
-    // Both sides have spoken: from the pending table to the flow table.
-    opposite.set_state(State::ESTABLISHED, 0);
-    flow.set_state(if flags & TCP_FIN != 0 { State::CLOSING } else { State::ESTABLISHED }, flags);
-    if tables.promote(&s.answer, &opposite) && tables.promote(tuple, flow) {
-        tables.remove(Table::Pending, tuple);
-        tables.remove(Table::Pending, &s.answer);
-        tables.count(CounterIndex::PROMOTED, packet.length());
-    }
+    Ok(Next::Go)
 }

@@ -19,7 +19,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     let hook = s.hook;
     let inner = s.parsed.l4 + 8;
     let v6 = !s.parsed.tuple.src.is_v4();
-    quoted(packet, inner, v6, &mut s.opener)?;
+    let ports = quoted(packet, inner, v6, &mut s.opener)?;
     // The error travels against the packet that it quotes: the way of that packet's answers.
     s.answer = s.opener.turned();
     let flow = match tables.flow(Table::Flows, &s.answer) {
@@ -33,7 +33,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     let through = match hook {
         // Any node on the way may report; who it is does not matter.
         Hook::FROM_OVERLAY => true,
-        _ => door(hook, packet) == Some(s.forward.door),
+        _ => door(hook, packet) == s.forward.door,
     };
     if s.forward.hook != hook || !through {
         return unrelated(hook, tables, s);
@@ -43,7 +43,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     }
     s.from.identity = s.forward.src_identity;
     s.to.identity = s.forward.dst_identity;
-    if s.forward.rewrite != Rewrite::NONE && !translate(packet, s, inner, v6) {
+    if s.forward.rewrite != Rewrite::NONE && !translate(packet, s, inner, ports, v6) {
         return Err(DropReason::WRITE_ERROR.into());
     }
     Ok(Next::Done(carry::dispatch(packet, tables, &s.forward)))
@@ -60,9 +60,9 @@ fn unrelated<T: Tables>(hook: u8, tables: &T, s: &Scratch) -> Outcome {
     if own { Ok(Next::Done(Verdict::Continue)) } else { Err(DropReason::UNKNOWN_STATE.into()) }
 }
 
-/// The tuple of the quoted packet.
+/// The tuple of the quoted packet; answers the offset of its transport header.
 #[inline(always)]
-fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<(), DropReason> {
+fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<u32, DropReason> {
     *out = Tuple::default();
     let l4 = if v6 {
         let Some(ip) = packet.load::<wire::Ipv6>(inner) else {
@@ -104,7 +104,7 @@ fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Resul
         }
         _ => {}
     }
-    Ok(())
+    Ok(l4)
 }
 
 /// Rewrites the error as the recipe rewrites the flow, and its quotation the other way round.
@@ -113,7 +113,7 @@ fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Resul
 /// and in IPv6 the addresses (outer in the pseudo header, quoted in the body). The quoted
 /// transport checksum is left: nobody checks it, and it is mostly cut off.
 #[inline(always)]
-fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, v6: bool) -> bool {
+fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, l4: u32, v6: bool) -> bool {
     let recipe = &s.forward;
     let source = recipe.rewrite == Rewrite::SOURCE;
     let checksum = s.parsed.l4 + 2;
@@ -137,9 +137,7 @@ fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, v6: bool) -> bo
     if old == recipe.port {
         return true;
     }
-    let header = if v6 { 40 } else { quoted_header(packet, inner) };
-    let at = inner
-        + header
+    let at = l4
         + if echo {
             4
         } else if source {
@@ -149,12 +147,4 @@ fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, v6: bool) -> bo
         };
     packet.store(at, &recipe.port.be)
         && packet.update_l4_checksum(checksum, difference(old.be as u32, recipe.port.be as u32), false, false, v6)
-}
-
-#[inline(always)]
-fn quoted_header<P: Packet>(packet: &P, inner: u32) -> u32 {
-    match packet.load::<u8>(inner) {
-        Some(version_ihl) => (version_ihl as u32 & 0xf) * 4,
-        None => 20,
-    }
 }

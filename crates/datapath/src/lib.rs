@@ -34,7 +34,7 @@ mod wire;
 
 pub use parse::Parsed;
 pub use place::{Place, PlaceKind};
-pub use slow::{Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
+pub use slow::{Current, Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
 pub use traits::{Flow, NextHop, Packet, Table, Tables, TunnelKey};
 pub use wire::{Cursor, Wire};
 
@@ -89,16 +89,15 @@ pub fn process<P: Packet, T: Tables>(
 #[inline(always)]
 fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
     let eth: wire::Ethernet = packet.load(0)?;
-    match u16::from_be(eth.ethertype) {
+    let (flow, headers) = match u16::from_be(eth.ethertype) {
         wire::ETHERTYPE_IPV4 => {
             let ip: wire::Ipv4 = packet.load(wire::L3)?;
             if ip.version_ihl != 0x45 || ip.fragment & wire::FRAGMENT_MASK != 0 {
                 return None;
             }
             let (sport, dport) = established_ports(packet, wire::L3 + 20, ip.proto)?;
-            let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: [0; 3] };
-            let flow = tables.flow4(&key)?;
-            obey(hook, packet, tables, flow, carry::Rewritten::v4(&key))
+            let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: 0, _pad2: 0 };
+            (tables.flow4(&key)?, carry::Headers { l4: wire::L3 + 20, sport, dport, proto: ip.proto, v6: false })
         }
         wire::ETHERTYPE_IPV6 => {
             let ip: wire::Ipv6 = packet.load(wire::L3)?;
@@ -109,29 +108,19 @@ fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Opti
                 sport,
                 dport,
                 proto: ip.next,
-                _pad: [0; 3],
+                _pad: 0,
+                _pad2: 0,
             };
-            let flow = tables.flow6(&key)?;
-            obey(hook, packet, tables, flow, carry::Rewritten::v6(&key))
+            (tables.flow6(&key)?, carry::Headers { l4: wire::L3 + 40, sport, dport, proto: ip.next, v6: true })
         }
-        _ => None,
-    }
-}
-
-#[inline(always)]
-fn obey<P: Packet, T: Tables>(
-    hook: u8,
-    packet: &mut P,
-    tables: &T,
-    flow: T::Flow,
-    headers: carry::Rewritten,
-) -> Option<Verdict> {
-    let recipe = flow.load();
-    if recipe.hook != hook || recipe.door != door(hook, packet)? || epochs(tables, &recipe.slots) != recipe.epoch {
+        _ => return None,
+    };
+    let recipe = flow.recipe();
+    if recipe.hook != hook || recipe.door != door(hook, packet) || epochs(tables, &recipe.slots) != recipe.epoch {
         return None;
     }
     flow.touch(tables.now(), packet.length());
-    Some(carry::carry(packet, tables, &recipe, &headers))
+    Some(carry::carry(packet, tables, recipe, &headers))
 }
 
 /// Ports of a TCP segment that changes no state, or of a UDP datagram.
@@ -162,13 +151,19 @@ fn epochs<T: Tables>(tables: &T, slots: &[u16; 3]) -> u32 {
 /// What a packet must have come through, as [`Recipe::door`] holds it: the device; from the
 /// overlay, the identity that its VNI names; from the network, nothing (routes may be asymmetric).
 #[inline(always)]
-fn door<P: Packet>(hook: u8, packet: &P) -> Option<u32> {
+fn door<P: Packet>(hook: u8, packet: &P) -> u32 {
     match hook {
-        Hook::FROM_OVERLAY => Some(place::peer_identity(packet.tunnel_key()?.vni).id),
-        Hook::FROM_NETWORK => Some(0),
-        _ => Some(packet.ifindex()),
+        Hook::FROM_OVERLAY => match packet.tunnel_key() {
+            Some(key) => place::peer_identity(key.vni).id,
+            None => NO_DOOR,
+        },
+        Hook::FROM_NETWORK => 0,
+        _ => packet.ifindex(),
     }
 }
+
+/// The door of a packet that says it is from the overlay and has no tunnel key: never a recipe's.
+const NO_DOOR: u32 = u32::MAX;
 
 /// Whether `last_seen` must be written: at most once a tick.
 #[inline(always)]

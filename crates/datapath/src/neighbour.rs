@@ -60,9 +60,13 @@ pub(crate) fn answer_solicitation<P: Packet>(
     if asker != endpoint.v6 && !is_link_local(&asker) {
         return Err(DropReason::INVALID_SOURCE_IP);
     }
-    let (Some(mut message), Some(macs), Some(mut ip)) =
-        (packet.load::<wire::Neighbour>(L3 + 40), packet.load::<wire::Macs>(0), packet.load::<wire::Ipv6>(L3))
-    else {
+    let Some(mut message) = packet.load::<wire::Neighbour>(L3 + 40) else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    let Some(macs) = packet.load::<wire::Macs>(0) else {
+        return Err(DropReason::INVALID_PACKET);
+    };
+    let Some(mut ip) = packet.load::<wire::Ipv6>(L3) else {
         return Err(DropReason::INVALID_PACKET);
     };
     if message.target != GATEWAY_V6.words {

@@ -24,6 +24,10 @@ pub struct Parsed {
     pub icmp: [u8; 2],
     /// A fragment without transport header.
     pub later_fragment: bool,
+    /// A fragment.
+    pub fragment: bool,
+    /// Identification of the datagram it is of, as in the packet.
+    pub fragment_id: u32,
 }
 
 /// Kinds of packet that are treated differently.
@@ -44,20 +48,26 @@ pub enum Class {
 }
 
 /// Most IPv6 extension headers that are walked; more make the packet invalid.
-const MAX_EXTENSIONS: u32 = 6;
+pub(crate) const MAX_EXTENSIONS: u32 = 6;
 /// Where the transport header must begin at the latest.
 const MAX_L4: u32 = 1024;
 
-/// Takes the packet apart. `Err`: malformed, or a fragment whose first one was never seen.
+/// Reads the Ethernet and IP headers. IPv6 extension headers are still to be stepped over.
 #[inline(always)]
-pub(crate) fn parse<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> Result<(), DropReason> {
+pub(crate) fn parse_network<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
     *out = Parsed::default();
     let Some(eth) = packet.load::<wire::Ethernet>(0) else {
         return Err(DropReason::INVALID_PACKET);
     };
     match u16::from_be(eth.ethertype) {
-        wire::ETHERTYPE_IPV4 => parse_v4(packet, tables, out),
-        wire::ETHERTYPE_IPV6 => parse_v6(packet, tables, out),
+        wire::ETHERTYPE_IPV4 => {
+            out.class = Class::Flow;
+            parse_v4(packet, out)
+        }
+        wire::ETHERTYPE_IPV6 => {
+            out.class = Class::Flow;
+            parse_v6(packet, out)
+        }
         wire::ETHERTYPE_ARP => {
             out.class = Class::Arp;
             Ok(())
@@ -67,7 +77,7 @@ pub(crate) fn parse<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Pars
 }
 
 #[inline(always)]
-fn parse_v4<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> Result<(), DropReason> {
+fn parse_v4<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
     let Some(ip) = packet.load::<Ipv4>(L3) else {
         return Err(DropReason::INVALID_PACKET);
     };
@@ -80,16 +90,14 @@ fn parse_v4<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> R
     out.tuple.proto = ip.proto;
     out.length = u16::from_be(ip.length) as u32;
     out.l4 = L3 + header;
-    let fragment = Fragment {
-        id: ip.id as u32,
-        later: ip.fragment & wire::FRAGMENT_OFFSET != 0,
-        any: ip.fragment & wire::FRAGMENT_MASK != 0,
-    };
-    parse_transport(packet, tables, out, &fragment)
+    out.fragment_id = ip.id as u32;
+    out.later_fragment = ip.fragment & wire::FRAGMENT_OFFSET != 0;
+    out.fragment = ip.fragment & wire::FRAGMENT_MASK != 0;
+    Ok(())
 }
 
 #[inline(always)]
-fn parse_v6<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> Result<(), DropReason> {
+fn parse_v6<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
     let Some(ip) = packet.load::<Ipv6>(L3) else {
         return Err(DropReason::INVALID_PACKET);
     };
@@ -103,72 +111,62 @@ fn parse_v6<P: Packet, T: Tables>(packet: &P, tables: &T, out: &mut Parsed) -> R
         return Err(DropReason::INVALID_PACKET);
     }
     out.length = u16::from_be(ip.length) as u32 + 40;
-    let mut fragment = Fragment { id: 0, later: false, any: false };
-    let mut next = ip.next;
-    let mut offset = L3 + 40;
-    for _ in 0..MAX_EXTENSIONS {
-        match next {
-            // Hop-by-hop, routing, destination options, mobility, HIP, shim6.
-            0 | 43 | 60 | 135 | 139 | 140 => {
-                let Some(ext) = packet.load::<wire::Extension>(offset) else {
-                    return Err(DropReason::INVALID_EXTENSION_HEADER);
-                };
-                next = ext.next;
-                offset += (ext.length as u32 + 1) * 8;
-            }
-            // Authentication: counted in words of four, less two.
-            51 => {
-                let Some(ext) = packet.load::<wire::Extension>(offset) else {
-                    return Err(DropReason::INVALID_EXTENSION_HEADER);
-                };
-                next = ext.next;
-                offset += (ext.length as u32 + 2) * 4;
-            }
-            44 => {
-                let Some(ext) = packet.load::<wire::Fragment6>(offset) else {
-                    return Err(DropReason::INVALID_EXTENSION_HEADER);
-                };
-                next = ext.next;
-                offset += 8;
-                let at = u16::from_be(ext.offset);
-                fragment.id = ext.id;
-                fragment.later = at & 0xfff8 != 0;
-                fragment.any = at & 0xfff9 != 0;
-            }
-            _ => break,
-        }
-        if fragment.later {
-            break;
-        }
-        if offset > MAX_L4 {
-            return Err(DropReason::INVALID_EXTENSION_HEADER);
-        }
-    }
-    if !fragment.later && matches!(next, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140) {
+    out.tuple.proto = ip.next;
+    out.l4 = L3 + 40;
+    Ok(())
+}
+
+/// Steps over one IPv6 extension header. `Ok(false)`: there is none, or nothing follows that could
+/// be walked.
+#[inline(always)]
+pub(crate) fn step_over<P: Packet>(packet: &P, out: &mut Parsed) -> Result<bool, DropReason> {
+    let offset = out.l4;
+    if offset > MAX_L4 {
         return Err(DropReason::INVALID_EXTENSION_HEADER);
     }
-    out.tuple.proto = next;
-    out.l4 = offset;
-    parse_transport(packet, tables, out, &fragment)
+    match out.tuple.proto {
+        // Hop-by-hop, routing, authentication, destination options, mobility, HIP, shim6.
+        0 | 43 | 51 | 60 | 135 | 139 | 140 => {
+            let Some(ext) = packet.load::<wire::Extension>(offset) else {
+                return Err(DropReason::INVALID_EXTENSION_HEADER);
+            };
+            // Authentication counts in words of four, less two; the others in words of eight, less one.
+            let length = if out.tuple.proto == 51 { (ext.length as u32 + 2) * 4 } else { (ext.length as u32 + 1) * 8 };
+            out.l4 = offset + length;
+            out.tuple.proto = ext.next;
+            Ok(true)
+        }
+        44 => {
+            let Some(ext) = packet.load::<wire::Fragment6>(offset) else {
+                return Err(DropReason::INVALID_EXTENSION_HEADER);
+            };
+            let at = u16::from_be(ext.offset);
+            out.l4 = offset + 8;
+            out.tuple.proto = ext.next;
+            out.fragment_id = ext.id;
+            out.later_fragment = at & 0xfff8 != 0;
+            out.fragment = at & 0xfff9 != 0;
+            Ok(!out.later_fragment)
+        }
+        _ => Ok(false),
+    }
 }
 
-struct Fragment {
-    id: u32,
-    later: bool,
-    any: bool,
-}
-
+/// Whether a protocol number is an extension header's.
 #[inline(always)]
-fn parse_transport<P: Packet, T: Tables>(
+pub(crate) const fn is_extension(protocol: u8) -> bool {
+    matches!(protocol, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140)
+}
+
+/// Reads the transport header, or finds what the first fragment of the datagram said.
+#[inline(always)]
+pub(crate) fn parse_transport<P: Packet, T: Tables>(
     packet: &P,
     tables: &T,
     out: &mut Parsed,
-    fragment: &Fragment,
 ) -> Result<(), DropReason> {
-    out.class = Class::Flow;
-    out.later_fragment = fragment.later;
-    if fragment.later {
-        let Some(ports) = tables.fragment(&fragment_key(&out.tuple, fragment.id)) else {
+    if out.later_fragment {
+        let Some(ports) = tables.fragment(&fragment_key(out)) else {
             return Err(DropReason::FIRST_FRAGMENT_MISSING);
         };
         out.tuple.sport = ports.sport;
@@ -199,9 +197,9 @@ fn parse_transport<P: Packet, T: Tables>(
         // Other protocols have no ports; policy can still allow their peers.
         _ => {}
     }
-    if fragment.any {
+    if out.fragment {
         let ports = FragmentPorts { sport: out.tuple.sport, dport: out.tuple.dport };
-        tables.remember_fragment(&fragment_key(&out.tuple, fragment.id), &ports);
+        tables.remember_fragment(&fragment_key(out), &ports);
     }
     Ok(())
 }
@@ -234,6 +232,7 @@ fn parse_icmp<P: Packet>(packet: &P, out: &mut Parsed, request: u8, reply: u8) -
 }
 
 #[inline(always)]
-fn fragment_key(tuple: &Tuple, id: u32) -> FragmentKey {
-    FragmentKey { src: tuple.src, dst: tuple.dst, id, proto: tuple.proto, _pad: [0; 3] }
+fn fragment_key(parsed: &Parsed) -> FragmentKey {
+    let Tuple { src, dst, proto, .. } = parsed.tuple;
+    FragmentKey { src, dst, id: parsed.fragment_id, proto, _pad: 0, _pad2: 0 }
 }

@@ -7,7 +7,7 @@ use cirri_abi::{
 
 use crate::{
     Verdict, carry, connection, door, icmp, masquerade, neighbour,
-    parse::{Class, Parsed, parse},
+    parse::{Class, MAX_EXTENSIONS, Parsed, is_extension, parse_network, parse_transport, step_over},
     place::{Place, PlaceKind, block_of, is_host, peer_identity},
     policy::{Judgement, judge},
     traits::{Packet, Tables},
@@ -29,7 +29,7 @@ pub struct Scratch {
     pub opener: Tuple,
     /// The tuple of the answers, as they arrive.
     pub answer: Tuple,
-    /// Recipe of the opener's direction. When the slow path ends: the recipe to carry out.
+    /// Recipe of the opener's direction.
     pub forward: Recipe,
     /// Recipe of the answers.
     pub reverse: Recipe,
@@ -41,31 +41,82 @@ pub struct Scratch {
     pub slots: [u16; 3],
     /// the sum of its epochs when it began.
     pub epoch: u32,
+    /// The ICMP type that policy is asked for.
+    pub icmp_type: u8,
     /// Where the packet was met.
     pub hook: u8,
     /// An established connection of the same tuple has to go.
     pub replaces: bool,
     /// The connection that was found is a pending one.
     pub pending: bool,
+    /// It must be renewed before it is obeyed.
+    pub stale: bool,
+    /// Its opener begins anew.
+    pub reopened: bool,
+    /// The recipe that this packet is to obey.
+    pub current: Current,
+    /// For the host: what a stage answered, where it keeps that in memory.
+    pub word: u64,
+}
+
+/// Which of the recipes in the scratch.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Current {
+    /// [`Scratch::forward`].
+    #[default]
+    Forward = 0,
+    /// [`Scratch::reverse`].
+    Reverse,
+    /// [`Scratch::old`].
+    Old,
+}
+
+impl Scratch {
+    /// The recipe that this packet is to obey.
+    #[inline(always)]
+    pub fn current(&self) -> &Recipe {
+        match self.current {
+            Current::Forward => &self.forward,
+            Current::Reverse => &self.reverse,
+            Current::Old => &self.old,
+        }
+    }
 }
 
 /// Stages of the slow path, in the order that a new connection goes through them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
-    /// Take the packet apart.
+    /// Read the Ethernet and IP headers.
     Parse,
+    /// Step over one IPv6 extension header; [`Next::Carry`] if nothing more can be walked.
+    Extension,
+    /// Read the transport header, or recall it for a fragment.
+    Transport,
     /// ARP and neighbour discovery.
     LinkLocal,
     /// An ICMP error: find the flow that it quotes.
     Related,
     /// Find the packet's connection.
     Meet,
-    /// A connection that something it rests on has changed for: ask policy again.
-    Renew,
+    /// A known connection that something it rests on has changed for: find both ends again.
+    Revisit,
+    /// Policy now refuses it.
+    Forget,
+    /// Policy still allows it.
+    Replace,
+    /// Count the packet, move the connection's state on.
+    Advance,
     /// May this sender send this?
     CheckSource,
-    /// Find the receiver, ask policy.
+    /// Find the receiver.
+    Locate,
+    /// Ask policy.
     Judge,
+    /// Draft the recipes of both directions.
+    Draft,
+    /// Give the connection the node's address, if it leaves for the world.
+    Masquerade,
     /// Write the recipes of both directions.
     Write,
     /// Tell user space.
@@ -77,7 +128,7 @@ pub enum Stage {
 pub enum Next {
     /// With the next stage.
     Go,
-    /// Carry out the recipe in [`Scratch::forward`].
+    /// Carry out [`Scratch::current`].
     Carry,
     /// The verdict is there.
     Done(Verdict),
@@ -113,7 +164,7 @@ pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scr
     scratch.hook = hook;
     match decide(packet, tables, scratch) {
         Ok(Next::Done(verdict)) => verdict,
-        Ok(_) => carry::carry(packet, tables, &scratch.forward, &carry::Rewritten::parsed(&scratch.parsed)),
+        Ok(_) => carry::carry(packet, tables, scratch.current(), &carry::Headers::parsed(&scratch.parsed)),
         Err(refusal) => {
             tables.count(CounterIndex::reason(refusal.reason.code, scratch.judgement.direction), packet.length());
             if !refusal.quiet {
@@ -129,6 +180,12 @@ pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scr
 #[inline(always)]
 fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     tables.stage(Stage::Parse, packet, s)?;
+    if s.parsed.class == Class::Flow {
+        if !s.parsed.tuple.src.is_v4() {
+            walk_extensions(packet, tables, s)?;
+        }
+        tables.stage(Stage::Transport, packet, s)?;
+    }
     match s.parsed.class {
         Class::Flow if s.hook == Hook::TO_OVERLAY => return host_to_overlay(packet, tables, &s.parsed),
         Class::IcmpError if s.hook == Hook::TO_OVERLAY => return host_to_overlay(packet, tables, &s.parsed),
@@ -143,34 +200,110 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     }
     // The node's own traffic must not pay for what follows.
     match tables.stage(Stage::Meet, packet, s)? {
-        Next::Go if s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none() => {
+        Next::Carry => return known(packet, tables, s),
+        _ if s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none() => {
             return Ok(Next::Done(Verdict::Continue));
         }
-        Next::Go => {}
-        found => return Ok(found),
+        _ => {}
     }
     tables.stage(Stage::CheckSource, packet, s)?;
-    match tables.stage(Stage::Judge, packet, s)? {
+    match tables.stage(Stage::Locate, packet, s)? {
         Next::Go => {}
         other => return Ok(other),
     }
+    s.opener = s.parsed.tuple;
+    s.answer = s.parsed.tuple.turned();
+    s.icmp_type = s.parsed.icmp[0];
+    connection::snapshot(tables, s);
+    tables.stage(Stage::Judge, packet, s)?;
+    tables.count(CounterIndex::DECIDED, packet.length());
+    tables.stage(Stage::Draft, packet, s)?;
+    // The door it did come through, which may be another than the one it should have.
+    s.forward.hook = s.hook;
+    s.forward.door = door(s.hook, packet);
+    if s.hook == Hook::TO_WORKLOAD {
+        s.forward.action = Action::CONTINUE;
+    }
+    tables.stage(Stage::Masquerade, packet, s)?;
     tables.stage(Stage::Write, packet, s)?;
+    tables.count(CounterIndex::reason(0, s.judgement.direction), packet.length());
     s.event.kind = EventKind::NEW;
     tables.stage(Stage::Report, packet, s)?;
     Ok(Next::Carry)
+}
+
+/// A packet of a connection that a table knows.
+#[inline(always)]
+fn known<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
+    s.event.kind = 0;
+    if s.stale {
+        let asked = match tables.stage(Stage::Revisit, packet, s) {
+            Ok(_) => tables.stage(Stage::Judge, packet, s),
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = asked {
+            tables.stage(Stage::Forget, packet, s)?;
+            return Err(refusal);
+        }
+        tables.stage(Stage::Draft, packet, s)?;
+        tables.stage(Stage::Replace, packet, s)?;
+    }
+    tables.stage(Stage::Advance, packet, s)?;
+    if s.event.kind != 0 {
+        tables.stage(Stage::Report, packet, s)?;
+    }
+    Ok(Next::Carry)
+}
+
+#[inline(always)]
+fn walk_extensions<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Result<(), Refusal> {
+    for _ in 0..MAX_EXTENSIONS {
+        if !is_extension(s.parsed.tuple.proto) {
+            return Ok(());
+        }
+        if let Next::Carry = tables.stage(Stage::Extension, packet, s)? {
+            return Ok(());
+        }
+    }
+    if is_extension(s.parsed.tuple.proto) { Err(DropReason::INVALID_EXTENSION_HEADER.into()) } else { Ok(()) }
 }
 
 /// Runs a stage. See [`Tables::stage`].
 #[inline(always)]
 pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     match stage {
-        Stage::Parse => take_apart(packet, tables, s),
+        Stage::Parse => take_apart(packet, s),
+        Stage::Extension => match step_over(packet, &mut s.parsed)? {
+            true => Ok(Next::Go),
+            false => Ok(Next::Carry),
+        },
+        Stage::Transport => {
+            parse_transport(packet, tables, &mut s.parsed)?;
+            Ok(Next::Go)
+        }
         Stage::LinkLocal => link_local(packet, tables, s),
         Stage::Related => icmp::related(packet, tables, s),
         Stage::Meet => connection::meet(packet, tables, s),
-        Stage::Renew => connection::renew(packet, tables, s),
+        Stage::Revisit => connection::revisit(packet, tables, s),
+        Stage::Forget => connection::forget(tables, s),
+        Stage::Replace => connection::replace(packet, tables, s),
+        Stage::Advance => connection::advance(packet, tables, s),
         Stage::CheckSource => check_source(packet, tables, s),
-        Stage::Judge => judge_new(packet, tables, s),
+        Stage::Locate => locate(packet, tables, s),
+        Stage::Judge => {
+            judge(tables, &s.from, &s.to, &s.opener, s.icmp_type, &mut s.judgement)?;
+            Ok(Next::Go)
+        }
+        Stage::Draft => {
+            connection::draft(tables, s)?;
+            Ok(Next::Go)
+        }
+        Stage::Masquerade => {
+            if masquerade::wanted(tables, s)? {
+                masquerade::bind(tables, s)?;
+            }
+            Ok(Next::Go)
+        }
         Stage::Write => connection::write(packet, tables, s),
         Stage::Report => report(packet, tables, s),
     }
@@ -180,16 +313,19 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
 const PULL: u32 = 256;
 
 #[inline(always)]
-fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
+fn take_apart<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
     s.from = Place::default();
     s.to = Place::default();
-    s.forward = Recipe::default();
+    s.current = Current::Forward;
+    s.forward.flags = 0;
+    s.forward.action = 0;
+    s.forward.out = 0;
     s.replaces = false;
     s.event.reason = 0;
     let direction = if s.hook == Hook::FROM_WORKLOAD { Direction::EGRESS } else { Direction::INGRESS };
     s.judgement = Judgement { direction, ..Judgement::default() };
     packet.pull(PULL);
-    parse(packet, tables, &mut s.parsed)?;
+    parse_network(packet, &mut s.parsed)?;
     Ok(Next::Go)
 }
 
@@ -270,9 +406,9 @@ fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -
     Ok(Next::Go)
 }
 
-/// A connection that no table knows: find the other end, ask policy, draft the recipes.
+/// The other end of a connection that no table knows.
 #[inline(always)]
-fn judge_new<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
+fn locate<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
     let dst = &s.parsed.tuple.dst;
     match s.hook {
         Hook::FROM_WORKLOAD => {
@@ -302,23 +438,6 @@ fn judge_new<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> O
             }
         }
     }
-    s.opener = s.parsed.tuple;
-    connection::snapshot(tables, s);
-    judge(tables, &s.from, &s.to, &s.opener, s.parsed.icmp[0], &mut s.judgement)?;
-    tables.count(CounterIndex::DECIDED, packet.length());
-    connection::draft(tables, s)?;
-    // The door it did come through, which may be another than the one it should have.
-    if let Some(door) = door(s.hook, packet) {
-        s.forward.hook = s.hook;
-        s.forward.door = door;
-    }
-    if s.hook == Hook::TO_WORKLOAD {
-        s.forward.action = Action::CONTINUE;
-    }
-    if masquerade::wanted(tables, s)? {
-        masquerade::bind(tables, s)?;
-    }
-    tables.count(CounterIndex::reason(0, s.judgement.direction), packet.length());
     Ok(Next::Go)
 }
 
@@ -350,6 +469,7 @@ fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
     {
         return Ok(Next::Go);
     }
+    let (out, action, flags) = (s.current().out, s.current().action, s.current().flags);
     let event = &mut s.event;
     event.tuple = s.parsed.tuple;
     event.src_identity = s.from.identity;
@@ -358,7 +478,7 @@ fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
     event.ingress_cookie = s.judgement.ingress_cookie;
     event.generation = s.judgement.generation;
     event.ifindex = packet.ifindex();
-    event.out = s.forward.out;
+    event.out = out;
     event.length = packet.length();
     event.block = if s.judgement.direction == Direction::EGRESS { s.to.block } else { s.from.block };
     event.endpoint = s.judgement.endpoint;
@@ -372,8 +492,8 @@ fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
     event.hook = s.hook;
     event.direction = s.judgement.direction;
     event.tcp_flags = s.parsed.tcp_flags;
-    event.flags = if s.forward.flags & recipe_flag::REPLY != 0 { event_flag::REPLY } else { 0 };
-    event.action = s.forward.action;
+    event.flags = if flags & recipe_flag::REPLY != 0 { event_flag::REPLY } else { 0 };
+    event.action = action;
     event.icmp = s.parsed.icmp;
     tables.emit(event);
     Ok(Next::Go)

@@ -59,8 +59,8 @@ pub enum Table {
 
 /// A recipe in its table. Other CPUs may write to it meanwhile.
 pub trait Flow {
-    /// A copy of the recipe. Hosts make it so that fields that are not used are not read.
-    fn load(&self) -> Recipe;
+    /// Looks at the recipe where it stands.
+    fn recipe(&self) -> &Recipe;
     /// Copies the recipe to where it is needed whole.
     fn copy_to(&self, out: &mut Recipe);
     /// Counts a packet of `length` bytes, and notes the time if the tick moved.

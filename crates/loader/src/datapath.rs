@@ -19,7 +19,7 @@ use aya::{
 use cirri_abi::{Map, MapKind, map};
 
 use crate::{
-    error::{LoadError, MapError, telling_lines},
+    error::{LoadError, MapError, VerifierLog, telling_lines},
     events::Events,
     features::{self, Hooking},
     pins::{Found, Pins, at, open_set},
@@ -104,12 +104,11 @@ impl Default for LoadOptions {
 /// The object, aligned as aya's parser needs it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CIRRI_BPF_OBJECT"));
 
-const WORKLOAD: [(&str, TcAttachType); 2] =
-    [("from_workload", TcAttachType::Ingress), ("to_workload", TcAttachType::Egress)];
-const NETWORK: [(&str, TcAttachType); 2] =
-    [("from_network", TcAttachType::Ingress), ("to_network", TcAttachType::Egress)];
-const OVERLAY: [(&str, TcAttachType); 2] =
-    [("from_overlay", TcAttachType::Ingress), ("to_overlay", TcAttachType::Egress)];
+const WORKLOAD: &[(&str, TcAttachType)] =
+    &[("from_workload", TcAttachType::Ingress), ("to_workload", TcAttachType::Egress)];
+const NETWORK: &[(&str, TcAttachType)] = &[("from_network", TcAttachType::Ingress)];
+const OVERLAY: &[(&str, TcAttachType)] =
+    &[("from_overlay", TcAttachType::Ingress), ("to_overlay", TcAttachType::Egress)];
 
 /// Our place among the filters of a clsact qdisc: first, and a handle that nobody else picks.
 const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0xc144, 1), classid: None };
@@ -272,9 +271,9 @@ impl Datapath {
         Ok(all)
     }
 
-    fn attach(&mut self, device: &str, programs: [(&'static str, TcAttachType); 2]) -> Result<u32, LoadError> {
+    fn attach(&mut self, device: &str, programs: &[(&'static str, TcAttachType)]) -> Result<u32, LoadError> {
         let ifindex = device_number(device)?;
-        for (program, direction) in programs {
+        for &(program, direction) in programs {
             let pin = self.pins.link(program, ifindex);
             let classifier = classifier(&mut self.ebpf, program)?;
             match self.hooking {
@@ -322,7 +321,12 @@ fn rejected(program: &str, error: ProgramError, warnings: &[String]) -> LoadErro
         let log = verifier_log.to_string();
         if !log.trim().is_empty() {
             let telling = telling_lines(&log);
-            return LoadError::Verifier { program: program.into(), telling, log, warnings: warnings.to_vec() };
+            return LoadError::Verifier {
+                program: program.into(),
+                telling,
+                log: VerifierLog(log),
+                warnings: warnings.to_vec(),
+            };
         }
     }
     LoadError::Program { program: program.into(), error: Box::new(error) }
