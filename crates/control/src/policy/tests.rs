@@ -364,6 +364,37 @@ fn what_does_not_fit_is_refused_with_the_rule_that_costs_most() {
 }
 
 #[test]
+fn a_policy_that_makes_the_table_of_another_too_large_is_refused() {
+    let mut cluster = Cluster::new(8, LabelFilter::default());
+    for (id, app) in [(300, "web"), (301, "client"), (302, "third")] {
+        cluster.upsert_identity(Identity { id }, pod_labels("shop", &format!("k8s:app={app}")));
+    }
+    let to = |app: &str, base: u8| {
+        // One entry of its own, three blocks.
+        let block = format!("{{cidr: 10.{base}.0.0/16, except: [10.{base}.1.0/24, 10.{base}.2.0/24]}}");
+        format!("{{podSelector: {{matchLabels: {{app: {app}}}}}, egress: [{{to: [{{ipBlock: {block}}}]}}]}}")
+    };
+    let wide = "{podSelector: {matchLabels: {app: web}}, egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8}}]}]}";
+    cluster.upsert_policy(policy("web", wide)).unwrap();
+    cluster.upsert_policy(policy("client", &to("client", 0))).unwrap();
+    assert_eq!(cluster.entries_of(WEB), 6, "two defaults, its own block, and three more inside that");
+    let error = cluster.upsert_policy(policy("third", &to("third", 1))).unwrap_err();
+    assert!(error.to_string().starts_with("the rules of identity 300 take 9 table entries, 8 fit"), "{error}");
+    assert_eq!(cluster.entries_of(WEB), 6);
+}
+
+#[test]
+fn of_equal_rules_the_first_by_name_answers() {
+    let mut cluster = cluster();
+    for name in ["b", "a", "c"] {
+        cluster.upsert_policy(policy(name, "{podSelector: {}, ingress: [{}, {}]}")).unwrap();
+    }
+    let entry = Probe::of(&cluster, WEB).entry(CLIENT, "10.0.0.1", IN, TCP, 80);
+    let rule = cluster.rule(entry.cookie).unwrap();
+    assert_eq!((rule.policy.as_str(), rule.index), ("a", 0));
+}
+
+#[test]
 fn a_policy_may_select_by_a_label_that_identities_leave_out() {
     let mut cluster = cluster();
     assert!(!cluster.label_filter().admits("pod-template-hash"));
