@@ -281,6 +281,14 @@ impl Datapath {
                 Hooking::Clsact => attach_clsact(classifier, direction, device).map_err(attaching(program, device))?,
             }
         }
+        // What another version attached here and this one does not.
+        for (path, _) in self.pins.links_now()? {
+            let stale =
+                |it: &Attachment| it.ifindex == ifindex && !programs.iter().any(|(name, _)| *name == it.program);
+            if attachment(&path).as_ref().is_some_and(stale) {
+                std::fs::remove_file(&path).map_err(at(&path, "unpin"))?;
+            }
+        }
         Ok(ifindex)
     }
 }

@@ -36,7 +36,7 @@ pub enum LoadError {
         /// The lines of the log that say why.
         telling: String,
         /// The whole log.
-        log: String,
+        log: VerifierLog,
         /// What aya warned about meanwhile.
         warnings: Vec<String>,
     },
@@ -158,19 +158,39 @@ fn warned(warnings: &[String]) -> String {
     if warnings.is_empty() { String::new() } else { format!(" (warned before: {})", warnings.join("; ")) }
 }
 
-/// The lines of a verifier log that say why: the last ones before its statistics.
+/// Everything that the verifier wrote. Thousands of lines, so an error shows them only on request.
+#[derive(Clone)]
+pub struct VerifierLog(pub(crate) String);
+
+impl VerifierLog {
+    /// The text.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for VerifierLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} lines", self.0.lines().count())
+    }
+}
+
+/// The lines of a verifier log that say why: the source line it was at and the last ones before its
+/// statistics.
 pub(crate) fn telling_lines(log: &str) -> String {
-    const KEPT: usize = 3;
+    const KEPT: usize = 2;
     let statistics = ["processed ", "verification time", "stack depth", "mark_precise"];
     let lines: Vec<&str> = log
         .lines()
         .map(str::trim)
-        .filter(|line| !line.is_empty() && !statistics.iter().any(|s| line.starts_with(s)))
+        .filter(|line| !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start)))
         .collect();
     if lines.is_empty() {
         return "it gave no reason".into();
     }
-    lines[lines.len().saturating_sub(KEPT)..].join(" | ")
+    let (before, last) = lines.split_at(lines.len().saturating_sub(KEPT));
+    let source = before.iter().rev().find(|line| line.starts_with(';') && line.contains('@'));
+    source.into_iter().chain(last).copied().collect::<Vec<_>>().join(" | ")
 }
 
 #[cfg(test)]
@@ -179,9 +199,10 @@ mod tests {
 
     #[test]
     fn of_a_verifier_log_the_reason_is_told_and_not_the_statistics() {
-        let log = "0: R1=ctx() R10=fp0\n1: (71) r2 = *(u8 *)(r1 +4)\n2: (0f) r3 += r2\nR3 pointer arithmetic on pkt_end prohibited\n\
+        let log = "0: R1=ctx() R10=fp0\n; let next = at + length; @ parse.rs:40\n1: (71) r2 = *(u8 *)(r1 +4)\n2: (0f) r3 += r2\nR3 pointer arithmetic on pkt_end prohibited\n\
                    verification time 65 usec\nstack depth 0\nprocessed 3 insns (limit 1000000) max_states_per_insn 0\n";
         let told = telling_lines(log);
+        assert!(told.starts_with("; let next = at + length; @ parse.rs:40 | "), "{told}");
         assert!(told.ends_with("| R3 pointer arithmetic on pkt_end prohibited"), "{told}");
         assert!(!told.contains("processed") && !told.contains("R10=fp0"), "{told}");
     }

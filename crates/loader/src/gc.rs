@@ -219,7 +219,7 @@ mod tests {
             sport: Port::new(40_000),
             dport: Port::new(80),
             proto: protocol,
-            _pad: [0; 3],
+            ..Tuple::default()
         }
     }
 

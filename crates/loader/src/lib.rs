@@ -24,7 +24,7 @@ mod tables;
 mod warnings;
 
 pub use datapath::{Attachment, Datapath, LoadOptions, ProgramStatus, Retired};
-pub use error::{LoadError, MapError};
+pub use error::{LoadError, MapError, VerifierLog};
 pub use events::{Batch, Events};
 pub use features::Hooking;
 pub use table::{Chunk, Cursor, Table};

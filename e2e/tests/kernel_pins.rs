@@ -1,0 +1,263 @@
+//! Maps, programs and links across restarts, crashes and upgrades. Needs root.
+
+use std::{fs, process::Command};
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use cirri_abi::{Addr, Endpoint, map};
+use cirri_e2e::kernel::{TestInstance, TestNamespace, names_in, veth};
+use cirri_loader::{Datapath, Hooking, LoadError, LoadOptions};
+
+const POD: Addr = Addr::v4([10, 9, 8, 7]);
+
+fn endpoint(id: u16) -> Endpoint {
+    Endpoint { id, v4: POD, ..Endpoint::default() }
+}
+
+/// The numbers of the programs on a device, first to run first.
+fn programs_on(device: &str, direction: TcAttachType) -> Vec<u32> {
+    let (_, programs) = SchedClassifier::query_tcx(device, direction).expect("tcx answers");
+    programs.iter().map(|program| program.id()).collect()
+}
+
+#[test]
+fn what_stands_in_the_maps_survives_the_process_that_loaded_them() {
+    let instance = TestInstance::new();
+    let first = instance.load();
+    assert!(!first.resumed());
+    first.tables().endpoints.put(&POD, &endpoint(7)).expect("written");
+    first.tables().bump(9).expect("bumped");
+    drop(first);
+
+    let second = instance.load();
+    assert!(second.resumed());
+    assert_eq!(second.tables().endpoints.get(&POD).expect("read"), Some(endpoint(7)));
+    assert_eq!(second.tables().epoch(9).expect("read"), 1);
+}
+
+#[test]
+fn loading_warns_of_nothing_and_pins_every_map_of_the_abi() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    assert_eq!(datapath.warnings(), [] as [String; 0]);
+    let mut expected: Vec<_> = map::ALL.iter().map(|map| map.name.to_owned()).collect();
+    expected.sort();
+    assert_eq!(names_in(&instance.maps()), expected);
+}
+
+#[test]
+fn a_pinned_map_with_larger_values_is_not_used_and_the_whole_set_is_replaced() {
+    let instance = TestInstance::new();
+    let first = instance.load();
+    first.tables().bump(9).expect("bumped");
+    drop(first);
+    let pin = instance.maps().join("ENDPOINTS");
+    fs::remove_file(&pin).expect("unpinned");
+    let other = aya::maps::HashMap::<_, [u8; 16], [u8; 256]>::create(16_384, 1).expect("another map");
+    other.pin(&pin).expect("pinned in its place");
+
+    let second = instance.load();
+    assert!(!second.resumed());
+    assert_eq!(second.tables().endpoints.get(&POD).expect("read"), None);
+    assert_eq!(second.tables().epoch(9).expect("read"), 0, "epochs must not outlive the flows that rest on them");
+    assert!(instance.load().resumed());
+}
+
+#[test]
+fn another_size_in_the_configuration_replaces_the_maps() {
+    let mut instance = TestInstance::new();
+    drop(instance.load());
+    instance.options.sizes.insert("FLOWS4".into(), 2048);
+    let resized = instance.load();
+    assert!(!resized.resumed());
+    assert_eq!(resized.tables().flows4.capacity(), 2048);
+}
+
+#[test]
+fn what_a_crash_while_pinning_leaves_is_repaired() {
+    let instance = TestInstance::new();
+    drop(instance.load());
+    fs::remove_file(instance.maps().join("EPOCHS")).expect("unpinned");
+    let half = instance.dir().join(format!("{:016x}-new", cirri_abi::ABI_HASH));
+    fs::create_dir(&half).expect("a half made set");
+
+    assert!(!instance.load().resumed());
+    assert!(!half.exists());
+    assert!(instance.load().resumed());
+}
+
+#[test]
+fn instance_names_that_the_file_system_reserves_are_refused() {
+    for name in ["", "a.b", "../x", "a b"] {
+        let options = LoadOptions { instance: name.into(), ..LoadOptions::default() };
+        let error = Datapath::load(&options).err().expect("must be refused");
+        assert!(error.to_string().contains("instance name"), "{error}");
+    }
+}
+
+#[test]
+fn a_pin_root_that_is_not_on_a_bpf_file_system_is_named_with_what_to_do() {
+    let options = LoadOptions { pin_root: "/tmp/cirri-loader-pins".into(), ..LoadOptions::default() };
+    let error = Datapath::load(&options).err().expect("must be refused").to_string();
+    assert!(error.contains("/tmp/cirri-loader-pins") && error.contains("mount -t bpf"), "{error}");
+}
+
+#[tokio::test]
+async fn attached_programs_outlive_the_process_and_an_upgrade_replaces_them_in_place() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+    let attach = |instance: &TestInstance| {
+        let mut datapath = instance.load();
+        assert_eq!(datapath.attach_workload("lxc1").expect("attached"), ifindex);
+        datapath
+    };
+    let place = &place;
+    let before = place.namespace.run(|| {
+        let mut datapath = attach(&instance);
+        datapath.attach_workload("lxc1").expect("attaching twice is no error");
+        drop(datapath);
+        [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| programs_on("lxc1", direction))
+    });
+    let before = before.expect("in the namespace");
+    assert_eq!(before.each_ref().map(Vec::len), [1, 1]);
+    let pins = names_in(&instance.dir().join("links"));
+    assert_eq!(pins, [format!("from_workload-{ifindex}"), format!("to_workload-{ifindex}")]);
+
+    let after = place.namespace.run(|| {
+        drop(attach(&instance));
+        [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| programs_on("lxc1", direction))
+    });
+    let after = after.expect("in the namespace");
+    assert_eq!(after.each_ref().map(Vec::len), [1, 1], "one program a direction, the old one gone");
+    assert_ne!(before, after);
+    assert_eq!(names_in(&instance.dir().join("links")), pins);
+}
+
+#[tokio::test]
+async fn a_program_that_another_version_attached_and_this_one_does_not_goes() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "eth1", "eth0").await;
+    place
+        .namespace
+        .run(|| {
+            let mut datapath = instance.load();
+            datapath.attach_overlay("eth1").expect("attached");
+            datapath.attach_network("eth1").expect("attached in its place");
+            let left = datapath.attachments().expect("listed");
+            assert!(left.iter().all(|it| it.ifindex == ifindex && it.program.ends_with("_network")), "{left:?}");
+            assert_eq!(programs_on("eth1", TcAttachType::Ingress).len(), 1);
+        })
+        .expect("in the namespace");
+}
+
+#[tokio::test]
+async fn detaching_takes_both_programs_off_and_twice_is_no_error() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+    place
+        .namespace
+        .run(|| {
+            let mut datapath = instance.load();
+            datapath.attach_workload("lxc1").expect("attached");
+            assert_eq!(datapath.attachments().expect("listed").len(), 2);
+            datapath.detach(ifindex).expect("detached");
+            datapath.detach(ifindex).expect("detached again");
+            assert_eq!(programs_on("lxc1", TcAttachType::Ingress), [] as [u32; 0]);
+            assert_eq!(datapath.attachments().expect("listed"), []);
+        })
+        .expect("in the namespace");
+}
+
+#[tokio::test]
+async fn links_whose_device_is_gone_are_collected_and_others_stay() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let net = place.net();
+    let gone = veth(&net, "lxc1", "eth1").await;
+    let stays = veth(&net, "lxc2", "eth2").await;
+    let attached = place.namespace.run(|| {
+        let mut datapath = instance.load();
+        datapath.attach_workload("lxc1").expect("attached");
+        datapath.attach_workload("lxc2").expect("attached");
+        datapath
+    });
+    let mut datapath = attached.expect("in the namespace");
+    assert!(net.delete_link("lxc1").await.expect("deleted"));
+
+    let collected = datapath.collect_links().expect("collected");
+    assert_eq!(collected.iter().map(|link| link.ifindex).collect::<Vec<_>>(), [gone, gone]);
+    let left = datapath.attachments().expect("listed");
+    assert_eq!(left.iter().map(|link| link.ifindex).collect::<Vec<_>>(), [stays, stays]);
+}
+
+#[tokio::test]
+async fn a_stale_link_does_not_keep_a_new_device_with_its_number_from_being_attached() {
+    let (instance, old, new) = (TestInstance::new(), TestNamespace::new(), TestNamespace::new());
+    let number = veth(&old.net(), "lxc1", "eth1").await;
+    old.namespace.run(|| instance.load().attach_workload("lxc1").expect("attached")).expect("in the old namespace");
+    old.net().delete_link("lxc1").await.expect("deleted");
+
+    assert_eq!(veth(&new.net(), "lxc1", "eth1").await, number);
+    let attached = new.namespace.run(|| {
+        instance.load().attach_workload("lxc1").expect("attached");
+        programs_on("lxc1", TcAttachType::Ingress).len()
+    });
+    assert_eq!(attached.expect("in the new namespace"), 1);
+}
+
+#[tokio::test]
+async fn two_agents_that_share_an_instance_name_are_told_and_the_first_keeps_its_programs() {
+    let (instance, one, two) = (TestInstance::new(), TestNamespace::new(), TestNamespace::new());
+    veth(&one.net(), "lxc1", "eth1").await;
+    veth(&two.net(), "lxc1", "eth1").await;
+    one.namespace.run(|| instance.load().attach_workload("lxc1").expect("attached")).expect("in the first");
+    let error = two.namespace.run(|| instance.load().attach_workload("lxc1").expect_err("must be refused"));
+    assert!(matches!(error.expect("in the second"), LoadError::ForeignLink { .. }));
+    let kept = one.namespace.run(|| programs_on("lxc1", TcAttachType::Ingress).len());
+    assert_eq!(kept.expect("in the first"), 1);
+}
+
+#[test]
+fn maps_of_another_abi_stay_until_the_new_programs_are_attached() {
+    let instance = TestInstance::new();
+    drop(instance.load());
+    let old = instance.dir().join("0123456789abcdef");
+    fs::create_dir(&old).expect("an old set");
+    let mut datapath = instance.load();
+    assert!(old.exists());
+    assert_eq!(datapath.retire().expect("retired").map_sets, ["0123456789abcdef"]);
+    assert!(!old.exists());
+    assert!(instance.load().resumed());
+}
+
+#[tokio::test]
+async fn without_tcx_filters_of_a_clsact_qdisc_do_the_same() {
+    let (mut instance, place) = (TestInstance::new(), TestNamespace::new());
+    instance.options.hooking = Some(Hooking::Clsact);
+    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+    let filters = |direction: &str| {
+        let path = format!("--net={}", place.namespace.path().display());
+        let shown = Command::new("nsenter").args([&path, "tc", "filter", "show", "dev", "lxc1", direction]).output();
+        String::from_utf8_lossy(&shown.expect("tc runs").stdout).into_owned()
+    };
+    for run in ["first", "second"] {
+        place.namespace.run(|| instance.load().attach_workload("lxc1").expect("attached")).expect("in the namespace");
+        for (direction, program) in [("ingress", "from_workload"), ("egress", "to_workload")] {
+            let shown = filters(direction);
+            assert_eq!(
+                shown.matches(" bpf ").count(),
+                2,
+                "{run} {direction}: the protocol line and one filter: {shown}"
+            );
+            assert!(shown.contains(program) && shown.contains("direct-action"), "{run}: {shown}");
+        }
+    }
+    place.namespace.run(|| instance.load().detach(ifindex).expect("detached")).expect("in the namespace");
+    assert_eq!((filters("ingress"), filters("egress")), (String::new(), String::new()));
+}
+
+#[tokio::test]
+async fn a_device_that_is_not_there_is_named() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let error =
+        place.namespace.run(|| instance.load().attach_network("eth9").expect_err("must be refused").to_string());
+    assert!(error.expect("in the namespace").contains("eth9"));
+}

@@ -1,0 +1,278 @@
+//! Tables, rule sets, events and collection on the kernel's maps. Needs root.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use aya::{TestRun, programs::TestRunOptions};
+use cirri_abi::{
+    Addr, Cookie, CounterIndex, Endpoint, FlowKey4, Identity, Ipcache, IpcacheKey, PolicyEntry, PolicyKey, Port,
+    Recipe, Rewrite, State, Tick, Tuple, policy_flag, proto,
+};
+use cirri_e2e::kernel::TestInstance;
+use cirri_loader::{MapError, gc::Collector};
+
+fn host(n: u32) -> Addr {
+    Addr::v4(n.to_be_bytes())
+}
+
+fn rule(peer: u32, cookie: u32) -> (PolicyKey, PolicyEntry) {
+    let key = PolicyKey { prefix_len: PolicyKey::STATIC_BITS, peer, ..PolicyKey::default() };
+    let entry = PolicyEntry {
+        cookie,
+        flags: policy_flag::ALLOW,
+        prefix_len: PolicyKey::STATIC_BITS as u8,
+        ..PolicyEntry::default()
+    };
+    (key, entry)
+}
+
+#[test]
+fn an_endpoint_can_be_written_read_listed_and_deleted() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let endpoints = &datapath.tables().endpoints;
+    let endpoint = Endpoint { id: 3, ifindex: 12, v4: host(1), ..Endpoint::default() };
+    endpoints.put(&host(1), &endpoint).expect("written");
+    assert_eq!(endpoints.get(&host(1)).expect("read"), Some(endpoint));
+    assert_eq!(endpoints.get(&host(2)).expect("read"), None);
+    assert_eq!(endpoints.entries().expect("listed"), [(host(1), endpoint)]);
+    assert!(endpoints.delete(&host(1)).expect("deleted"));
+    assert!(!endpoints.delete(&host(1)).expect("deleted again"));
+}
+
+#[test]
+fn twenty_thousand_prefixes_are_written_in_batches_and_the_longest_match_answers() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let ipcache = &datapath.tables().ipcache;
+    let key = |addr, prefix_len| IpcacheKey { prefix_len, addr };
+    let is = |id| Ipcache { identity: Identity { id }, ..Ipcache::default() };
+    let hosts: Vec<_> = (0..20_000).map(|n| (key(host(0x0a00_0000 + n), 128), is(1000 + n))).collect();
+    ipcache.put_all(&hosts).expect("written");
+    ipcache.put(&key(host(0x0a00_0000), 104), &is(3)).expect("written");
+
+    assert_eq!(ipcache.get(&key(host(0x0a00_0007), 128)).expect("read"), Some(is(1007)));
+    assert_eq!(ipcache.get(&key(host(0x0aff_0000), 128)).expect("read"), Some(is(3)));
+    assert_eq!(ipcache.get(&key(host(0x0b00_0000), 128)).expect("read"), None);
+    let listed: BTreeMap<_, _> = ipcache
+        .entries()
+        .expect("listed")
+        .into_iter()
+        .map(|(key, value)| ((key.addr.word(), key.prefix_len), value))
+        .collect();
+    assert_eq!(listed.len(), 20_001);
+    assert!(hosts.iter().all(|(key, value)| listed.get(&(key.addr.word(), key.prefix_len)) == Some(value)));
+}
+
+#[test]
+fn a_walk_in_small_steps_sees_every_flow_once() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let flows = &datapath.tables().flows4;
+    let flow = |n: u32| (FlowKey4 { src: n, ..FlowKey4::default() }, Recipe { out: n, ..Recipe::default() });
+    flows.put_all(&(0..5000).map(flow).collect::<Vec<_>>()).expect("written");
+    let mut seen = Vec::new();
+    let mut at = None;
+    loop {
+        let chunk = flows.chunk(at.as_ref(), 7).expect("walked");
+        seen.extend(chunk.entries.iter().map(|(key, recipe)| (key.src, recipe.out)));
+        match chunk.next {
+            Some(next) => at = Some(next),
+            None => break,
+        }
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, (0..5000).map(|n| (n, n)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_full_table_says_which_and_how_to_raise_it() {
+    let mut instance = TestInstance::new();
+    instance.options.sizes.insert("ENDPOINTS".into(), 10);
+    let datapath = instance.load();
+    let endpoints: Vec<_> = (0..11).map(|n| (host(n), Endpoint::default())).collect();
+    let error = datapath.tables().endpoints.put_all(&endpoints).expect_err("must not fit");
+    assert!(matches!(&error, MapError::Full { map, max_entries: 10 } if map == "ENDPOINTS"), "{error}");
+    assert!(error.to_string().contains("bpf.maps"), "{error}");
+}
+
+#[test]
+fn a_rule_set_goes_live_whole_with_one_new_generation_and_survives_a_restart() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    assert_eq!(tables.read_ruleset(5).expect("read"), None);
+
+    let old: Vec<_> = (0..3000).map(|n| rule(256 + n, Cookie::FIRST_RULE + n)).collect();
+    assert_eq!(tables.install_ruleset(5, &old).expect("installed"), 1);
+    let new = [rule(0, Cookie::DEFAULT_ALLOW)];
+    assert_eq!(tables.install_ruleset(6, &new).expect("installed"), 1, "another slot has an epoch of its own");
+    let mut live = tables.read_ruleset(5).expect("read").expect("there is one");
+    live.sort_by_key(|(key, _)| key.peer);
+    assert_eq!(live, old);
+
+    assert_eq!(tables.install_ruleset(5, &new).expect("installed"), 2);
+    drop(datapath);
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    assert_eq!(tables.read_ruleset(5).expect("read").expect("there is one"), new);
+    assert_eq!(tables.ruleset_slots().expect("listed"), [5, 6]);
+    assert!(tables.remove_ruleset(5).expect("removed"));
+    assert_eq!(tables.read_ruleset(5).expect("read"), None);
+    assert_eq!(tables.epoch(5).expect("read"), 3, "removing it reaches established flows too");
+}
+
+#[test]
+fn a_rule_set_whose_entries_collapse_is_refused_and_the_old_one_stays() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    let good = [rule(256, 16)];
+    tables.install_ruleset(5, &good).expect("installed");
+    let error = tables.install_ruleset(5, &[rule(256, 16), rule(256, 17)]).expect_err("must be refused");
+    assert!(matches!(error, MapError::Incomplete { slot: 5, written: 1, wanted: 2 }), "{error}");
+    assert_eq!(tables.read_ruleset(5).expect("read").expect("there is one"), good);
+    assert_eq!(tables.epoch(5).expect("read"), 1);
+}
+
+#[test]
+fn slots_that_are_no_rule_sets_and_rule_sets_too_large_are_refused() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    assert!(matches!(tables.install_ruleset(0, &[]), Err(MapError::Slot { slot: 0 })));
+    assert!(matches!(tables.install_ruleset(4096, &[]), Err(MapError::Slot { slot: 4096 })));
+    let many: Vec<_> = (0..65_537).map(|n| rule(n, n)).collect();
+    assert!(matches!(tables.install_ruleset(5, &many), Err(MapError::Full { .. })));
+    assert_eq!(tables.read_ruleset(5).expect("read"), None);
+}
+
+#[test]
+fn every_map_tells_its_memory_and_all_but_the_ring_can_be_dumped() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    tables.install_ruleset(5, &[rule(0, 1)]).expect("installed");
+    let status = tables.status().expect("listed");
+    assert_eq!(status.len(), cirri_abi::map::ALL.len());
+    assert!(status.iter().all(|map| map.id > 0), "{status:?}");
+    // Some kinds take memory with their entries only.
+    let memory = |name: &str| status.iter().find(|map| map.name == name).expect("it is listed").memory;
+    assert!(memory("FLOWS4") >= 16_384 * 112 && memory("EVENTS") >= 4 * 1024 * 1024, "{status:?}");
+    for map in status.iter().filter(|map| map.name != "EVENTS") {
+        let dump = tables.dump(map.name, 3).expect(map.name);
+        assert!(dump.len() <= 3 && dump.iter().all(|(key, _)| key.len() == map.key_size as usize), "{}", map.name);
+    }
+    assert_eq!(tables.dump("RULESETS", 10).expect("dumped").len(), 1);
+    assert_eq!(tables.dump("EPOCHS", 3).expect("dumped").len(), 3);
+    assert!(matches!(tables.dump("EVENTS", 1), Err(MapError::NoEntries { .. })));
+    assert!(tables.dump("NOPE", 1).expect_err("must be refused").to_string().contains("FLOWS4"));
+}
+
+/// An Ethernet frame with an IPv4 UDP packet from a sender that nobody knows.
+fn frame() -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
+    frame.extend([0x45, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0x66, 0xcb, 10, 0, 0, 1, 10, 0, 0, 2]);
+    frame.extend([0x30, 0x39, 0, 53, 0, 12, 0, 0, 1, 2, 3, 4]);
+    frame
+}
+
+#[tokio::test]
+async fn events_arrive_in_order_and_those_that_found_the_ring_full_are_counted() {
+    let mut instance = TestInstance::new();
+    instance.options.sizes.insert("EVENTS".into(), 4096);
+    let mut datapath = instance.load();
+    let mut events = datapath.events().expect("opened").expect("the first reader");
+    assert!(datapath.events().expect("asked").is_none(), "there is one reader");
+    let run = |datapath: &mut cirri_loader::Datapath, repeat| {
+        let frame = frame();
+        let options = TestRunOptions { data_in: Some(&frame), repeat, ..TestRunOptions::default() };
+        datapath.program_mut("from_workload").expect("it is there").test_run(options).expect("it runs");
+    };
+    run(&mut datapath, 1);
+    let batch = tokio::time::timeout(Duration::from_secs(5), events.next()).await.expect("in time").expect("read");
+    assert_eq!((batch.events.len(), batch.lost, batch.malformed), (1, 0, 0));
+
+    run(&mut datapath, 500);
+    let batch = tokio::time::timeout(Duration::from_secs(5), events.next()).await.expect("in time").expect("read");
+    assert!(batch.events.windows(2).all(|pair| pair[0].time_ns <= pair[1].time_ns));
+    assert_eq!(batch.events.len() as u64 + batch.lost, 500, "each is read or counted as lost");
+    assert!(batch.lost > 400, "{}", batch.lost);
+
+    run(&mut datapath, 1);
+    let batch = tokio::time::timeout(Duration::from_secs(5), events.next()).await.expect("in time").expect("read");
+    assert_eq!((batch.events.len(), batch.lost), (1, 0), "a full ring recovers");
+    let lost = datapath.tables().counters().expect("read")[CounterIndex::LOST_EVENTS as usize];
+    assert_eq!(lost, datapath.tables().counter(CounterIndex::LOST_EVENTS).expect("read"));
+}
+
+#[tokio::test]
+async fn a_reader_that_waits_is_woken_by_the_first_event() {
+    let instance = TestInstance::new();
+    let mut datapath = instance.load();
+    let mut events = datapath.events().expect("opened").expect("the first reader");
+    let waiting = tokio::spawn(async move { events.next().await.expect("read").events.len() });
+    tokio::task::yield_now().await;
+    let frame = frame();
+    let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
+    datapath.program_mut("from_workload").expect("it is there").test_run(options).expect("it runs");
+    let read = tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("in time").expect("no panic");
+    assert_eq!(read, 1);
+}
+
+#[test]
+fn collection_removes_ended_connections_in_pairs_and_leaves_the_living() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    let tuple = |n: u32, protocol| Tuple {
+        src: host(0x0a00_0000 + n),
+        dst: host(0x0a01_0000),
+        sport: Port::new(40_000),
+        dport: Port::new(80),
+        proto: protocol,
+        ..Tuple::default()
+    };
+    let now = Tick { count: 100_000 };
+    let seen = |ago: u32, state| Recipe { last_seen: Tick { count: now.count - ago }, state, ..Recipe::default() };
+    let pair = |n: u32, protocol, there: Recipe, back: Recipe| {
+        let tuple = tuple(n, protocol);
+        let opposite = tuple.rewritten(&there).turned();
+        tables.flows4.put(&tuple.key4(), &there).expect("written");
+        tables.flows4.put(&opposite.key4(), &back).expect("written");
+        (tuple.key4(), opposite.key4())
+    };
+    let dead = pair(1, proto::UDP, seen(70, State::ESTABLISHED), seen(70, State::ESTABLISHED));
+    let half = pair(2, proto::UDP, seen(70, State::ESTABLISHED), seen(3, State::ESTABLISHED));
+    let alive = pair(3, proto::TCP, seen(5000, State::ESTABLISHED), seen(5000, State::ESTABLISHED));
+    let node = host(0xc0a8_0001);
+    let masquerade = pair(
+        4,
+        proto::TCP,
+        Recipe { rewrite: Rewrite::SOURCE, address: node, port: Port::new(50_000), ..seen(20, State::CLOSING) },
+        Recipe {
+            rewrite: Rewrite::DESTINATION,
+            address: host(0x0a00_0004),
+            port: Port::new(40_000),
+            ..seen(20, State::CLOSING)
+        },
+    );
+    let lonely = tuple(5, proto::TCP);
+    tables.pending6.put(&lonely, &seen(70, State::NEW)).expect("written");
+
+    let mut collector = Collector::new(tables.clone());
+    let mut removed = 0;
+    let mut kept = 0;
+    let steps = (1..=1000).find(|_| {
+        let swept = collector.sweep(now, 2).expect("swept");
+        removed += swept.removed;
+        kept += swept.kept_for_opposite;
+        swept.complete
+    });
+    assert!(steps.is_some_and(|steps| steps > 1), "it goes on where it stopped");
+    assert_eq!((removed, kept), (5, 1));
+    let left = |key: &FlowKey4| tables.flows4.get(key).expect("read").is_some();
+    assert_eq!([left(&dead.0), left(&dead.1)], [false; 2]);
+    assert_eq!([left(&masquerade.0), left(&masquerade.1)], [false; 2]);
+    assert_eq!([left(&half.0), left(&half.1), left(&alive.0), left(&alive.1)], [true; 4]);
+    assert_eq!(tables.pending6.entries().expect("listed"), []);
+}
