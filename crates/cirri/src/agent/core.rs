@@ -66,6 +66,8 @@ pub struct Core {
     pub enforced_revision: u64,
     /// Revision that must be seen before anything is desired; none: not known yet.
     pub needed_revision: Option<u64>,
+    /// Whether the tables were ever filled. Until then an empty table wants nothing removed.
+    pub filled: bool,
     /// Identities whose rule set must be compiled again.
     dirty: BTreeSet<u32>,
 }
@@ -96,6 +98,7 @@ impl Core {
             folder_errors: Vec::new(),
             enforced_revision: 0,
             needed_revision: None,
+            filled: false,
             dirty: BTreeSet::new(),
         }
     }
@@ -168,6 +171,7 @@ impl Core {
         self.identify();
         self.desire_rulesets();
         self.desire_rows();
+        self.filled = true;
     }
 
     /// Gives every workload the identity that its labels have now.
@@ -263,10 +267,11 @@ impl Core {
             }
         }
         let prefix = records::ip_prefix(&self.node.name);
-        for (key, value) in self.view.below(&prefix) {
+        for (key, _) in self.view.below(&prefix) {
             let key = key.to_owned();
             if self.rows.published.desired(&key).is_none() {
-                self.rows.published.adopt(key, value.to_vec());
+                // Whatever it says, it hangs on the lease of an earlier run: to be written or removed.
+                self.rows.published.adopt(key, Vec::new());
             }
         }
     }

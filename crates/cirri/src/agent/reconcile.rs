@@ -52,8 +52,12 @@ impl Core {
         Ok(())
     }
 
-    /// Works on every row that is due. Rows that fail are due again later.
+    /// Works on every row that is due. Rows that fail are due again later. Nothing before the tables
+    /// were filled once: what an earlier run left stays in force until then.
     pub async fn reconcile(&mut self, now: Instant) {
+        if !self.filled {
+            return;
+        }
         let mut bumps = BTreeSet::new();
         self.reconcile_node(now, &mut bumps);
         let (early, late) = self.split_ipcache(now);

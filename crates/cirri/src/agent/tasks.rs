@@ -58,7 +58,7 @@ pub async fn reconcile(shared: Arc<Shared>) {
         let next = {
             let mut core = shared.core.lock().await;
             core.reconcile(Instant::now()).await;
-            if core.is_ready() && core.unnumbered.is_empty() && core.rows.is_done() {
+            if core.filled && core.unnumbered.is_empty() && core.rows.is_done() {
                 core.enforced_revision = core.view.revision;
                 shared.enforced.send_replace(Some(core.enforced_revision));
             } else {
@@ -82,7 +82,10 @@ pub async fn reconcile(shared: Arc<Shared>) {
 /// Makes the store like the table of what this node publishes. Without the lock while it waits.
 pub async fn publish(shared: Arc<Shared>) {
     loop {
-        let due = shared.core.lock().await.rows.published.due(Instant::now());
+        let due = {
+            let core = shared.core.lock().await;
+            if core.filled { core.rows.published.due(Instant::now()) } else { Vec::new() }
+        };
         let worked = !due.is_empty();
         for row in due {
             let outcome = match &row.desired {
@@ -99,9 +102,7 @@ pub async fn publish(shared: Arc<Shared>) {
             shared.settled.send_replace(());
             shared.wake.notify_one();
             // Rows may have changed while they were written.
-            if !shared.core.lock().await.rows.published.due(Instant::now()).is_empty() {
-                continue;
-            }
+            continue;
         }
         let next = shared.core.lock().await.rows.published.next_due();
         let pause = async {

@@ -1,5 +1,7 @@
 //! `cirri agent`.
 
+use std::io::IsTerminal;
+
 use crate::agent;
 use crate::cmd::config::ConfigSource;
 use crate::exit::{Because, Failure, Result};
@@ -37,7 +39,8 @@ pub fn run(args: &AgentArgs) -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(&loaded.config.log.level)
         .map_err(|error| format!("log.level `{}`: {error}", loaded.config.log.level))
         .because(Failure::BadInput)?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().because(Failure::Failed)?;
     if args.cleanup { runtime.block_on(agent::cleanup(&loaded.config)) } else { runtime.block_on(agent::run(loaded)) }
 }
