@@ -190,7 +190,7 @@ impl Datapath {
     pub fn detach(&mut self, ifindex: u32) -> Result<(), LoadError> {
         for (path, _) in self.pins.links_now()? {
             if attachment(&path).is_some_and(|it| it.ifindex == ifindex) {
-                std::fs::remove_file(&path).map_err(at(&path, "unpin"))?;
+                self.pins.drop_link(&path)?;
             }
         }
         if self.hooking == Hooking::Clsact
@@ -227,7 +227,7 @@ impl Datapath {
         let mut collected = Vec::new();
         for (path, info) in self.pins.links_now()? {
             if info.ifindex == 0 {
-                std::fs::remove_file(&path).map_err(at(&path, "unpin"))?;
+                self.pins.drop_link(&path)?;
                 collected.extend(attachment(&path));
             }
         }
@@ -286,7 +286,7 @@ impl Datapath {
             let stale =
                 |it: &Attachment| it.ifindex == ifindex && !programs.iter().any(|(name, _)| *name == it.program);
             if attachment(&path).as_ref().is_some_and(stale) {
-                std::fs::remove_file(&path).map_err(at(&path, "unpin"))?;
+                self.pins.drop_link(&path)?;
             }
         }
         Ok(ifindex)

@@ -13,6 +13,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
@@ -135,15 +136,33 @@ impl Pins {
         for entry in fs::read_dir(&dir).map_err(at(&dir, "list"))? {
             let path = entry.map_err(at(&dir, "list"))?.path();
             let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
-            let info = sys::link_info(std::os::fd::AsFd::as_fd(&fd)).map_err(at(&path, "ask for its link"))?;
+            let info = sys::link_info(fd.as_fd()).map_err(at(&path, "ask for its link"))?;
             links.push((path, info));
         }
         Ok(links)
     }
 
+    /// Takes a pinned link off its device, which may be gone, and removes the pin.
+    pub fn drop_link(&self, pin: &Path) -> Result<(), LoadError> {
+        let fd = sys::open_pin(pin).map_err(at(pin, "open"))?;
+        match sys::detach_link(fd.as_fd()) {
+            Ok(()) => {}
+            // Off already, with its device.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+            Err(error) => return Err(at(pin, "detach")(error)),
+        }
+        fs::remove_file(pin).map_err(at(pin, "unpin"))
+    }
+
     /// Removes everything of the instance; links that were pinned are detached.
     pub fn purge(root: &Path, instance: &str) -> Result<(), LoadError> {
-        remove(&root.join(instance))
+        let pins = Pins { dir: root.join(instance) };
+        if pins.links().exists() {
+            for (link, _) in pins.links_now()? {
+                pins.drop_link(&link)?;
+            }
+        }
+        remove(&pins.dir)
     }
 }
 

@@ -251,6 +251,13 @@ pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     Ok(info)
 }
 
+/// Takes a link's program off its device at once. Removing the last pin does it too, but later.
+pub(crate) fn detach_link(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let attr = Id { id: fd.as_raw_fd() as u32, ..Id::default() };
+    // SAFETY: `attr` is the whole argument and outlives the call.
+    unsafe { bpf(Command::LinkDetach, &attr) }.map(drop)
+}
+
 trait Info {}
 impl Info for MapInfo {}
 impl Info for LinkInfo {}
@@ -299,6 +306,7 @@ enum Command {
     Freeze = 22,
     LookupBatch = 24,
     UpdateBatch = 26,
+    LinkDetach = 34,
 }
 
 #[repr(C)]
