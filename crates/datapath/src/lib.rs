@@ -102,9 +102,11 @@ fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Opti
         wire::ETHERTYPE_IPV6 => {
             let ip: wire::Ipv6 = packet.load(wire::L3)?;
             let (sport, dport) = established_ports(packet, wire::L3 + 40, ip.next)?;
+            let [s0, s1, s2, s3] = ip.src;
+            let [d0, d1, d2, d3] = ip.dst;
             let key = Tuple {
-                src: cirri_abi::Addr { words: ip.src },
-                dst: cirri_abi::Addr { words: ip.dst },
+                src: cirri_abi::Addr { words: [s0, s1, s2, s3] },
+                dst: cirri_abi::Addr { words: [d0, d1, d2, d3] },
                 sport,
                 dport,
                 proto: ip.next,
