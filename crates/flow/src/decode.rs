@@ -252,7 +252,7 @@ pub(crate) mod tests {
                 sport: Port::new(40000),
                 dport: Port::new(80),
                 proto: proto::TCP,
-                _pad: [0; 3],
+                ..Tuple::default()
             },
             src_identity: Identity::WORLD_IPV4,
             dst_identity: Identity { id: 300 },

@@ -98,3 +98,60 @@ pub async fn range(store: &dyn Store, pool: &ClusterPool, node: &str) -> Result<
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cirri_store::Embedded;
+
+    async fn store(name: &str) -> (std::path::PathBuf, Embedded) {
+        let dir = std::env::temp_dir().join(format!("cirri-allocate-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let store = Embedded::open(dir.join("store.redb")).await.unwrap();
+        (dir, store)
+    }
+
+    fn labels(app: &str) -> IdentityLabels {
+        IdentityLabels::parse(&format!("k8s:app={app}")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_same_labels_get_the_same_number_and_others_another_even_if_nobody_knows_of_them() {
+        let (dir, store) = store("identity").await;
+        let nothing = Identities::new();
+        let first = identity(&store, &nothing, &labels("a")).await.unwrap();
+        assert_eq!(identity(&store, &nothing, &labels("a")).await.unwrap(), first);
+        // Somebody else holds the number that these labels would try first.
+        let wanted = nothing.propose(&labels("b"), 0).unwrap();
+        assert!(store.create(&records::identity_key(wanted.id), b"k8s:app=c", false).await.unwrap());
+        let second = identity(&store, &nothing, &labels("b")).await.unwrap();
+        assert!(second != wanted && second != first);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn labels_that_collide_in_their_hash_keep_apart() {
+        let (dir, store) = store("collision").await;
+        let key = records::labels_key(&identity::labels_key(&labels("a"), 0));
+        let forged = serde_json::to_vec(&IdentityRecord { id: 300, labels: "k8s:app=forged".into() }).unwrap();
+        store.put(&key, &forged, false).await.unwrap();
+        let number = identity(&store, &Identities::new(), &labels("a")).await.unwrap();
+        assert_ne!(number.id, 300);
+        assert_eq!(identity(&store, &Identities::new(), &labels("a")).await.unwrap(), number);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_node_keeps_its_range_and_nodes_never_share_one() {
+        let (dir, store) = store("range").await;
+        let pool = ClusterPool::new("10.244.0.0/22".parse().unwrap(), 24).unwrap();
+        let mut ranges = BTreeSet::new();
+        for node in ["a", "b", "c", "d"] {
+            let got = range(&store, &pool, node).await.unwrap();
+            assert!(ranges.insert(got), "{node} got {got} a second time");
+            assert_eq!(range(&store, &pool, node).await.unwrap(), got);
+        }
+        assert!(matches!(range(&store, &pool, "e").await, Err(AllocateError::Ipam(_))));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

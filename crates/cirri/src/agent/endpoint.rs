@@ -132,7 +132,7 @@ mod tests {
         };
         endpoint.save(&dir).unwrap();
         files::write_atomic(&dir.join("endpoints/4.json"), b"{").unwrap();
-        assert_eq!(load_all(&dir).unwrap(), [endpoint.clone()]);
+        assert_eq!(load_all(&dir).unwrap(), std::slice::from_ref(&endpoint));
         endpoint.forget(&dir).unwrap();
         assert!(load_all(&dir).unwrap().is_empty());
         std::fs::remove_dir_all(&dir).unwrap();

@@ -15,6 +15,9 @@ use super::core::Core;
 use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
 use super::table::Due;
 
+/// A row of the address cache to work on.
+type DueAddress = Due<IpNet, Ipcache>;
+
 impl Core {
     /// Takes over what an earlier run left in the kernel: from here on only differences are work.
     ///
@@ -93,14 +96,14 @@ impl Core {
 
     /// Rows to write before the rule sets, and rows to write after: a block that is new must be in
     /// the address cache first, one that is gone must leave the rule sets first.
-    fn split_ipcache(&self, now: Instant) -> (Vec<Due<IpNet, Ipcache>>, Vec<Due<IpNet, Ipcache>>) {
+    fn split_ipcache(&self, now: Instant) -> (Vec<DueAddress>, Vec<DueAddress>) {
         let live: BTreeSet<u32> = self.cluster.blocks().iter().map(|(_, number)| number).collect();
         self.rows.ipcache.due(now).into_iter().partition(|due| {
             due.desired.is_some() && due.actual.is_none_or(|actual| actual.block == 0 || live.contains(&actual.block))
         })
     }
 
-    fn reconcile_ipcache(&mut self, due: Vec<Due<IpNet, Ipcache>>, now: Instant, bumps: &mut BTreeSet<u16>) {
+    fn reconcile_ipcache(&mut self, due: Vec<DueAddress>, now: Instant, bumps: &mut BTreeSet<u16>) {
         for Due { key, desired, actual } in due {
             let outcome = match &desired {
                 Some(row) => self.tables.ipcache.put(&ipcache_key(key), row),

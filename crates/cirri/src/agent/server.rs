@@ -199,7 +199,10 @@ async fn observe(shared: &Arc<Shared>, client: &mut Client) -> io::Result<Result
             client.send(batch.iter().map(|record| &**record)).await?;
         }
     }
-    while asked.follow {
+    if !asked.follow {
+        return Ok(Ok(()));
+    }
+    loop {
         let batch = ring.follow(next, BATCH).await;
         if batch.lost > 0 {
             let lost = shared.decoder.lost("reader", batch.lost, super::flows::monotonic_ns());
@@ -208,7 +211,6 @@ async fn observe(shared: &Arc<Shared>, client: &mut Client) -> io::Result<Result
         next = batch.next;
         client.send(batch.records.iter().filter(|record| asked.filter.matches(record)).map(|record| &**record)).await?;
     }
-    Ok(Ok(()))
 }
 
 async fn monitor(shared: &Arc<Shared>, client: &mut Client) -> io::Result<Result<(), ApiError>> {

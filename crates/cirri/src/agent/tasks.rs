@@ -18,6 +18,8 @@ const CHUNK: usize = 4096;
 /// How long to wait before something that the store refused is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 const HEALTH_EVERY: Duration = Duration::from_secs(2);
+/// A store that takes longer than this to say that it works is reported as away.
+const HEALTH_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Takes in what the store says.
 pub async fn watch(shared: Arc<Shared>) {
@@ -193,13 +195,14 @@ pub async fn health(shared: Arc<Shared>) {
     pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         pause.tick().await;
-        match shared.store.health().await {
-            Ok(health) => {
+        match tokio::time::timeout(HEALTH_PATIENCE, shared.store.health()).await {
+            Ok(Ok(health)) => {
                 let mut status = shared.store_status.lock().unwrap_or_else(PoisonError::into_inner);
                 status.healthy = true;
                 status.error = health.warning.unwrap_or_default();
             }
-            Err(error) => note_failure(&shared, &error.to_string()),
+            Ok(Err(error)) => note_failure(&shared, &error.to_string()),
+            Err(_) => note_failure(&shared, &format!("no answer for {} s", HEALTH_PATIENCE.as_secs())),
         }
         let net = shared.core.lock().await.net.clone();
         match node::addresses(&net).await {

@@ -265,7 +265,7 @@ mod tests {
     const CONTAINER: [(&str, &str); 3] =
         [("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", "/run/netns/x")];
 
-    fn with<'a>(command: &'a str) -> Vec<(&'a str, &'a str)> {
+    fn with(command: &str) -> Vec<(&str, &str)> {
         [("CNI_COMMAND", command)].into_iter().chain(CONTAINER).collect()
     }
 
