@@ -10,8 +10,8 @@ use cirri_e2e::lab::{Lab, LabError, Probed};
 
 /// Milliseconds that a probe waits; silence is tried once more.
 const TIMEOUT: &str = "500";
-/// Differences of one case that are printed in full.
-const SHOWN: usize = 12;
+/// Pairs of one case whose differences are printed.
+const SHOWN: usize = 24;
 
 #[test]
 fn every_case_comes_out_as_expected_on_two_nodes() {
@@ -23,17 +23,17 @@ fn every_case_comes_out_as_expected_on_two_nodes() {
     let mut bench = Bench { lab, surroundings: String::new(), addresses: Addresses::default() };
     let (mut compared, mut failed, mut report) = (0, 0, String::new());
     for case in &cases {
-        let outcome = run(&mut bench, case).unwrap_or_else(|error| Outcome { compared: 0, wrong: vec![error] });
+        let outcome = run(&mut bench, case).unwrap_or_else(Outcome::failed);
         compared += outcome.compared;
         println!("{}: {} cells, {} wrong", case.name, outcome.compared, outcome.wrong.len());
         if !outcome.wrong.is_empty() {
             failed += 1;
             let _ = writeln!(report, "\n{}: {}", case.name, case.about);
-            for line in outcome.wrong.iter().take(SHOWN) {
-                let _ = writeln!(report, "  {line}");
+            for ((pair, problem), cells) in outcome.wrong.iter().take(SHOWN) {
+                let _ = writeln!(report, "  {pair}: {problem}: {}", cells.join(", "));
             }
             if outcome.wrong.len() > SHOWN {
-                let _ = writeln!(report, "  and {} more", outcome.wrong.len() - SHOWN);
+                let _ = writeln!(report, "  and {} more pairs", outcome.wrong.len() - SHOWN);
             }
         }
     }
@@ -49,9 +49,23 @@ struct Bench {
     addresses: Addresses,
 }
 
+/// What one case came to.
+#[derive(Default)]
 struct Outcome {
     compared: usize,
-    wrong: Vec<String>,
+    /// By pair and problem: the ports and families concerned.
+    wrong: BTreeMap<(String, String), Vec<String>>,
+}
+
+impl Outcome {
+    fn failed(error: String) -> Outcome {
+        Outcome { compared: 0, wrong: BTreeMap::from([(("the case could not be run".to_string(), error), Vec::new())]) }
+    }
+
+    fn wrong(&mut self, cell: &Cell, problem: String) {
+        let pair = format!("{} -> {}", cell.from, cell.to);
+        self.wrong.entry((pair, problem)).or_default().push(format!("{} {}", cell.probe, cell.family));
+    }
 }
 
 fn run(bench: &mut Bench, case: &Case) -> Result<Outcome, String> {
@@ -106,11 +120,11 @@ fn compare(expected: &Matrix, probed: &[Probed]) -> Result<Outcome, String> {
     for answer in probed {
         by_cell.insert(cell(answer)?, answer);
     }
-    let mut outcome = Outcome { compared: 0, wrong: Vec::new() };
+    let mut outcome = Outcome::default();
     for (cell, passes) in expected.cells() {
         let Some(answer) = by_cell.remove(cell) else {
             if !is_node(&cell.to) {
-                outcome.wrong.push(format!("{cell}: was not probed"));
+                outcome.wrong(cell, "was not probed".to_string());
             }
             continue;
         };
@@ -118,15 +132,17 @@ fn compare(expected: &Matrix, probed: &[Probed]) -> Result<Outcome, String> {
         let problem = answer.error.as_deref().unwrap_or("no reason given");
         match (passes, answer.verdict.as_str()) {
             (true, "allowed") if answer.answered_by.as_ref().is_some_and(|by| is_pod(&cell.to) && *by != cell.to) => {
-                outcome.wrong.push(format!("{cell}: answered by {:?}", answer.answered_by));
+                outcome.wrong(cell, format!("answered by {:?}", answer.answered_by));
             }
             (true, "allowed") | (false, "denied") => {}
             (true, "error") if !is_pod(&cell.to) && problem.contains("refused") => {}
-            (true, verdict) => outcome.wrong.push(format!("{cell}: should pass, is {verdict}: {problem}")),
-            (false, verdict) => outcome.wrong.push(format!("{cell}: should be dropped, is {verdict}: {problem}")),
+            (true, verdict) => outcome.wrong(cell, format!("should pass, is {verdict}: {problem}")),
+            (false, verdict) => outcome.wrong(cell, format!("should be dropped, is {verdict}: {problem}")),
         }
     }
-    outcome.wrong.extend(by_cell.keys().map(|cell| format!("{cell}: was probed, and the case does not speak of it")));
+    for cell in by_cell.keys().filter(|cell| is_pod(&cell.from) || is_pod(&cell.to)) {
+        outcome.wrong(cell, "was probed, and the case does not speak of it".to_string());
+    }
     Ok(outcome)
 }
 
