@@ -49,16 +49,22 @@ pub fn run(args: ApplyArgs) -> anyhow::Result<ExitCode> {
     let _lock = args.name.lock()?;
     let interrupt = Interrupt::install()?;
     let wait = args.wait.then(|| Duration::from_secs(args.timeout));
-    apply(&lab, &args.files, wait, &interrupt)?;
+    apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &|step| println!("{step}"))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes the lab equal to the manifests, and waits for all of it if `wait` says how long.
+/// Makes the lab equal to the manifests, and waits for all of it if `wait` says how long. `report` is told what was
+/// done, a line each.
 ///
 /// # Errors
 /// As for [`run`].
-pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let resources = manifests::read(files)?;
+pub fn apply(
+    lab: &Lab,
+    resources: Vec<Resource>,
+    wait: Option<Duration>,
+    interrupt: &Interrupt,
+    report: &dyn Fn(&str),
+) -> anyhow::Result<()> {
     manifests::check(&resources, lab)?;
     cluster::check_agents(lab)?;
     let begun = Instant::now();
@@ -68,7 +74,7 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
     let mut tell = |outcomes: Vec<anyhow::Result<String>>| {
         for outcome in outcomes {
             match outcome {
-                Ok(done) => println!("{done}"),
+                Ok(done) => report(&done),
                 Err(problem) => problems.push(format!("{problem:#}")),
             }
         }
@@ -99,18 +105,20 @@ pub fn apply(lab: &Lab, files: &[PathBuf], wait: Option<Duration>, interrupt: &I
         bail!("{}\nthe rest was applied; apply again to retry", problems.join("\ncirri: "));
     }
     match wait {
-        Some(timeout) => await_all(lab, timeout, begun, interrupt),
-        None => {
-            println!(
-                "applied in {:.1} s; agents may still be at work (--wait waits for them)",
-                begun.elapsed().as_secs_f64()
-            );
-            Ok(())
+        Some(timeout) => {
+            await_all(lab, timeout, interrupt)?;
+            let (nodes, seconds) = (lab.nodes.len(), begun.elapsed().as_secs_f64());
+            report(&format!("enforced on {nodes} node{} after {seconds:.2} s", if nodes == 1 { "" } else { "s" }));
         }
+        None => report(&format!(
+            "applied in {:.1} s; agents may still be at work (--wait waits for them)",
+            begun.elapsed().as_secs_f64()
+        )),
     }
+    Ok(())
 }
 
-fn await_all(lab: &Lab, timeout: Duration, begun: Instant, interrupt: &Interrupt) -> anyhow::Result<()> {
+fn await_all(lab: &Lab, timeout: Duration, interrupt: &Interrupt) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     for pod in lab.pods()? {
         pods::await_listening(lab, &pod, deadline, interrupt)?;
@@ -120,12 +128,6 @@ fn await_all(lab: &Lab, timeout: Duration, begun: Instant, interrupt: &Interrupt
     if !refused.is_empty() {
         bail!("refused, the last good version stays in force: {}", refused.join("\ncirri: "));
     }
-    let nodes = lab.nodes.len();
-    println!(
-        "enforced on {nodes} node{} after {:.2} s",
-        if nodes == 1 { "" } else { "s" },
-        begun.elapsed().as_secs_f64()
-    );
     Ok(())
 }
 

@@ -272,10 +272,11 @@ pub fn check_agents(lab: &Lab) -> anyhow::Result<()> {
     }
     let log = lab.node_directory(down[0]).join("agent.log");
     bail!(
-        "the agent of {} is not running (its log: {}): start afresh with `cirri lab down --name {2}` and `cirri lab up --name {2}`",
+        "the agent of {} is not running (its log: {}): bring it back with `cirri lab restart --name {} {}`",
         down.join(", "),
         log.display(),
-        lab.name
+        lab.name,
+        down[0]
     )
 }
 

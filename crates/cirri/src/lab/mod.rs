@@ -18,25 +18,25 @@
 //! Exit codes: 0 done; 1 it failed; 2 the input is wrong and nothing was changed; 4 a single probe did not get
 //! through; 130 interrupted. `exec` ends with the exit code of the program it ran.
 
-mod apply;
-mod cluster;
-mod down;
+pub mod apply;
+pub mod cluster;
+pub mod down;
 mod echo;
 mod exec;
-mod interrupt;
+pub mod interrupt;
 mod list;
 mod load;
 mod manifests;
 mod matrix;
-mod netns;
+pub mod netns;
 mod pods;
 mod probe;
 mod prober;
-mod process;
+pub mod process;
 mod restart;
-mod state;
-mod underlay;
-mod up;
+pub mod state;
+pub mod underlay;
+pub mod up;
 
 use std::process::ExitCode;
 

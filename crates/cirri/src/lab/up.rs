@@ -87,7 +87,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         );
     }
     let interrupt = Interrupt::install()?;
-    let outcome = bring_up(&args, &names, &interrupt);
+    let outcome = begin(&args, &names, &interrupt);
     if outcome.is_err() {
         eprintln!("taking down what is there of the lab \"{}\"", args.name);
         if let Err(problem) = down::remove(&args.name) {
@@ -97,12 +97,35 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-fn bring_up(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::Result<()> {
+fn begin(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let directory = args.name.directory();
+    let step = |what: &str| println!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64());
+    let lab = bring_up(&args.name, names, args.routing, interrupt, &step)?;
+    if !args.files.is_empty() {
+        let wait = Duration::from_secs(args.timeout);
+        apply(&lab, manifests::read(&args.files)?, Some(wait), interrupt, &|step| println!("{step}"))?;
+    }
+    interrupt.check()?;
+    summarise(&lab, begun);
+    Ok(())
+}
+
+/// Brings an empty lab up. The caller holds its lock, knows that nothing of that name is there, and takes down what
+/// is there if this fails. `report` is told what is ready.
+///
+/// # Errors
+/// What could not be made or does not get ready; [`super::interrupt::Interrupted`].
+pub fn bring_up(
+    name: &LabName,
+    nodes: &[String],
+    routing: Routing,
+    interrupt: &Interrupt,
+    report: &dyn Fn(&str),
+) -> anyhow::Result<Lab> {
+    let directory = name.directory();
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let nodes = names.iter().enumerate().map(|(index, name)| underlay::node(&args.name, name, index)).collect();
-    let lab = Lab { name: args.name.clone(), routing: args.routing, nodes };
+    let nodes = nodes.iter().enumerate().map(|(index, node)| underlay::node(name, node, index)).collect();
+    let lab = Lab { name: name.clone(), routing, nodes };
     lab.save()?;
 
     interrupt.check()?;
@@ -111,11 +134,11 @@ fn bring_up(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::R
         interrupt.check()?;
         underlay::create_node(&lab.name, node)?;
     }
-    step(begun, "network ready");
+    report("network ready");
     start_world(&lab)?;
     if lab.has_etcd() {
         start_etcd(&lab, interrupt)?;
-        step(begun, "etcd ready");
+        report("etcd ready");
     }
     for node in &lab.nodes {
         interrupt.check()?;
@@ -124,17 +147,8 @@ fn bring_up(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::R
     cluster::each_node(&lab, |node| await_agent(&lab, node, interrupt))?;
     cluster::settle(&lab, AGENT_TIMEOUT, interrupt)?;
     route_pods(&lab)?;
-    step(begun, if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
-    if !args.files.is_empty() {
-        apply(&lab, &args.files, Some(Duration::from_secs(args.timeout)), interrupt)?;
-    }
-    interrupt.check()?;
-    summarise(&lab, begun);
-    Ok(())
-}
-
-fn step(begun: Instant, what: &str) {
-    println!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64());
+    report(if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
+    Ok(lab)
 }
 
 fn summarise(lab: &Lab, begun: Instant) {
@@ -184,7 +198,11 @@ fn check_socket_paths(name: &LabName, nodes: &[String]) -> Result<(), Rejected> 
     }
 }
 
-fn require_etcd() -> anyhow::Result<()> {
+/// Fails unless `etcd` is installed.
+///
+/// # Errors
+/// How to install it.
+pub fn require_etcd() -> anyhow::Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     if std::env::split_paths(&path).any(|directory| directory.join("etcd").is_file()) {
         return Ok(());
