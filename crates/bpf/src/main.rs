@@ -7,6 +7,7 @@ mod maps;
 mod seams;
 mod skb;
 mod tables;
+mod wrap;
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},

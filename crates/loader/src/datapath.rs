@@ -25,6 +25,7 @@ use crate::{
     pins::{Found, Pins, at, open_set},
     sys,
     tables::Tables,
+    trial::Trial,
     warnings,
 };
 
@@ -271,6 +272,15 @@ impl Datapath {
         Ok(all)
     }
 
+    /// The means to run and time programs without a device. There is one: a second call is refused.
+    pub fn trial(&mut self) -> Result<Trial<'_>, LoadError> {
+        Trial::new(&mut self.ebpf)
+    }
+
+    pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
     fn attach(&mut self, device: &str, programs: &[(&'static str, TcAttachType)]) -> Result<u32, LoadError> {
         let ifindex = device_number(device)?;
         for &(program, direction) in programs {
@@ -340,7 +350,7 @@ fn rejected(program: &str, error: ProgramError, warnings: &[String]) -> LoadErro
     LoadError::Program { program: program.into(), error: Box::new(error) }
 }
 
-fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, LoadError> {
+pub(crate) fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, LoadError> {
     let program = ebpf.program_mut(name).ok_or_else(|| LoadError::Object(format!("there is no program {name}")))?;
     program.try_into().map_err(|_| LoadError::Object(format!("{name} is not a classifier")))
 }

@@ -10,6 +10,7 @@
 
 #![deny(missing_docs)]
 
+mod bill;
 mod datapath;
 mod error;
 mod events;
@@ -21,11 +22,14 @@ mod plain;
 mod sys;
 mod table;
 mod tables;
+pub mod trial;
 mod warnings;
 
+pub use bill::Bill;
 pub use datapath::{Attachment, Datapath, LoadOptions, ProgramStatus, Retired};
 pub use error::{LoadError, MapError, VerifierLog};
 pub use events::{Batch, Events};
 pub use features::Hooking;
 pub use table::{Chunk, Cursor, Table};
 pub use tables::{MapStatus, RawEntry, Tables};
+pub use trial::Trial;

@@ -258,9 +258,47 @@ pub(crate) fn detach_link(fd: BorrowedFd<'_>) -> io::Result<()> {
     unsafe { bpf(Command::LinkDetach, &attr) }.map(drop)
 }
 
+/// A program's final instructions.
+pub(crate) struct ProgramCode {
+    /// As the kernel keeps them (`struct bpf_insn`, 8 bytes each).
+    pub instructions: Vec<u8>,
+    /// Bytes of machine code.
+    pub jited: u32,
+}
+
+/// What the verifier made of a program.
+pub(crate) fn program_code(fd: BorrowedFd<'_>) -> io::Result<ProgramCode> {
+    let mut sizes = ProgramInfo::default();
+    object_info(fd, &mut sizes)?;
+    let mut instructions = vec![0u8; sizes.xlated_length as usize];
+    let mut info = ProgramInfo {
+        xlated_length: sizes.xlated_length,
+        xlated: instructions.as_mut_ptr() as u64,
+        ..ProgramInfo::default()
+    };
+    // The kernel copies at most `xlated_length` bytes, the size of the buffer, which outlives the
+    // call; a program's instructions never change.
+    object_info(fd, &mut info)?;
+    Ok(ProgramCode { instructions, jited: sizes.jited_length })
+}
+
+/// `struct bpf_prog_info`, its first 40 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+    tag: u64,
+    jited_length: u32,
+    xlated_length: u32,
+    jited: u64,
+    xlated: u64,
+}
+
 trait Info {}
 impl Info for MapInfo {}
 impl Info for LinkInfo {}
+impl Info for ProgramInfo {}
 
 fn object_info<T: Info>(fd: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
     let mut attr =

@@ -1,0 +1,167 @@
+//! Running and timing a program on a packet, without a device (`BPF_PROG_TEST_RUN`).
+
+use std::time::Duration;
+
+use aya::{
+    Ebpf,
+    maps::{Array, MapData, ProgramArray},
+    programs::{TestRun, TestRunOptions},
+};
+
+use crate::{LoadError, MapError, datapath::classifier};
+
+/// Runs loaded programs on packets of the caller's making.
+///
+/// A run goes through the program `wrap`, which puts the packet's first [`Trial::HEADERS`] bytes
+/// and its metadata back before each repetition and jumps to the program under test: the kernel
+/// itself would hand the rewritten packet to the next repetition. What the way there costs is what
+/// the program `floor` costs in the same kind of run.
+///
+/// Tables are the real ones: what a program writes in one run the next one finds.
+pub struct Trial<'a> {
+    ebpf: &'a mut Ebpf,
+    template: Array<MapData, [u64; 16]>,
+    measured: ProgramArray<MapData>,
+}
+
+/// A packet, how it is met, and how often.
+#[derive(Clone, Debug)]
+pub struct Shot<'a> {
+    /// From the Ethernet header on; at least [`Trial::HEADERS`] bytes.
+    pub packet: &'a [u8],
+    /// The device it is met on, in the network namespace of the calling thread.
+    pub ifindex: u32,
+    /// Its mark.
+    pub mark: u32,
+    /// Out of the overlay: the sender's identity, and the node it came from (IPv4, host order).
+    pub tunnel: Option<(u32, u32)>,
+    /// How many flows: 0 leaves ports as they are, else a power of two. The source port of flow
+    /// `n` is 10000 + n % 16384, and n / 16384 is added to the destination port.
+    pub flows: u64,
+    /// Number of the first flow.
+    pub first: u64,
+    /// How often.
+    pub repeat: u32,
+}
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub struct Landing {
+    /// What the last repetition answered (`TC_ACT_*`).
+    pub action: u32,
+    /// The packet after it.
+    pub packet: Vec<u8>,
+    /// Mean time of a repetition, the way to the program included; whole nanoseconds.
+    pub each: Duration,
+}
+
+/// `TC_ACT_*` as programs answer.
+pub mod action {
+    /// Go on.
+    pub const OK: u32 = 0;
+    /// Drop.
+    pub const SHOT: u32 = 2;
+    /// To another device or namespace.
+    pub const REDIRECT: u32 = 7;
+}
+
+impl<'a> Trial<'a> {
+    /// Bytes of a packet that are restored before each repetition.
+    pub const HEADERS: usize = 80;
+
+    pub(crate) fn new(ebpf: &'a mut Ebpf) -> Result<Trial<'a>, LoadError> {
+        let template = taken(ebpf, TEMPLATE, |map| Array::try_from(map))?;
+        let measured = taken(ebpf, MEASURED, |map| ProgramArray::try_from(map))?;
+        Ok(Trial { ebpf, template, measured })
+    }
+
+    /// Runs a program.
+    pub fn run(&mut self, program: &str, shot: &Shot<'_>) -> Result<Landing, LoadError> {
+        if shot.packet.len() < Self::HEADERS {
+            return Err(LoadError::Object(format!(
+                "a packet of {} bytes cannot be restored: {} are needed",
+                shot.packet.len(),
+                Self::HEADERS
+            )));
+        }
+        let target = classifier(self.ebpf, program)?;
+        let target = target.fd().map_err(failed(program))?;
+        self.measured.set(0, target, 0).map_err(|error| in_map(MEASURED, "update", error))?;
+        self.template.set(0, template(shot), 0).map_err(|error| in_map(TEMPLATE, "update", error))?;
+        let mut out = vec![0; shot.packet.len() + 256];
+        let options = TestRunOptions {
+            data_in: Some(shot.packet),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context(shot.ifindex)),
+            repeat: shot.repeat,
+            ..TestRunOptions::default()
+        };
+        let result = classifier(self.ebpf, WRAP)?.test_run(options).map_err(failed(program))?;
+        out.truncate(result.data_size_out as usize);
+        Ok(Landing { action: result.return_value, packet: out, each: result.duration })
+    }
+}
+
+const WRAP: &str = "wrap";
+const TEMPLATE: &str = "TEMPLATE";
+const MEASURED: &str = "MEASURED";
+
+/// The words that `wrap` works from (`crates/bpf/src/wrap.rs`).
+fn template(shot: &Shot<'_>) -> [u64; 16] {
+    let mut words = [0; 16];
+    for (word, bytes) in words.iter_mut().zip(shot.packet.as_chunks::<8>().0).take(Trial::HEADERS / 8) {
+        *word = u64::from_ne_bytes(*bytes);
+    }
+    let v6 = shot.packet.get(12..14) == Some(&[0x86, 0xdd]);
+    let (vni, remote) = shot.tunnel.unwrap_or_default();
+    let settings = [shot.first, shot.flows.saturating_sub(1), v6.into(), shot.mark.into(), vni.into(), remote.into()];
+    for (word, setting) in words.iter_mut().skip(Trial::HEADERS / 8).zip(settings) {
+        *word = setting;
+    }
+    words
+}
+
+/// `struct __sk_buff` up to its `ifindex`; all else must be zero.
+fn context(ifindex: u32) -> [u8; 192] {
+    const IFINDEX: usize = 40;
+    let mut context = [0; 192];
+    for (byte, value) in context.iter_mut().skip(IFINDEX).zip(ifindex.to_ne_bytes()) {
+        *byte = value;
+    }
+    context
+}
+
+fn taken<T>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    typed: impl FnOnce(aya::maps::Map) -> Result<T, aya::maps::MapError>,
+) -> Result<T, LoadError> {
+    let map = ebpf.take_map(name).ok_or_else(|| LoadError::Object(format!("there is no map {name}")))?;
+    typed(map).map_err(|error| in_map(name, "open", error))
+}
+
+fn in_map(map: &'static str, action: &'static str, error: aya::maps::MapError) -> LoadError {
+    MapError::Kernel { map: map.into(), action, error: std::io::Error::other(error) }.into()
+}
+
+fn failed(program: &str) -> impl FnOnce(aya::programs::ProgramError) -> LoadError {
+    let program = program.to_owned();
+    move |error| LoadError::Program { program, error: Box::new(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_holds_the_headers_and_then_the_settings() {
+        let mut packet = vec![7; 96];
+        packet.splice(12..14, [0x86, 0xdd]);
+        let shot =
+            Shot { packet: &packet, ifindex: 3, mark: 5, tunnel: Some((258, 9)), flows: 1024, first: 11, repeat: 1 };
+        let words = template(&shot);
+        assert_eq!(words[0], 0x0707_0707_0707_0707);
+        assert_eq!(words[9], 0x0707_0707_0707_0707);
+        assert_eq!(words[10..], [11, 1023, 1, 5, 258, 9]);
+    }
+}
