@@ -27,7 +27,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
         None => tables.flow(Table::Pending, &s.answer),
     };
     let Some(flow) = flow else {
-        return unrelated(hook, tables, s);
+        return unrelated(packet, tables, s);
     };
     flow.copy_to(&mut s.forward);
     let through = match hook {
@@ -36,7 +36,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
         _ => door(hook, packet) == s.forward.door,
     };
     if s.forward.hook != hook || !through {
-        return unrelated(hook, tables, s);
+        return unrelated(packet, tables, s);
     }
     if epochs(tables, &s.forward.slots) != s.forward.epoch {
         return Err(DropReason::UNKNOWN_STATE.into());
@@ -51,13 +51,19 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
 
 /// An error about no flow of a workload: the node's own business, or nobody's.
 #[inline(always)]
-fn unrelated<T: Tables>(hook: u8, tables: &T, s: &Scratch) -> Outcome {
-    let own = match hook {
+fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> Outcome {
+    let own = match s.hook {
         Hook::FROM_NETWORK => true,
         Hook::TO_WORKLOAD => is_host(tables, &s.parsed.tuple.src),
         _ => is_host(tables, &s.parsed.tuple.dst),
     };
-    if own { Ok(Next::Done(Verdict::Continue)) } else { Err(DropReason::UNKNOWN_STATE.into()) }
+    if !own {
+        return Err(DropReason::UNKNOWN_STATE.into());
+    }
+    if s.hook == Hook::FROM_OVERLAY {
+        packet.set_for_us();
+    }
+    Ok(Next::Done(Verdict::Continue))
 }
 
 /// The tuple of the quoted packet; answers the offset of its transport header.

@@ -408,7 +408,7 @@ fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -
 
 /// The other end of a connection that no table knows.
 #[inline(always)]
-fn locate<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
+fn locate<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     let dst = &s.parsed.tuple.dst;
     match s.hook {
         Hook::FROM_WORKLOAD => {
@@ -433,7 +433,11 @@ fn locate<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
             s.to.set_address(tables, dst)?;
             match s.to.kind {
                 PlaceKind::Local => {}
-                PlaceKind::Host => return Ok(Next::Done(Verdict::Continue)),
+                PlaceKind::Host => {
+                    // Out of the overlay it may still carry the workload's gateway as its receiver.
+                    packet.set_for_us();
+                    return Ok(Next::Done(Verdict::Continue));
+                }
                 _ => return Err(DropReason::UNROUTABLE.into()),
             }
         }
