@@ -28,6 +28,6 @@ pub async fn cleanup(config: &Config) -> Result<()> {
     for deletion in crate::cni::pending_deletions(state_dir).because(Failure::Failed)? {
         files::remove(&deletion.path).because(Failure::Failed)?;
     }
-    println!("removed instance {} of node agent in {}", config.bpf.instance, state_dir.display());
+    println!("removed what instance {} made; its state was in {}", config.bpf.instance, state_dir.display());
     Ok(())
 }

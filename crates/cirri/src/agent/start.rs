@@ -38,8 +38,13 @@ pub struct Started {
 /// Events that a monitor may be behind.
 const MONITOR_BACKLOG: usize = 8192;
 
-/// Makes sure that no other agent uses the state directory, as long as the answer is kept.
+/// Makes sure that this is root, and that no other agent uses the state directory as long as the
+/// answer is kept.
 pub fn lock(config: &Config) -> Result<File> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::new(Failure::Failed, "the agent loads programs into the kernel and sets up devices")
+            .hint("run it as root"));
+    }
     let state_dir = &config.state_dir.0;
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
@@ -56,16 +61,17 @@ pub fn lock(config: &Config) -> Result<File> {
 /// Loads, looks around, and takes over what is there.
 pub async fn start(loaded: Loaded) -> Result<Started> {
     let Loaded { config, values } = loaded;
+    // What may be wrong with the configuration first, before anything is changed.
+    let (store, folder) = open_store(&config).await?;
     let net = Net::here().because(Failure::Failed)?;
-    let mut datapath = load_datapath(&config)?;
     let node = node::prepare(&config, &net).await.because(Failure::BadInput)?;
+    let mut datapath = load_datapath(&config)?;
     let events = datapath.events().because(Failure::Failed)?;
     tracing::info!(
         node = node.name, v4 = %node.v4, v6 = ?node.v6, mtu = node.mtu, resumed = datapath.resumed(),
         "packet path loaded"
     );
 
-    let (store, folder) = open_store(&config).await?;
     let mut core = Core::new(config, node, net, datapath);
     if core.config.store.kind == StoreKind::Etcd {
         core.needed_revision = Some(0);
