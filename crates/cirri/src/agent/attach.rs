@@ -226,6 +226,7 @@ async fn create(core: &mut Core, endpoint: &mut Endpoint, started: Instant) -> R
     net.set_up(&endpoint.host_ifname).await.map_err(internal)?;
 
     core.endpoints.insert(endpoint.id, endpoint.clone());
+    core.touch();
     core.desire();
     core.reconcile(Instant::now()).await;
     in_force(core, endpoint)?;
@@ -302,6 +303,7 @@ async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiErr
     let id = core.endpoint_ids.release(attachment);
     let Some(endpoint) = id.and_then(|id| core.endpoints.remove(&id)) else { return Ok(false) };
     release(core, &endpoint.addresses().collect::<Vec<_>>());
+    core.touch();
     core.desire();
     core.reconcile(Instant::now()).await;
     if let Err(error) = core.datapath.collect_links() {

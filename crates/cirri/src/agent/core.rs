@@ -1,8 +1,8 @@
 //! What the agent knows and wants: the one owner of all its state.
 //!
 //! Sources change [`Core`] (the store through [`Core::apply`], CNI through `attach`), then call
-//! [`Core::desire`], which fills the desired tables from scratch; only rows that differ become
-//! work for the reconcilers (`reconcile`). Nothing is desired, and so nothing removed, before the
+//! [`Core::desire`], which makes stale tables again from scratch; only rows that differ become work
+//! for the reconcilers (`reconcile`). Nothing is desired, and so nothing removed, before the
 //! store was seen whole once: until then what is pinned stays in force.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,6 +70,10 @@ pub struct Core {
     pub filled: bool,
     /// Identities whose rule set must be compiled again.
     dirty: BTreeSet<u32>,
+    /// Who workloads are must be looked at again.
+    labels_stale: bool,
+    /// Rows of tables other than the rule sets' must be made again.
+    rows_stale: bool,
 }
 
 impl Core {
@@ -100,6 +104,8 @@ impl Core {
             needed_revision: None,
             filled: false,
             dirty: BTreeSet::new(),
+            labels_stale: true,
+            rows_stale: true,
         }
     }
 
@@ -132,24 +138,34 @@ impl Core {
                     changed.merge(self.cluster.remove_policy(&PolicyId::network_policy(&name.0, &name.1)));
                 }
                 Change::IdentityPut(identity) => {
+                    self.labels_stale = true;
                     if let Some(labels) = self.view.identities.labels(identity) {
                         changed.merge(self.cluster.upsert_identity(identity, labels.clone()));
                     }
                 }
                 Change::IdentityGone(identity) => changed.merge(self.cluster.remove_identity(identity)),
-                // Labels are made again by every `desire`.
-                Change::Labels => {}
+                Change::Labels => self.labels_stale = true,
+                Change::Addresses => self.rows_stale = true,
             }
         }
+        self.labels_stale |= changed.labels;
+        self.rows_stale |= changed.blocks;
         self.dirty.extend(changed.identities().map(|identity| identity.id));
     }
 
     /// The identity was just allocated here; no need to wait until the store says so too.
     pub fn learn_identity(&mut self, identity: Identity, labels: &IdentityLabels) {
         if self.view.identities.insert(identity, labels.clone()) {
+            self.labels_stale = true;
             let changed = self.cluster.upsert_identity(identity, labels.clone());
             self.dirty.extend(changed.identities().map(|identity| identity.id));
         }
+    }
+
+    /// This node's workloads, ranges or addresses changed.
+    pub fn touch(&mut self) {
+        self.labels_stale = true;
+        self.rows_stale = true;
     }
 
     /// Who a pod is. One without a resource of its own is known by its namespace alone.
@@ -168,9 +184,15 @@ impl Core {
         if !self.is_ready() {
             return;
         }
-        self.identify();
-        self.desire_rulesets();
-        self.desire_rows();
+        if std::mem::take(&mut self.labels_stale) {
+            self.identify();
+        }
+        if self.rows_stale || !self.dirty.is_empty() {
+            self.desire_rulesets();
+        }
+        if std::mem::take(&mut self.rows_stale) {
+            self.desire_rows();
+        }
         self.filled = true;
     }
 
@@ -197,6 +219,7 @@ impl Core {
             };
             let Some(endpoint) = self.endpoints.get_mut(&id) else { continue };
             tracing::info!(endpoint = id, from = endpoint.identity, to = identity.id, "identity changed");
+            self.rows_stale = true;
             endpoint.identity = identity.id;
             endpoint.labels = labels;
             endpoint.ruleset = slot;
@@ -253,6 +276,7 @@ impl Core {
             }
         }
         self.pools = pools;
+        self.touch();
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! The rows that follow from the node, its workloads and its peers.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use cirri_abi::{Addr, Identity, Ipcache, NodeConfig, Port, ipcache_flag, node_flag};
@@ -210,16 +211,30 @@ impl Core {
 /// Adds what policies name: every row learns the most specific block that holds it, and every block
 /// gets a row of its own, which inherits all else from the row that holds it.
 fn with_blocks(mut rows: BTreeMap<IpNet, Ipcache>, blocks: &Blocks) -> BTreeMap<IpNet, Ipcache> {
+    let numbers: HashMap<IpNet, u32> = blocks.iter().collect();
+    if numbers.is_empty() {
+        return rows;
+    }
+    // Rows are many and lengths few, so only lengths that some block has are tried, longest first.
+    let mut lengths: Vec<(bool, u8)> =
+        numbers.keys().map(|block| (block.addr().is_ipv6(), block.prefix_len())).collect();
+    lengths.sort_unstable_by_key(|(v6, length)| (Reverse(*length), *v6));
+    lengths.dedup();
+    let block_of = |net: IpNet| {
+        let fits = |&&(v6, length): &&(bool, u8)| v6 == net.addr().is_ipv6() && length <= net.prefix_len();
+        let wider = lengths.iter().filter(fits).filter_map(|(_, length)| IpNet::new(net.addr(), *length).ok());
+        wider.map(|wider| wider.trunc()).find_map(|wider| numbers.get(&wider).copied()).unwrap_or_default()
+    };
     let mut inherited = Vec::new();
-    for (block, number) in blocks.iter() {
-        if !rows.contains_key(&block)
-            && let Some(holder) = holder(&rows, block)
+    for (block, number) in &numbers {
+        if !rows.contains_key(block)
+            && let Some(holder) = holder(&rows, *block)
         {
-            inherited.push((block, Ipcache { block: number, ..holder }));
+            inherited.push((*block, Ipcache { block: *number, ..holder }));
         }
     }
     for (net, row) in &mut rows {
-        row.block = blocks.block_of(*net);
+        row.block = block_of(*net);
     }
     rows.extend(inherited);
     rows

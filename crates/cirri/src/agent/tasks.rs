@@ -211,6 +211,7 @@ pub async fn health(shared: Arc<Shared>) {
                 if core.node.addresses != addresses {
                     tracing::info!(?addresses, "the node's addresses changed");
                     core.node.addresses = addresses;
+                    core.touch();
                     drop(core);
                     shared.changed().await;
                 }

@@ -54,6 +54,8 @@ pub enum Change {
     IdentityGone(Identity),
     /// Pods or namespaces changed, and with them perhaps who workloads are.
     Labels,
+    /// Nodes or workload addresses changed.
+    Addresses,
 }
 
 impl View {
@@ -141,6 +143,7 @@ impl View {
             Key::Node(name) => {
                 let record: NodeRecord = json(text)?;
                 self.nodes.insert(name.to_owned(), record);
+                changes.push(Change::Addresses);
             }
             Key::Identity(id) => {
                 let labels = IdentityLabels::parse(text).map_err(|error| error.to_string())?;
@@ -152,6 +155,7 @@ impl View {
             Key::Ip(ip) => {
                 let record: IpRecord = json(text)?;
                 self.ips.insert(ip, record);
+                changes.push(Change::Addresses);
             }
             Key::Other => {}
         }
@@ -178,6 +182,7 @@ impl View {
             }
             Key::Node(name) => {
                 self.nodes.remove(name);
+                changes.push(Change::Addresses);
             }
             Key::Identity(id) => {
                 let identity = Identity { id };
@@ -190,6 +195,7 @@ impl View {
                 let record = std::str::from_utf8(&entry.value).ok().and_then(|text| json::<IpRecord>(text).ok());
                 if record.as_ref() == self.ips.get(&ip) {
                     self.ips.remove(&ip);
+                    changes.push(Change::Addresses);
                 }
             }
             Key::Other => {}

@@ -34,6 +34,8 @@ plugin directory. Keys of its own: `socket` (the agent's, default /run/cirri/age
 The pod is named by K8S_POD_NAMESPACE and K8S_POD_NAME in CNI_ARGS; without them it is
 `default/` and the start of the container's id.";
 
+/// Most characters of a pod's name.
+const LONGEST_NAME: usize = 63;
 /// How long an answer may take. Attaching takes milliseconds; a store that does not answer, seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -124,7 +126,7 @@ fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, Cn
     let pod = args.get("K8S_POD_NAME").cloned();
     let params = EndpointAdd {
         namespace: args.get("K8S_POD_NAMESPACE").cloned().unwrap_or_else(|| "default".to_owned()),
-        pod: pod.unwrap_or_else(|| attachment.container_id.chars().take(12).collect()),
+        pod: pod.unwrap_or_else(|| attachment.container_id.chars().take(LONGEST_NAME).collect()),
         mac: [conf.runtime_config.mac.as_ref(), conf.args.cni.mac.as_ref(), args.get("MAC")]
             .into_iter()
             .flatten()
