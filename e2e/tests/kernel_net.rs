@@ -118,6 +118,20 @@ async fn a_route_is_replaced_when_its_device_or_source_changes() {
 }
 
 #[tokio::test]
+async fn a_static_route_works_like_any_other_and_is_not_taken_for_one_of_cirris() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    let device = veth(&net, "one", "one-peer").await;
+    net.set_up("one").await.expect("brought up");
+    let route = Route::default_via(ip("192.168.9.1"), device);
+    for _twice in 0..2 {
+        net.put_static_route(&route).await.expect("set");
+    }
+    assert_eq!(net.default_route(false).await.expect("asked"), Some(route));
+    assert_eq!(net.routes().await.expect("listed"), []);
+}
+
+#[tokio::test]
 async fn the_overlay_device_takes_its_peers_from_metadata_and_makes_no_noise() {
     let place = TestNamespace::new();
     let net = place.net();
@@ -191,10 +205,12 @@ async fn a_name_can_be_made_twice_repaired_after_a_crash_and_removed_twice() {
     veth(&place.net(), "mark", "peer").await;
     let again = Namespace::create(place.name()).expect("made again");
     assert!(Net::of(again).expect("opened").find_link("mark").await.expect("asked").is_some(), "it is the same one");
+    assert!(Namespace::create_new(place.name()).is_err(), "the name is taken");
 
     let name = format!("{}-crashed", place.name());
     std::fs::write(Namespace::path_of(&name), "").expect("what a crash leaves: a file without a mount");
     assert!(Namespace::open(Namespace::path_of(&name)).is_err());
+    assert!(Namespace::create_new(&name).is_err(), "the name is somebody's");
     Namespace::create(&name).expect("repaired");
     assert!(Namespace::delete(&name).expect("removed"));
     assert!(!Namespace::delete(&name).expect("removed again"));

@@ -84,9 +84,8 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
         }
         pod.netns
     };
-    netns::enter(&netns)?;
     // Returns only if it fails: the program takes this process over, terminal, signals and exit code included.
-    let error = command.exec();
+    let error = netns::within(&netns, || command.exec())?;
     if error.kind() == io::ErrorKind::NotFound {
         eprintln!("cirri: {program} is not installed (not found in PATH)");
         return Ok(ExitCode::from(EXIT_NOT_FOUND));

@@ -13,18 +13,13 @@
 //! Every lab has the same addresses: its namespaces keep it apart from the others. The router also knows the way to
 //! the pod networks, as the router of a data centre would, so that connections from outside to pods can be tried.
 
-use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsRawFd;
-use std::path::Path;
 
 use anyhow::Context;
-use futures::TryStreamExt;
+use cirri_loader::net::{Address, Namespace, Net, NetError, Route, VethEnd};
 use ipnet::IpNet;
-use rtnetlink::packet_route::address::AddressHeaderFlags;
-use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
-use super::netns::{self, sysctl};
+use super::netns::{self, block_on};
 use super::state::{Lab, LabName, Node};
 
 /// The router's address on the nodes' segment.
@@ -71,47 +66,29 @@ pub fn node(lab: &LabName, name: &str, index: usize) -> Node {
 /// # Errors
 /// What the kernel refused.
 pub fn create_core(lab: &LabName) -> anyhow::Result<()> {
-    let net = netns::create(&lab.net_namespace())?;
+    let router = netns::create(&lab.net_namespace())?;
     let world = netns::create(&lab.world_namespace())?;
-    netns::within_async(&net, || async {
-        forward()?;
-        let links = Links::open()?;
-        links.handle.link().add(LinkBridge::new(BRIDGE).mcast_snooping(false).up().build()).execute().await?;
-        let bridge = links.index(BRIDGE).await?;
-        links.address(bridge, ROUTER_V4.into(), 24).await?;
-        links.address(bridge, ROUTER_V6.into(), 64).await
-    })?
-    .context("cannot make the bridge")?;
-    connect(&world, WORLD_PORT, &net)?;
-    netns::within_async(&net, || async {
-        let links = Links::open()?;
-        let port = links.index(WORLD_PORT).await?;
-        links.up(port).await?;
-        links.address(port, WORLD_GATEWAY_V4.into(), 24).await?;
-        links.address(port, WORLD_GATEWAY_V6.into(), 64).await
-    })?
-    .context("cannot connect the outside host")?;
-    netns::within_async(&world, || async {
-        let links = Links::open()?;
-        let device = links.index(DEVICE).await?;
-        links.up(device).await?;
-        for address in WORLD {
-            links.address(device, address, if is_far(address) { full(address) } else { on_link(address) }).await?;
-        }
+    let made = block_on(async {
+        let (router, world) = (Net::of(router)?, Net::of(world)?);
+        forward(&router)?;
+        router.create_bridge(BRIDGE).await?;
+        bring_up(&router, BRIDGE, &[(ROUTER_V4.into(), 24), (ROUTER_V6.into(), 64)]).await?;
+
+        connect(&world, WORLD_PORT, &router).await?;
+        let gateways = [(WORLD_GATEWAY_V4.into(), 24), (WORLD_GATEWAY_V6.into(), 64)];
+        let port = bring_up(&router, WORLD_PORT, &gateways).await?;
+        let addresses = WORLD.map(|address| (address, if is_far(address) { full(address) } else { on_link(address) }));
+        let device = bring_up(&world, DEVICE, &addresses).await?;
         // The source is named: of several addresses the kernel prefers the last for IPv6.
-        links.route(ANY_V4, WORLD_GATEWAY_V4.into(), Some(WORLD[0])).await?;
-        links.route(ANY_V6, WORLD_GATEWAY_V6.into(), Some(WORLD[1])).await
-    })?
-    .context("cannot make the outside host")?;
-    netns::within_async(&net, || async {
-        let links = Links::open()?;
+        route(&world, ANY_V4, WORLD_GATEWAY_V4.into(), device, Some(WORLD[0])).await?;
+        route(&world, ANY_V6, WORLD_GATEWAY_V6.into(), device, Some(WORLD[1])).await?;
         for address in WORLD.into_iter().filter(|address| is_far(*address)) {
             let gateway = if address.is_ipv4() { WORLD[0] } else { WORLD[1] };
-            links.route(IpNet::from(address), gateway, None).await?;
+            route(&router, IpNet::from(address), gateway, port, None).await?;
         }
-        Ok::<(), anyhow::Error>(())
-    })?
-    .context("cannot route to the outside host")
+        Ok::<(), NetError>(())
+    });
+    made?.context("cannot make the lab's network")
 }
 
 /// Makes a node's namespace and connects it to the bridge.
@@ -119,30 +96,20 @@ pub fn create_core(lab: &LabName) -> anyhow::Result<()> {
 /// # Errors
 /// What the kernel refused.
 pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
-    let net = netns::path(&lab.net_namespace());
-    let namespace = format!("{}{}", lab.prefix(), node.name);
+    let namespace = netns::create(&format!("{}{}", lab.prefix(), node.name))?;
     let port = format!("port{}", node.ipv4.octets()[3]);
-    let path = netns::create(&namespace)?;
-    connect(&path, &port, &net).with_context(|| format!("cannot connect the node {}", node.name))?;
-    netns::within_async(&net, || async {
-        let links = Links::open()?;
-        let (bridge, port) = (links.index(BRIDGE).await?, links.index(&port).await?);
-        let plugged = LinkUnspec::new_with_index(port).controller(bridge).up().build();
-        links.handle.link().change(plugged).execute().await?;
-        Ok::<(), anyhow::Error>(())
-    })?
-    .with_context(|| format!("cannot connect the node {}", node.name))?;
-    netns::within_async(&path, || async {
-        forward()?;
-        let links = Links::open()?;
-        let device = links.index(DEVICE).await?;
-        links.up(device).await?;
-        links.address(device, node.ipv4.into(), 24).await?;
-        links.address(device, node.ipv6.into(), 64).await?;
-        links.route(ANY_V4, ROUTER_V4.into(), None).await?;
-        links.route(ANY_V6, ROUTER_V6.into(), None).await
-    })?
-    .with_context(|| format!("cannot make the node {}", node.name))
+    let made = block_on(async {
+        let router = Net::of(Namespace::open(netns::path(&lab.net_namespace()))?)?;
+        let net = Net::of(namespace)?;
+        forward(&net)?;
+        connect(&net, &port, &router).await?;
+        router.set_controller(&port, BRIDGE).await?;
+        router.set_up(&port).await?;
+        let device = bring_up(&net, DEVICE, &[(node.ipv4.into(), 24), (node.ipv6.into(), 64)]).await?;
+        route(&net, ANY_V4, ROUTER_V4.into(), device, None).await?;
+        route(&net, ANY_V6, ROUTER_V6.into(), device, None).await
+    });
+    made?.with_context(|| format!("cannot make the node {}", node.name))
 }
 
 /// Tells the router the way to each node's pod networks.
@@ -150,39 +117,46 @@ pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
 /// # Errors
 /// What the kernel refused.
 pub fn route_pods(lab: &Lab, pod_networks: &[(&Node, Vec<IpNet>)]) -> anyhow::Result<()> {
-    netns::within_async(&netns::path(&lab.name.net_namespace()), || async {
-        let links = Links::open()?;
+    let set = block_on(async {
+        let router = Net::of(Namespace::open(netns::path(&lab.name.net_namespace()))?)?;
+        let bridge = router.link(BRIDGE).await?.index;
         for (node, networks) in pod_networks {
             for network in networks {
                 let gateway = if network.addr().is_ipv4() { node.ipv4.into() } else { node.ipv6.into() };
-                links.route(*network, gateway, None).await?;
+                route(&router, *network, gateway, bridge, None).await?;
             }
         }
-        Ok::<(), anyhow::Error>(())
-    })?
-    .context("cannot set the router's routes to the pods")
+        Ok::<(), NetError>(())
+    });
+    set?.context("cannot set the router's routes to the pods")
 }
 
-/// Brings the loopback of the calling thread's namespace up.
-///
-/// # Errors
-/// What the kernel refused.
-pub async fn loopback_up() -> anyhow::Result<()> {
-    let links = Links::open()?;
-    let loopback = links.index("lo").await?;
-    links.up(loopback).await
+/// Makes a pair of devices: `eth0` in `near`, and `port` in `far`.
+async fn connect(near: &Net, port: &str, far: &Net) -> Result<(), NetError> {
+    let inside = VethEnd { name: DEVICE.into(), ..VethEnd::default() };
+    let outside = VethEnd { name: port.into(), namespace: Some(far.namespace().clone()), ..VethEnd::default() };
+    near.create_veth(&inside, &outside).await
 }
 
-/// Makes a pair of devices: `eth0` in the namespace `near`, and `port` in the namespace `far`.
-fn connect(near: &Path, port: &str, far: &Path) -> anyhow::Result<()> {
-    let target = File::open(far).with_context(|| format!("cannot open {}", far.display()))?;
-    netns::within_async(near, || async {
-        let links = Links::open()?;
-        links.handle.link().add(LinkVeth::new(DEVICE, port).build()).execute().await?;
-        let moved = LinkUnspec::new_with_index(links.index(port).await?).setns_by_fd(target.as_raw_fd()).build();
-        links.handle.link().change(moved).execute().await?;
-        Ok::<(), anyhow::Error>(())
-    })?
+/// Brings a device up, gives it these addresses, and answers its number.
+async fn bring_up(net: &Net, name: &str, addresses: &[(IpAddr, u8)]) -> Result<u32, NetError> {
+    net.set_up(name).await?;
+    let device = net.link(name).await?.index;
+    for (ip, prefix) in addresses.iter().copied() {
+        net.add_address(&Address { ip, prefix, device }).await?;
+    }
+    Ok(device)
+}
+
+/// A route that is not the agent's: it removes those of its own that it does not know.
+async fn route(net: &Net, to: IpNet, via: IpAddr, device: u32, source: Option<IpAddr>) -> Result<(), NetError> {
+    let (prefix, to) = (to.prefix_len(), to.network());
+    net.put_static_route(&Route { to, prefix, via: Some(via), device, source, onlink: false }).await
+}
+
+fn forward(net: &Net) -> Result<(), NetError> {
+    net.set_sysctl("ipv4/ip_forward", "1")?;
+    net.set_sysctl("ipv6/conf/all/forwarding", "1")
 }
 
 /// Whether an address of the outside host lies beyond the segment it shares with the router.
@@ -201,59 +175,10 @@ fn full(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// The links of the calling thread's namespace.
-struct Links {
-    handle: Handle,
-    connection: tokio::task::JoinHandle<()>,
-}
-
-impl Links {
-    fn open() -> anyhow::Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
-        Ok(Self { handle, connection: tokio::spawn(connection) })
-    }
-
-    async fn index(&self, name: &str) -> anyhow::Result<u32> {
-        let mut found = self.handle.link().get().match_name(name.to_owned()).execute();
-        let link = found.try_next().await.with_context(|| format!("cannot find the device {name}"))?;
-        Ok(link.with_context(|| format!("there is no device {name}"))?.header.index)
-    }
-
-    async fn up(&self, index: u32) -> anyhow::Result<()> {
-        Ok(self.handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await?)
-    }
-
-    async fn address(&self, index: u32, address: IpAddr, prefix: u8) -> anyhow::Result<()> {
-        let mut request = self.handle.address().add(index, address, prefix);
-        // Usable at once: nobody else can have it, and routes that name it as their source need it now.
-        request.message_mut().header.flags = AddressHeaderFlags::Nodad;
-        request.execute().await.with_context(|| format!("cannot add the address {address}/{prefix}"))
-    }
-
-    async fn route(&self, to: IpNet, via: IpAddr, source: Option<IpAddr>) -> anyhow::Result<()> {
-        let mut route =
-            RouteMessageBuilder::<IpAddr>::new().destination_prefix(to.network(), to.prefix_len())?.gateway(via)?;
-        if let Some(source) = source {
-            route = route.pref_source(source)?;
-        }
-        let request = self.handle.route().add(route.build()).replace();
-        request.execute().await.with_context(|| format!("cannot add the route to {to} via {via}"))
-    }
-}
-
-impl Drop for Links {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
-}
-
-fn forward() -> anyhow::Result<()> {
-    sysctl("net.ipv4.ip_forward", "1")?;
-    sysctl("net.ipv6.conf.all.forwarding", "1")
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

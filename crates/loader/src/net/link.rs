@@ -111,7 +111,8 @@ impl Net {
 
     /// Makes a bridge. Down.
     pub async fn create_bridge(&self, name: &str) -> Result<(), NetError> {
-        self.create_link(name, LinkBridge::new(name).build()).await
+        // Nobody asks for multicast listeners here: snooping could only lose neighbour solicitations.
+        self.create_link(name, LinkBridge::new(name).mcast_snooping(false).build()).await
     }
 
     /// Brings a device up.

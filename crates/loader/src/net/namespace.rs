@@ -58,6 +58,18 @@ impl Namespace {
         if let Ok(there) = Namespace::open(&path) {
             return Ok(there);
         }
+        // A file without a mount is what a crash between the two steps leaves; it is used again.
+        Namespace::make(name, File::options().create(true).truncate(false).write(true))
+    }
+
+    /// A namespace with a name that nobody has yet, not even a file that a crash left. In it even `lo` is down.
+    pub fn create_new(name: &str) -> Result<Namespace, NetError> {
+        Namespace::make(name, File::options().create_new(true).write(true))
+    }
+
+    /// Opens the name's file in this way and mounts a new namespace on it.
+    fn make(name: &str, file: &fs::OpenOptions) -> Result<Namespace, NetError> {
+        let path = Namespace::path_of(name);
         let failed = |action| {
             let path = path.clone();
             move |error| NetError::Namespace { path, action, error }
@@ -66,8 +78,7 @@ impl Namespace {
             return Err(failed("create")(io::Error::new(io::ErrorKind::InvalidInput, "it is no good name")));
         }
         fs::create_dir_all(NAMED).map_err(failed("create its directory for"))?;
-        // A file without a mount is what a crash between the two steps leaves; it is used again.
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(failed("create"))?;
+        file.open(&path).map_err(failed("create"))?;
         on_own_thread(|| {
             // SAFETY: only NEWNET is unshared, which concerns this thread's sockets to be and
             // nothing that another thread could observe; descriptors stay shared.

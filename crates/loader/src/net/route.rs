@@ -31,7 +31,7 @@ pub struct Address {
     pub device: u32,
 }
 
-/// A route of the main table, made by Cirri.
+/// A route of the main table.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Route {
     /// Where to.
@@ -124,8 +124,18 @@ impl Net {
 
     /// Adds a route, in place of another to the same network if there is one.
     pub async fn put_route(&self, route: &Route) -> Result<(), NetError> {
-        let added = self.handle.route().add(self.message(route)?).replace().execute().await;
-        self.checked(|| shown(route), "add", added)
+        self.put(route, RouteProtocol::from(ROUTE_PROTOCOL)).await
+    }
+
+    /// The same for a route that is the administrator's and not Cirri's: [`Net::routes`] does not list it.
+    pub async fn put_static_route(&self, route: &Route) -> Result<(), NetError> {
+        self.put(route, RouteProtocol::Static).await
+    }
+
+    async fn put(&self, route: &Route, protocol: RouteProtocol) -> Result<(), NetError> {
+        let mut message = self.message(route)?;
+        message.header.protocol = protocol;
+        self.checked(|| shown(route), "add", self.handle.route().add(message).replace().execute().await)
     }
 
     /// Removes a route; whether there was one.
