@@ -12,7 +12,7 @@ use std::sync::Arc;
 use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, RulesetSlot, epoch_slot};
 use cirri_control::ipam::{IpamError, Pool};
 use cirri_control::labels::{IdentityLabels, LabelFilter};
-use cirri_control::policy::{self, Cluster, PolicyId};
+use cirri_control::policy::{self, Cluster, CompileError, PolicyId};
 use cirri_control::resource::Pod;
 use cirri_loader::net::Net;
 use cirri_loader::{Datapath, Tables};
@@ -46,6 +46,9 @@ pub struct Core {
     pub cluster: Cluster,
     /// Policies that were not taken, and why; their last good version is in force.
     pub refused: BTreeMap<Named, String>,
+    /// Identities of workloads here whose rules cannot be compiled, and why; their last good rule
+    /// set is in force, or none that lets anything pass.
+    pub uncompiled: BTreeMap<u32, CompileError>,
     /// This node's pod ranges and what is given out of them; empty until they are allocated.
     pub pools: Vec<Pool>,
     /// Workloads by number.
@@ -92,6 +95,7 @@ impl Core {
             view: View::default(),
             cluster,
             refused: BTreeMap::new(),
+            uncompiled: BTreeMap::new(),
             pools: Vec::new(),
             endpoints: BTreeMap::new(),
             endpoint_ids: Slots::new(1..=u16::MAX),
@@ -239,10 +243,12 @@ impl Core {
             match self.cluster.compile(Identity { id: *identity }) {
                 Ok(mut ruleset) => {
                     sort(&mut ruleset.entries);
+                    self.uncompiled.remove(identity);
                     self.rows.rulesets.set(*slot, Arc::new(ruleset.entries));
                 }
                 Err(error) => {
                     tracing::error!(identity, %error, "no new rule set");
+                    self.uncompiled.insert(*identity, error);
                     if self.rows.rulesets.desired(slot).is_none() {
                         let mut entries = closed();
                         sort(&mut entries);
@@ -251,6 +257,7 @@ impl Core {
                 }
             }
         }
+        self.uncompiled.retain(|identity, _| wanted.contains_key(identity));
         // What is dirty and has no workload here is compiled when one comes.
         self.dirty.clear();
         let live: BTreeSet<RulesetSlot> = wanted.into_values().collect();

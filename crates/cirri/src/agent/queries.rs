@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use cirri_abi::{CounterIndex, Direction, DropReason, Identity, MapKind, map};
 use cirri_control::labels::IdentityLabels;
-use cirri_control::policy::{self, PolicyId, Question, RuleVerdict};
+use cirri_control::policy::{self, CompileError, PolicyId, Question, RuleVerdict};
 use cirri_flow::{Names, Place, RuleText};
 
 use super::core::Core;
@@ -76,14 +76,19 @@ impl Core {
             let id = PolicyId::network_policy(&name.0, &name.1);
             let selects =
                 |endpoint: &&Endpoint| self.cluster.policies_of(endpoint.identity()).any(|policy| policy.id == id);
+            let too_large = self
+                .uncompiled
+                .values()
+                .find(|error| matches!(error, CompileError::TooLarge { policy, .. } if *policy == id));
             PolicyInfo {
                 namespace: name.0.clone(),
                 name: name.1.clone(),
                 revision: *revision,
-                state: match self.refused.get(name) {
-                    Some(why) => format!("refused: {why}"),
-                    None if *revision <= self.enforced_revision => "enforced".to_owned(),
-                    None => "pending".to_owned(),
+                state: match (self.refused.get(name), too_large) {
+                    (Some(why), _) => format!("refused: {why}"),
+                    (None, Some(why)) => format!("refused: {why}"),
+                    _ if *revision <= self.enforced_revision => "enforced".to_owned(),
+                    _ => "pending".to_owned(),
                 },
                 endpoints: self.endpoints.values().filter(selects).count(),
                 rules,

@@ -22,6 +22,7 @@ impl Shared {
         warnings.extend(core.refused.iter().map(|((namespace, name), why)| {
             format!("policy {namespace}/{name} refused, its last good version is in force: {why}")
         }));
+        warnings.extend(core.uncompiled.values().map(|error| format!("the last good rule set is in force: {error}")));
         warnings.extend(core.unnumbered.iter().map(|labels| format!("no identity yet for {labels}")));
         let (kept, capacity) = self.ring.fill();
         Ok(Status {
