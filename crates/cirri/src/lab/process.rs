@@ -49,6 +49,12 @@ impl ProcessId {
     }
 }
 
+/// Whether a program of this name is in `PATH`.
+pub fn installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
+
 /// How to start a process.
 pub struct Start<'a> {
     /// The namespace it runs in.

@@ -198,13 +198,8 @@ fn check_socket_paths(name: &LabName, nodes: &[String]) -> Result<(), Rejected> 
     }
 }
 
-/// Fails unless `etcd` is installed.
-///
-/// # Errors
-/// How to install it.
-pub fn require_etcd() -> anyhow::Result<()> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    if std::env::split_paths(&path).any(|directory| directory.join("etcd").is_file()) {
+fn require_etcd() -> anyhow::Result<()> {
+    if process::installed("etcd") {
         return Ok(());
     }
     bail!("more than one node need etcd, which is not installed: `cargo xtask setup` or `apt-get install etcd-server`")

@@ -1,0 +1,158 @@
+//! `cirri demo`: see it work in half a minute.
+//!
+//! A small shop of real programs on a lab of two nodes: its traffic before and after a policy, the flows and the rule
+//! behind each, a connection that a policy stops in the middle, and agents that are killed while traffic goes on.
+//! Every claim it prints is checked. It is also a test: `cargo xtask demo` fails if any check does.
+
+mod acts;
+mod stage;
+mod traffic;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::bail;
+
+use self::stage::Stage;
+use crate::lab::interrupt::{Interrupt, Interrupted};
+use crate::lab::state::{Lab, LabName};
+use crate::lab::{down, process};
+
+/// Programs it needs, and the Debian package of each.
+const PROGRAMS: [(&str, &str); 6] = [
+    ("etcd", "etcd-server"),
+    ("nginx", "nginx-light"),
+    ("redis-server", "redis-server"),
+    ("redis-cli", "redis-tools"),
+    ("curl", "curl"),
+    ("timeout", "coreutils"),
+];
+/// Exit code after a signal, as shells count SIGINT.
+const EXIT_INTERRUPTED: u8 = 130;
+
+/// See it work: two nodes, real programs, a policy, the flows and the rule behind each drop.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "It needs root, and etcd, nginx, redis and curl (`cargo xtask setup` installs them). Everything it
+makes lives in network namespaces of its own and is removed at the end, after Ctrl-C too. After SIGKILL the next run
+cleans up, or `cirri lab down --name demo`. Exit code: 0 if every check held, 1 if not, 130 if interrupted."
+)]
+pub struct DemoArgs {
+    /// Leave the lab up at the end, and say what to try next
+    #[arg(long)]
+    keep: bool,
+    /// The name of its lab: two demos at once need two names
+    #[arg(long, default_value = "demo")]
+    name: LabName,
+}
+
+/// Carries the command out.
+pub fn run(args: &DemoArgs) -> ExitCode {
+    match play(args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) if error.is::<Interrupted>() => {
+            eprintln!("cirri: {error}; nothing is left of the demo");
+            ExitCode::from(EXIT_INTERRUPTED)
+        }
+        Err(error) => {
+            eprintln!("cirri: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether every check held.
+fn play(args: &DemoArgs) -> anyhow::Result<bool> {
+    require()?;
+    // Held to the end: no other command changes the lab meanwhile.
+    let _lock = args.name.lock()?;
+    let interrupt = Interrupt::install()?;
+    let begun = Instant::now();
+    let stage = Stage::new();
+    if down::remove(&args.name)? {
+        stage.line("Removed what an earlier run had left.");
+    }
+    let teardown = Teardown { name: &args.name, armed: true };
+    stage.line("Cirri's demo: a small shop on two nodes, its traffic, and a policy. It runs in network namespaces of");
+    stage.line("its own and removes everything at the end; Ctrl-C stops it at any time.");
+    let played = acts::play(&stage, &args.name, &interrupt);
+    // What goes wrong because of an interruption is not the news.
+    let played = interrupt.check().map_err(anyhow::Error::from).and(played);
+    if args.keep
+        && let Ok(lab) = &played
+    {
+        teardown.keep();
+        next(&stage, lab);
+    } else {
+        let gone = teardown.now();
+        played?;
+        let seen = gone.map(|()| String::new()).map_err(|error| format!("{error:#}"));
+        stage.check("everything is removed: namespaces, processes, pinned maps, files", seen);
+    }
+    let (passed, failed) = stage.checks();
+    let seconds = begun.elapsed().as_secs_f64();
+    match failed {
+        0 => stage.verdict(true, &format!("All {passed} checks held, in {seconds:.1} s.")),
+        _ => stage.verdict(false, &format!("{failed} of {} checks failed.", passed + failed)),
+    }
+    Ok(failed == 0)
+}
+
+/// Fails unless everything is there that the demo needs.
+fn require() -> anyhow::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the demo needs root, for network namespaces and eBPF: run `sudo cirri demo`");
+    }
+    let missing: Vec<(&str, &str)> = PROGRAMS.into_iter().filter(|(program, _)| !process::installed(program)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let programs: Vec<&str> = missing.iter().map(|(program, _)| *program).collect();
+    let packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
+    let (programs, packages) = (programs.join(", "), packages.join(" "));
+    bail!("not installed: {programs}: run `cargo xtask setup`, or `apt-get install --no-install-recommends {packages}`")
+}
+
+/// What to try on a lab that stays.
+fn next(stage: &Stage, lab: &Lab) {
+    let name = &lab.name;
+    stage.line("\nThe lab stays up. Try:");
+    stage.text(&format!("cirri lab list --name {name}"));
+    stage.text(&format!("cirri lab probe --name {name} --all-pairs"));
+    stage.text(&format!("cirri lab exec --name {name} front/ui -- ip addr"));
+    if let Some(node) = lab.nodes.last() {
+        stage.text(&format!("export CIRRI_SOCKET={}", lab.agent_socket(&node.name).display()));
+    }
+    stage.text("cirri observe --follow --verdict dropped");
+    stage.text("cirri policy explain --from guest/scan --to shop/web --port 80");
+    stage.text("cirri status");
+    stage.text(&format!("cirri lab down --name {name}"));
+}
+
+/// Takes the lab down when dropped, whatever the way out was.
+struct Teardown<'a> {
+    name: &'a LabName,
+    armed: bool,
+}
+
+impl Teardown<'_> {
+    fn now(mut self) -> anyhow::Result<()> {
+        self.armed = false;
+        down::remove(self.name).map(drop)
+    }
+
+    fn keep(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Teardown<'_> {
+    fn drop(&mut self) {
+        if self.armed
+            && let Err(problem) = down::remove(self.name)
+        {
+            eprintln!("cirri: {problem:#}: `cirri lab down --name {}` tries again", self.name);
+        }
+    }
+}
