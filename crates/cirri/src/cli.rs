@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 
 use crate::client::ClientArgs;
 use crate::exit::{self, Error, Failure};
-use crate::{cmd, cni, lab};
+use crate::{cmd, cni, demo, lab};
 
 /// Identity-based networking, security and observability for Linux workloads.
 #[derive(Debug, Parser)]
@@ -34,6 +34,8 @@ enum Command {
     /// Attach a container: the CNI plugin (1.1.0), driven by a runtime through its environment
     #[command(long_about = cni::ABOUT)]
     Cni,
+    /// See it work: two nodes, real programs, a policy, the flows and the rule behind each drop
+    Demo(demo::DemoArgs),
     /// Nodes and pods out of network namespaces on this machine, from plain Kubernetes YAML
     Lab(lab::LabArgs),
     /// How the agent is doing: store, tables, peers, drops
@@ -94,6 +96,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Agent(args) => cmd::agent::run(&args),
         Command::Cni => return cni::main(),
+        Command::Demo(args) => return demo::run(&args),
         Command::Lab(args) => {
             return lab::run(args).unwrap_or_else(|error| Error::new(Failure::Failed, format!("{error:#}")).report());
         }

@@ -8,6 +8,7 @@ mod client;
 mod cmd;
 mod cni;
 mod config;
+mod demo;
 mod exit;
 mod files;
 mod lab;
