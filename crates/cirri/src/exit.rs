@@ -50,7 +50,7 @@ impl Error {
 
     /// Prints it on standard error and gives the exit code.
     pub fn report(&self) -> ExitCode {
-        eprintln!("cirri: {self}");
+        crate::output::complain(&self.to_string());
         ExitCode::from(self.failure as u8)
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 
-use crate::exit::{Because, Failure, Result};
+use crate::exit::{Because, Error, Failure, Result};
 
 /// How a command prints its answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -105,11 +105,27 @@ pub fn print<T: Serialize>(format: Format, value: &T, table: impl FnOnce(&T) -> 
 
 /// Writes to standard output. A reader that went away (`| head`) is no failure.
 pub fn write_out(text: &str) -> Result<()> {
+    write_bytes(text.as_bytes())
+}
+
+/// The same for what may be no text, such as a log.
+pub fn write_bytes(bytes: &[u8]) -> Result<()> {
     let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.because(Failure::Failed),
+        Err(error) => Err(Error::new(Failure::Failed, format!("cannot write to standard output: {error}"))),
+        Ok(()) => Ok(()),
     }
+}
+
+/// Prints a line about what was done. That nobody reads it any more is no reason to stop half-way.
+pub fn progress(line: &str) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+/// Prints a line about what went wrong on standard error, which nobody may be reading either.
+pub fn complain(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "cirri: {line}");
 }
 
 /// Whether colours may be used: standard output is a terminal and `NO_COLOR` is not set.

@@ -28,6 +28,10 @@ pub async fn cleanup(config: &Config) -> Result<()> {
     for deletion in crate::cni::pending_deletions(state_dir).because(Failure::Failed)? {
         files::remove(&deletion.path).because(Failure::Failed)?;
     }
-    println!("removed what instance {} made; its state was in {}", config.bpf.instance, state_dir.display());
+    crate::output::progress(&format!(
+        "removed what instance {} made; its state was in {}",
+        config.bpf.instance,
+        state_dir.display()
+    ));
     Ok(())
 }

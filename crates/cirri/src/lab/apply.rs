@@ -14,6 +14,7 @@ use super::interrupt::Interrupt;
 use super::manifests;
 use super::pods;
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord, PodSpec};
+use crate::output;
 
 /// Pods made or removed at once.
 const PARALLEL: usize = 8;
@@ -49,7 +50,7 @@ pub fn run(args: ApplyArgs) -> anyhow::Result<ExitCode> {
     let _lock = args.name.lock()?;
     let interrupt = Interrupt::install()?;
     let wait = args.wait.then(|| Duration::from_secs(args.timeout));
-    apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &|step| println!("{step}"))?;
+    apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &output::progress)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -91,7 +92,7 @@ pub fn apply(
         // An agent that knows a pod before it is attached gives it the right identity from the start. One that does
         // not get there corrects it later, and --wait says what keeps it.
         if let Err(problem) = cluster::settle_once(lab, BEFORE_ATTACHING, interrupt) {
-            eprintln!("cirri: {problem:#}");
+            output::complain(&format!("{problem:#}"));
         }
     }
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {

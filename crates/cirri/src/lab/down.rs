@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use super::netns::{self, NsId};
 use super::process;
 use super::state::{DEFAULT_NAME, LabName};
+use crate::output;
 
 /// Where the agents pin their maps and programs.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/cirri";
@@ -34,13 +35,11 @@ pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
     let names = if args.all { LabName::all() } else { vec![args.name] };
     for name in &names {
         let _lock = name.lock()?;
-        println!(
-            "{}",
-            if remove(name)? { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") }
-        );
+        let gone = remove(name)?;
+        output::progress(&if gone { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") });
     }
     if names.is_empty() {
-        println!("there are no labs");
+        output::progress("there are no labs");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! `cirri lab exec` and `cirri lab logs`: looking into a pod.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -12,6 +12,7 @@ use rustix::fs::inotify;
 
 use super::netns;
 use super::state::{DEFAULT_NAME, ECHO_PROGRAM, Lab, LabName, PodKey};
+use crate::output;
 
 /// The shells' exit code for a program that is not there.
 const EXIT_NOT_FOUND: u8 = 127;
@@ -87,7 +88,7 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
     // Returns only if it fails: the program takes this process over, terminal, signals and exit code included.
     let error = netns::within(&netns, || command.exec())?;
     if error.kind() == io::ErrorKind::NotFound {
-        eprintln!("cirri: {program} is not installed (not found in PATH)");
+        output::complain(&format!("{program} is not installed (not found in PATH)"));
         return Ok(ExitCode::from(EXIT_NOT_FOUND));
     }
     Err(error).with_context(|| format!("cannot start {program}"))
@@ -159,13 +160,10 @@ impl Tail {
         file.seek(SeekFrom::Start(self.read))?;
         let mut news = Vec::new();
         self.read += u64::try_from(file.read_to_end(&mut news)?)?;
-        let mut stdout = io::stdout().lock();
         if let Some(label) = self.label.as_ref().filter(|_| !news.is_empty()) {
-            writeln!(stdout, "==> {label}")?;
+            output::write_out(&format!("==> {label}\n"))?;
         }
-        stdout.write_all(&news)?;
-        stdout.flush()?;
-        Ok(())
+        Ok(output::write_bytes(&news)?)
     }
 }
 

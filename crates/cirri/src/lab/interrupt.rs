@@ -41,7 +41,7 @@ impl Interrupt {
                         _ = hup.recv() => {}
                     }
                     if raise.swap(true, Ordering::Relaxed) {
-                        eprintln!("already stopping: cleaning up takes a moment");
+                        crate::output::complain("already stopping: cleaning up takes a moment");
                     }
                 }
             });

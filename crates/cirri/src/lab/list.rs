@@ -15,6 +15,7 @@ use super::up::WORLD_PORTS;
 use super::{cluster, netns, underlay};
 use crate::api::EndpointInfo;
 use crate::client;
+use crate::output::{self, OutputArgs};
 
 /// How long an agent may take to answer before its node counts as down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -25,15 +26,8 @@ pub struct ListArgs {
     /// One lab instead of all.
     #[arg(long)]
     name: Option<LabName>,
-    /// How to print it.
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Output,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Output {
-    Table,
-    Json,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 /// One lab, the unit of `-o json`.
@@ -117,11 +111,7 @@ pub fn run(args: ListArgs) -> anyhow::Result<ExitCode> {
             labs
         }
     };
-    match args.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&labs)?),
-        Output::Table if labs.is_empty() => println!("there are no labs: start one with `cirri lab up`"),
-        Output::Table => print!("{}", table(&labs)),
-    }
+    output::print(args.output.output, &labs, |labs| table(labs))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -225,6 +215,9 @@ fn describe_pod(lab: &Lab, pod: &PodRecord, endpoint: Option<&EndpointInfo>) -> 
 }
 
 fn table(labs: &[LabInfo]) -> String {
+    if labs.is_empty() {
+        return "there are no labs: start one with `cirri lab up`\n".into();
+    }
     let mut text = String::new();
     for lab in labs {
         let routing = lab.routing.map_or(String::new(), |routing| format!(", {routing} routing"));

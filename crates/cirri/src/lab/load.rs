@@ -72,7 +72,7 @@ struct Long {
 pub fn run(args: LoadArgs) -> anyhow::Result<ExitCode> {
     raise_file_limit();
     let report = block_on(load(&args))?;
-    println!("{}", serde_json::to_string(&report)?);
+    crate::output::write_out(&(serde_json::to_string(&report)? + "\n"))?;
     Ok(if report.failed == 0 && report.long.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

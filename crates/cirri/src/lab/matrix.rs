@@ -33,15 +33,20 @@ pub fn render(cells: &[Cell]) -> String {
     text
 }
 
-/// One probe as one line.
-pub fn line(cell: &Cell) -> String {
+/// All probes, a line each.
+pub fn lines(cells: &[Cell]) -> String {
+    cells.iter().map(|cell| line(cell) + "\n").collect()
+}
+
+fn line(cell: &Cell) -> String {
     let outcome = &cell.outcome;
     let target = match cell.port {
         Some(port) => format!("{}/{}", std::net::SocketAddr::new(cell.address, port), cell.protocol),
         None => format!("{} {}", cell.address, cell.protocol),
     };
-    let name = if cell.to == cell.address.to_string() { String::new() } else { format!(" {}", cell.to) };
-    let mut text = format!("{} →{name} {target}  {}  {:.1} ms", cell.from, word(outcome.verdict), outcome.ms);
+    let name =
+        if cell.destination == cell.address.to_string() { String::new() } else { format!(" {}", cell.destination) };
+    let mut text = format!("{} →{name} {target}  {}  {:.1} ms", cell.source, word(outcome.verdict), outcome.time_ms);
     if let Some(error) = &outcome.error {
         let _ = write!(text, "  ({error})");
     }
@@ -60,11 +65,11 @@ fn word(verdict: Verdict) -> &'static str {
 }
 
 fn table(port: Port, cells: &[&Cell]) -> String {
-    let rows = in_order(cells.iter().map(|cell| cell.from.as_str()));
-    let columns = in_order(cells.iter().map(|cell| cell.to.as_str()));
+    let rows = in_order(cells.iter().map(|cell| cell.source.as_str()));
+    let columns = in_order(cells.iter().map(|cell| cell.destination.as_str()));
     let mut grid: BTreeMap<(&str, &str), Vec<&Cell>> = BTreeMap::new();
     for cell in cells {
-        grid.entry((&cell.from, &cell.to)).or_default().push(cell);
+        grid.entry((&cell.source, &cell.destination)).or_default().push(cell);
     }
     let corner = "from ↓  to →";
     let names: usize = columns.iter().map(|name| name.chars().count() + 2).sum();
@@ -142,13 +147,13 @@ mod tests {
     fn cell(from: &str, to: &str, family: u8, verdict: Verdict) -> Cell {
         let address = if family == 4 { "10.0.0.1" } else { "fd00::1" };
         Cell {
-            from: from.into(),
-            to: to.into(),
+            source: from.into(),
+            destination: to.into(),
             address: address.parse().unwrap(),
             port: Some(80),
             protocol: Transport::Tcp,
             family,
-            outcome: Outcome { verdict, error: None, ms: 1.0, answered_by: None, seen_client: None },
+            outcome: Outcome { verdict, error: None, time_ms: 1.0, answered_by: None, seen_client: None },
         }
     }
 

@@ -44,6 +44,7 @@ use clap::{Args, Subcommand};
 
 use self::interrupt::Interrupted;
 use self::manifests::Rejected;
+use crate::output;
 
 /// Exit code for input that was refused before anything was changed.
 const EXIT_INPUT: u8 = 2;
@@ -96,11 +97,11 @@ pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
     let outcome = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     match outcome {
         Err(error) if error.is::<Rejected>() => {
-            eprintln!("cirri: {error:#}");
+            output::complain(&format!("{error:#}"));
             Ok(ExitCode::from(EXIT_INPUT))
         }
         Err(error) if error.is::<Interrupted>() => {
-            eprintln!("{error}");
+            output::complain(&error.to_string());
             Ok(ExitCode::from(EXIT_INTERRUPTED))
         }
         other => other,

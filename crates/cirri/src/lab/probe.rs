@@ -15,6 +15,7 @@ use super::prober::{self, Job, Outcome, Patience, Verdict};
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord};
 use super::up::WORLD_PORTS;
 use super::{EXIT_DENIED, matrix, netns, underlay};
+use crate::output::{self, OutputArgs};
 
 /// Arguments of `cirri lab probe`.
 #[derive(Debug, clap::Args)]
@@ -64,15 +65,8 @@ pub struct ProbeArgs {
     /// With --all-pairs: the nodes too, as sources.
     #[arg(long, requires = "all_pairs")]
     with_nodes: bool,
-    /// How to print the result.
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Output,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Output {
-    Table,
-    Json,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -130,9 +124,9 @@ impl FromStr for End {
 #[derive(Clone, Debug, Serialize)]
 pub struct Cell {
     /// The source, as `namespace/pod`, `node:name` or `world`.
-    pub from: String,
+    pub source: String,
     /// The destination, likewise, or an address.
-    pub to: String,
+    pub destination: String,
     /// The address that was tried.
     pub address: IpAddr,
     /// The port; absent for ICMP.
@@ -182,11 +176,9 @@ pub fn run(args: ProbeArgs) -> anyhow::Result<ExitCode> {
         bail!("nothing to probe: no pod has ports or addresses for this (give --ports, see `cirri lab list`)");
     }
     let cells = ask(questions, patience)?;
-    match (args.output, args.all_pairs) {
-        (Output::Json, _) => println!("{}", serde_json::to_string_pretty(&cells)?),
-        (Output::Table, true) => print!("{}", matrix::render(&cells)),
-        (Output::Table, false) => cells.iter().for_each(|cell| println!("{}", matrix::line(cell))),
-    }
+    output::print(args.output.output, &cells, |cells| {
+        if args.all_pairs { matrix::render(cells) } else { matrix::lines(cells) }
+    })?;
     let through = cells.iter().all(|cell| cell.outcome.verdict == Verdict::Allowed);
     Ok(if args.all_pairs || through { ExitCode::SUCCESS } else { ExitCode::from(EXIT_DENIED) })
 }
@@ -326,8 +318,8 @@ fn ask_from(netns: &std::path::Path, asked: Vec<(Question, Job)>, patience: Pati
     let jobs: Vec<Job> = asked.iter().map(|(_, job)| job.clone()).collect();
     let outcomes = netns::within_async(netns, || prober::probe_all(jobs, patience))?;
     let cells = asked.into_iter().zip(outcomes).map(|((question, job), outcome)| Cell {
-        from: question.from,
-        to: question.to,
+        source: question.from,
+        destination: question.to,
         address: job.to,
         port: (job.port.protocol != Transport::Icmp).then_some(job.port.number),
         protocol: job.port.protocol,

@@ -50,7 +50,7 @@ pub struct Outcome {
     /// Why, unless it got through.
     pub error: Option<String>,
     /// How long the last try took, in milliseconds.
-    pub ms: f64,
+    pub time_ms: f64,
     /// The pod that answered, if its server says so.
     pub answered_by: Option<String>,
     /// The client's address as the server saw it, if it says so.
@@ -79,7 +79,7 @@ async fn probe(job: Job, patience: Patience) -> Outcome {
     loop {
         let begun = Instant::now();
         let answer = attempt(&job, patience.timeout).await;
-        let ms = super::load::milliseconds(begun.elapsed());
+        let time_ms = super::load::milliseconds(begun.elapsed());
         if retries > 0 && matches!(answer, Err(Failure::Silence(_))) {
             retries -= 1;
             continue;
@@ -93,7 +93,7 @@ async fn probe(job: Job, patience: Patience) -> Outcome {
             }
         };
         let (answered_by, seen_client) = greeting.map(|g| (g.pod, g.client.ip())).unzip();
-        return Outcome { verdict, error, ms, answered_by, seen_client };
+        return Outcome { verdict, error, time_ms, answered_by, seen_client };
     }
 }
 

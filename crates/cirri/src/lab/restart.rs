@@ -9,6 +9,7 @@ use rustix::process::Signal;
 use super::interrupt::Interrupt;
 use super::state::{DEFAULT_NAME, Lab, LabName};
 use super::{cluster, process, up};
+use crate::output;
 
 /// How long an agent may take to end by itself after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,7 +43,7 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let begun = Instant::now();
     match lab.agent_process(&node.name) {
-        None => println!("the agent of {} was not running", node.name),
+        None => output::progress(&format!("the agent of {} was not running", node.name)),
         Some(agent) if args.kill => process::kill(&[agent])?,
         Some(agent) => {
             if !process::end(&[agent], Signal::TERM, STOP_TIMEOUT) {
@@ -58,12 +59,12 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     up::await_agent(&lab, node, &interrupt)?;
     let ready = started.elapsed();
     cluster::settle_node(&lab, node, None, SETTLE_TIMEOUT, &interrupt)?;
-    println!(
+    output::progress(&format!(
         "{}: stopped in {} ms, answering after {} ms, everything enforced after {} ms",
         node.name,
         stopped.as_millis(),
         ready.as_millis(),
         started.elapsed().as_millis()
-    );
+    ));
     Ok(ExitCode::SUCCESS)
 }

@@ -23,6 +23,7 @@ use super::pods::{await_ready, echo_argv, own_binary, quote};
 use super::process::{self, ProcessId, Start};
 use super::state::{DEFAULT_NAME, Lab, LabName, Node, Routing};
 use super::underlay::{self, NODES_MAX};
+use crate::output;
 
 /// The ports the outside host answers on.
 pub const WORLD_PORTS: [Port; 8] = [tcp(80), tcp(81), tcp(443), tcp(8080), udp(53), udp(80), udp(81), udp(443)];
@@ -89,9 +90,9 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let outcome = begin(&args, &names, &interrupt);
     if outcome.is_err() {
-        eprintln!("taking down what is there of the lab \"{}\"", args.name);
+        output::complain(&format!("taking down what is there of the lab \"{}\"", args.name));
         if let Err(problem) = down::remove(&args.name) {
-            eprintln!("cirri: {problem:#}");
+            output::complain(&format!("{problem:#}"));
         }
     }
     outcome.map(|()| ExitCode::SUCCESS)
@@ -99,11 +100,11 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
 
 fn begin(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let step = |what: &str| println!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64());
+    let step = |what: &str| output::progress(&format!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64()));
     let lab = bring_up(&args.name, names, args.routing, interrupt, &step)?;
     if !args.files.is_empty() {
         let wait = Duration::from_secs(args.timeout);
-        apply(&lab, manifests::read(&args.files)?, Some(wait), interrupt, &|step| println!("{step}"))?;
+        apply(&lab, manifests::read(&args.files)?, Some(wait), interrupt, &output::progress)?;
     }
     interrupt.check()?;
     summarise(&lab, begun);
@@ -152,23 +153,20 @@ pub fn bring_up(
 }
 
 fn summarise(lab: &Lab, begun: Instant) {
-    let name = &lab.name;
+    let (name, routing, seconds) = (&lab.name, lab.routing, begun.elapsed().as_secs_f64());
     let nodes: Vec<String> = lab.nodes.iter().map(|node| format!("{} ({})", node.name, node.ipv4)).collect();
-    println!(
-        "lab \"{name}\" is up after {:.1} s: {}; {} routing",
-        begun.elapsed().as_secs_f64(),
-        nodes.join(", "),
-        lab.routing
-    );
+    output::progress(&format!(
+        "lab \"{name}\" is up after {seconds:.1} s: {}; {routing} routing\nnext:",
+        nodes.join(", ")
+    ));
     let choice = if name.to_string() == DEFAULT_NAME { String::new() } else { format!(" --name {name}") };
-    println!("next:");
-    println!("  cirri lab apply{choice} -f DIR --wait");
-    println!("  cirri lab probe{choice} --all-pairs");
-    println!("  cirri lab list{choice}");
-    if let Some(node) = lab.nodes.first() {
-        println!("  cirri --socket {} status", lab.agent_socket(&node.name).display());
+    for verb in ["apply -f DIR --wait", "probe --all-pairs", "list", "down"] {
+        let (verb, arguments) = verb.split_once(' ').unwrap_or((verb, ""));
+        output::progress(format!("  cirri lab {verb}{choice} {arguments}").trim_end());
     }
-    println!("  cirri lab down{choice}");
+    if let Some(node) = lab.nodes.first() {
+        output::progress(&format!("  cirri --socket {} status", lab.agent_socket(&node.name).display()));
+    }
 }
 
 /// The names of the nodes: those that the manifests declare, else `node1`, `node2`, …
