@@ -171,7 +171,9 @@ impl<'a> Play<'a> {
         self.stage.act(
             3,
             "A NetworkPolicy",
-            "The namespace shop is closed; web is open to namespaces labelled tier=front, redis to web and nobody else.",
+            "default-deny     pods of the namespace shop accept nothing,\n\
+             web-from-front   but web accepts its port http from namespaces with tier=front,\n\
+             redis-from-web   and redis accepts its port redis from web.",
         );
         let policies = parse("policies.yaml", POLICIES)?;
         let put = policies.iter().map(|policy| (policy.store_key(), policy.to_json())).collect();
@@ -208,7 +210,7 @@ impl<'a> Play<'a> {
             ("shop/redis", self.redis.node.as_str(), "shop/web", "shop/redis-from-web"),
         ];
         for (to, node, from, policy) in passed {
-            self.stage.command(&format!("cirri observe --from {from} --to {to} --last 1"));
+            self.stage.command(node, &format!("cirri observe --from {from} --to {to} --last 1"));
             let flow = self.flow(node, since, ends(from, to, "forwarded"))?;
             let seen = match &flow {
                 Some(flow) => {
@@ -221,17 +223,17 @@ impl<'a> Play<'a> {
             };
             self.stage.check(&format!("{from} may reach {to}, because of the policy {policy}"), seen);
         }
-        self.stage.command("cirri observe --from shop/report --verdict dropped --last 1");
+        self.stage.command(&self.redis.node, "cirri observe --from shop/report --verdict dropped --last 1");
         let flow = self.flow(&self.redis.node, since, ends("shop/report", "shop/redis", "dropped"))?;
         self.drop_seen(
             flow,
             "shop/report is dropped at redis: POLICY_DENIED (133), because no rule of the policies allows it",
         );
-        self.stage.command("cirri policy explain --from shop/report --to shop/redis --port 6379");
+        self.stage.command(&self.redis.node, "cirri policy explain --from shop/report --to shop/redis --port 6379");
         let answer = self.explain(&self.redis.node, "shop/report", "shop/redis", 6379)?;
         for (name, direction) in [("Egress ", &answer.egress), ("Ingress", &answer.ingress)] {
             if let Some(direction) = direction {
-                self.stage.text(&format!("{name}  {}: {}", direction.verdict, direction.rule));
+                self.stage.text(&format!("{name} {}: {}", direction.verdict, direction.rule));
             }
         }
         let ingress = answer.ingress.as_ref().map(|ingress| ingress.rule.as_str()).unwrap_or_default();
@@ -288,7 +290,7 @@ impl<'a> Play<'a> {
 
     /// Act 5, second part.
     fn without_agents(&self) -> anyhow::Result<()> {
-        self.stage.text("");
+        self.stage.line("");
         self.stage
             .text("Both agents are killed (kill -9) while ui fetches pages, each on a new connection, then started.");
         let web: Result<Vec<SocketAddr>, _> =

@@ -52,7 +52,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) if error.is::<Interrupted>() => {
-            eprintln!("cirri: {error}; nothing is left of the demo");
+            eprintln!("cirri: {error}");
             ExitCode::from(EXIT_INTERRUPTED)
         }
         Err(error) => {
@@ -79,22 +79,32 @@ fn play(args: &DemoArgs) -> anyhow::Result<bool> {
     let played = acts::play(&stage, &args.name, &interrupt);
     // What goes wrong because of an interruption is not the news.
     let played = interrupt.check().map_err(anyhow::Error::from).and(played);
-    if args.keep
-        && let Ok(lab) = &played
-    {
-        teardown.keep();
-        next(&stage, lab);
-    } else {
-        let gone = teardown.now();
-        played?;
-        let seen = gone.map(|()| String::new()).map_err(|error| format!("{error:#}"));
-        stage.check("everything is removed: namespaces, processes, pinned maps, files", seen);
+    match played {
+        Ok(lab) if args.keep => {
+            teardown.keep();
+            next(&stage, &lab);
+        }
+        played => {
+            let gone = teardown.now();
+            if let Err(error) = played {
+                match gone {
+                    Ok(()) => eprintln!("cirri: the demo stops early; everything it made is removed"),
+                    Err(problem) => eprintln!("cirri: {problem:#}: `cirri lab down --name {}` tries again", args.name),
+                }
+                return Err(error);
+            }
+            let seen = gone.map(|()| String::new()).map_err(|problem| format!("{problem:#}"));
+            stage.check("everything is removed: namespaces, processes, pinned maps, files", seen);
+        }
     }
     let (passed, failed) = stage.checks();
     let seconds = begun.elapsed().as_secs_f64();
     match failed {
         0 => stage.verdict(true, &format!("All {passed} checks held, in {seconds:.1} s.")),
-        _ => stage.verdict(false, &format!("{failed} of {} checks failed.", passed + failed)),
+        _ => {
+            let hint = if args.keep { "" } else { " `cirri demo --keep` leaves the lab for a look around." };
+            stage.verdict(false, &format!("{failed} of {} checks failed.{hint}", passed + failed));
+        }
     }
     Ok(failed == 0)
 }

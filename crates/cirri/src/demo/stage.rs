@@ -57,14 +57,16 @@ impl Stage {
         }
     }
 
-    /// Lines, indented.
+    /// Lines, indented; long ones are folded between words.
     pub fn text(&self, text: &str) {
-        text.lines().for_each(|line| self.line(format!("   {line}").trim_end()));
+        for line in text.lines() {
+            fold(line).iter().for_each(|part| self.line(format!("   {part}").trim_end()));
+        }
     }
 
-    /// A command that shows the same to anybody who types it.
-    pub fn command(&self, command: &str) {
-        self.line(self.paint(BOLD, &format!("   $ {command}")));
+    /// A command that shows the same to anybody who types it, on that node.
+    pub fn command(&self, node: &str, command: &str) {
+        self.line(self.paint(BOLD, &format!("   {node} $ {command}")));
     }
 
     /// An expectation: a tick, or a cross with what was expected and what was seen instead.
@@ -120,9 +122,59 @@ impl Stage {
     }
 }
 
+/// A line in parts of at most [`WIDTH`] visible characters, the later ones indented. Two blanks are the best place.
+fn fold(line: &str) -> Vec<String> {
+    let mut parts = Vec::new();
+    let (mut part, mut used) = (String::new(), 0);
+    let mut line = line;
+    if visible(line) > WIDTH
+        && let Some((head, tail)) = line.rsplit_once("  ")
+    {
+        parts.extend(fold(head));
+        (part, used, line) = (INDENT.to_owned(), INDENT.len(), tail);
+    }
+    for word in line.split_inclusive(' ') {
+        let width = visible(word);
+        if used + visible(word.trim_end()) > WIDTH && used > INDENT.len() {
+            parts.push(std::mem::take(&mut part));
+            part.push_str(INDENT);
+            used = INDENT.len();
+        }
+        part.push_str(word);
+        used += width;
+    }
+    parts.push(part);
+    parts
+}
+
+/// Characters that take room: colours do not.
+fn visible(text: &str) -> usize {
+    let mut colour = false;
+    let shown = text.chars().filter(|c| {
+        let shown = !colour && *c != '\x1b';
+        colour = *c == '\x1b' || (colour && *c != 'm');
+        shown
+    });
+    shown.count()
+}
+
+/// Columns that a line of text may take, beside its indentation.
+const WIDTH: usize = 112;
+const INDENT: &str = "    ";
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_line_is_folded_between_words_and_colours_take_no_room() {
+        let word = format!("{RED}{}{RESET} ", "x".repeat(50));
+        let parts = fold(&word.repeat(4));
+        assert_eq!(parts, [word.repeat(2), format!("{INDENT}{}", word.repeat(2))]);
+        assert_eq!(fold("short"), ["short"]);
+        let parts = fold(&format!("{}  [rule]", "x ".repeat(55).trim_end()));
+        assert_eq!(parts.last().map(String::as_str), Some("    [rule]"));
+    }
 
     #[test]
     fn a_check_that_fails_is_counted_as_one() {
