@@ -33,6 +33,7 @@ use std::time::{Duration, Instant};
 
 use cirri_abi::FlowEvent;
 use cirri_flow::{Decoder, Ring};
+use cirri_loader::net::ForeignRoutes;
 use cirri_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
@@ -88,6 +89,8 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let spawn = |task| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(tasks::watch(Arc::clone(&shared))) as std::pin::Pin<Box<dyn Future<Output = ()>>>);
     spawn(Box::pin(tasks::reconcile(Arc::clone(&shared))));
+    let routes = ForeignRoutes::here().because(Failure::Failed)?;
+    spawn(Box::pin(tasks::routes(Arc::clone(&shared), routes)));
     spawn(Box::pin(tasks::publish(Arc::clone(&shared))));
     spawn(Box::pin(tasks::number(Arc::clone(&shared))));
     spawn(Box::pin(tasks::join(Arc::clone(&shared))));

@@ -8,7 +8,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_flow::{Decoder, Ring};
 use cirri_loader::net::Net;
@@ -152,7 +152,12 @@ type Sources = (Arc<dyn Store>, Option<BoxStream<'static, folder::Change>>);
 async fn open_store(config: &Config) -> Result<Sources> {
     match config.store.kind {
         StoreKind::Etcd => {
-            let store = Etcd::new(&EtcdOptions::new(config.store.etcd.endpoints.clone())).because(Failure::BadInput)?;
+            let etcd = &config.store.etcd;
+            let options = EtcdOptions {
+                lease_ttl: Duration::from_secs(etcd.lease_seconds),
+                ..EtcdOptions::new(etcd.endpoints.clone())
+            };
+            let store = Etcd::new(&options).because(Failure::BadInput)?;
             Ok((Arc::new(store), None))
         }
         StoreKind::Folder => {

@@ -3,11 +3,12 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use cirri_abi::Identity;
+use cirri_abi::{Identity, epoch_slot};
 use cirri_control::ipam::ClusterPool;
 use cirri_control::labels::IdentityLabels;
+use cirri_loader::net::ForeignRoutes;
 use cirri_store::{Event, PREFIX};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use ipnet::IpNet;
 
 use super::allocate::{self, AllocateError};
@@ -17,6 +18,8 @@ use super::{Shared, node};
 const CHUNK: usize = 4096;
 /// How long to wait before something that the store refused is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How long changes of routes are gathered.
+const ROUTE_BURST: Duration = Duration::from_millis(20);
 const HEALTH_EVERY: Duration = Duration::from_secs(2);
 /// A store that takes longer than this to say that it works is reported as away.
 const HEALTH_PATIENCE: Duration = Duration::from_secs(2);
@@ -52,6 +55,21 @@ pub async fn watch(shared: Arc<Shared>) {
         }
     }
     tracing::error!("the store's watch ended");
+}
+
+/// Makes connections ask the node's routes again when somebody else changed those: recipes hold the
+/// neighbour that a route led to.
+pub async fn routes(shared: Arc<Shared>, mut news: ForeignRoutes) {
+    while news.changed().await {
+        // Daemons change routes in bursts; one renewal does for what came at once.
+        tokio::time::sleep(ROUTE_BURST).await;
+        while news.changed().now_or_never() == Some(true) {}
+        let core = shared.core.lock().await;
+        if let Err(error) = core.tables.bump(epoch_slot::NODE) {
+            tracing::error!(%error, "established connections may go on by a route that is gone");
+        }
+    }
+    tracing::error!("routes are not watched any more");
 }
 
 /// Makes the kernel like the tables, whenever something is due.

@@ -171,6 +171,9 @@ fn check(config: &Config) -> Result<(), ConfigError> {
             "store.kind is folder but store.folder is empty; name the directory that holds the manifests".to_owned(),
         );
     }
+    if !(5..=86_400).contains(&config.store.etcd.lease_seconds) {
+        return refuse(format!("store.etcd.leaseSeconds is {}; take 5 to 86400", config.store.etcd.lease_seconds));
+    }
     if config.store.kind == StoreKind::Etcd && config.store.etcd.endpoints.is_empty() {
         return refuse("store.kind is etcd but store.etcd.endpoints is empty; name its members".to_owned());
     }

@@ -138,6 +138,9 @@ pub enum StoreKind {
 pub struct EtcdConfig {
     /// Its members, as `http://10.0.0.1:2379`.
     pub endpoints: Vec<String>,
+    /// Seconds that the other nodes keep this one and its workloads when its agent is silent. The
+    /// packet path works without its agent, so this should outlast any repair.
+    pub lease_seconds: u64,
 }
 
 /// A directory, `/run/cirri` unless said otherwise.
@@ -218,7 +221,7 @@ impl Default for Store {
 
 impl Default for EtcdConfig {
     fn default() -> EtcdConfig {
-        EtcdConfig { endpoints: vec!["http://127.0.0.1:2379".to_owned()] }
+        EtcdConfig { endpoints: vec!["http://127.0.0.1:2379".to_owned()], lease_seconds: 900 }
     }
 }
 

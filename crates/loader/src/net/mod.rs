@@ -6,12 +6,14 @@
 mod link;
 mod namespace;
 mod route;
+mod watch;
 
 use std::{io, net::IpAddr, path::PathBuf};
 
 pub use link::{Link, VethEnd};
 pub use namespace::{Namespace, in_netns};
 pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
+pub use watch::ForeignRoutes;
 
 /// The network of one namespace. Cheap to clone.
 ///
