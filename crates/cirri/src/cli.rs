@@ -54,6 +54,8 @@ enum Command {
     Map(cmd::map::MapArgs),
     /// Every value of the configuration and where it came from
     Config(cmd::config::ConfigArgs),
+    /// Measure the packet path and the agent
+    Bench(cmd::bench::BenchArgs),
 }
 
 const LONG_HELP: &str = "\
@@ -108,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Policy(args) => cmd::policy::run(client, &args),
         Command::Map(args) => cmd::map::run(client, &args),
         Command::Config(args) => cmd::config::run(&args),
+        Command::Bench(args) => cmd::bench::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub mod agent;
+pub mod bench;
 pub mod config;
 pub mod endpoint;
 pub mod identity;

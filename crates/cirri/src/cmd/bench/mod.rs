@@ -1,0 +1,83 @@
+//! `cirri bench`: what the packet path and the agent cost.
+
+mod cases;
+mod frame;
+mod ground;
+mod instance;
+mod packets;
+mod stats;
+mod verify;
+
+use std::path::PathBuf;
+
+use crate::exit::{Error, Failure, Result};
+use crate::output::{self, OutputArgs};
+
+/// Measure the packet path and the agent.
+#[derive(Debug, clap::Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum BenchCommand {
+    /// What each program costs the verifier: instructions walked, stack, size
+    Verify {
+        #[command(flatten)]
+        pins: PinArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Nanoseconds a packet, by BPF_PROG_TEST_RUN, the packet restored before each run
+    Packets {
+        #[command(flatten)]
+        pins: PinArgs,
+        #[command(flatten)]
+        amount: AmountArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct PinArgs {
+    /// A directory on a BPF file system for the maps to measure with
+    #[arg(long, default_value = "/sys/fs/bpf/cirri")]
+    pin_root: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, clap::Args)]
+struct AmountArgs {
+    /// A few rounds instead of many: to see that it works, not to quote
+    #[arg(long)]
+    quick: bool,
+    /// The processor to measure on
+    #[arg(long, default_value_t = 1)]
+    cpu: usize,
+}
+
+impl AmountArgs {
+    fn plan(self) -> packets::Plan {
+        let (rounds, packets, others) = if self.quick { (5, 4000, 600_000) } else { (41, 20_000, 700_000) };
+        packets::Plan { rounds, packets, others, cpu: self.cpu }
+    }
+}
+
+/// Runs it.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    match &args.command {
+        BenchCommand::Verify { pins, output } => {
+            let bills = verify::run(&pins.pin_root).map_err(failed)?;
+            output::print(output.output, &bills, |bills| verify::table(bills))
+        }
+        BenchCommand::Packets { pins, amount, output } => {
+            let lines = packets::run(&pins.pin_root, &amount.plan()).map_err(failed)?;
+            output::print(output.output, &lines, |lines| packets::table(lines))
+        }
+    }
+}
+
+fn failed(error: anyhow::Error) -> Error {
+    Error::new(Failure::Failed, format!("{error:#}"))
+}
