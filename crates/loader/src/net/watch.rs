@@ -66,6 +66,9 @@ mod tests {
 
     use super::*;
 
+    /// `RT_TABLE_LOCAL`.
+    const LOCAL_TABLE: u8 = 255;
+
     fn route(protocol: RouteProtocol, table: u8, to: Option<&str>) -> RouteMessage {
         let mut message = RouteMessage::default();
         message.header.protocol = protocol;
@@ -86,6 +89,6 @@ mod tests {
         assert!(concerns(&route(RouteProtocol::Kernel, main, Some("192.0.2.0"))));
         assert!(!concerns(&route(RouteProtocol::from(ROUTE_PROTOCOL), main, Some("10.0.0.1"))));
         assert!(!concerns(&route(RouteProtocol::Kernel, main, Some("fe80::"))));
-        assert!(!concerns(&route(RouteProtocol::Kernel, RouteHeader::RT_TABLE_LOCAL, Some("192.0.2.1"))));
+        assert!(!concerns(&route(RouteProtocol::Kernel, LOCAL_TABLE, Some("192.0.2.1"))));
     }
 }
