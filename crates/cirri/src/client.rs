@@ -1,6 +1,6 @@
 //! The command line's end of the agent's socket.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -74,6 +74,10 @@ impl CallError {
     fn into_exit(self, socket: &Path) -> Error {
         match self {
             CallError::Stop(error) => error,
+            CallError::NoAgent { ref source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+                Error::new(Failure::NotReachable, format!("the agent's socket {} is for root alone", socket.display()))
+                    .hint("run the command as root")
+            }
             CallError::NoAgent { .. } => Error::new(Failure::NotReachable, &self).hint(format!(
                 "start it with `cirri agent --config FILE`, or name its socket with --socket (tried {})",
                 socket.display()

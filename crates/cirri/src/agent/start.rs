@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -116,8 +117,13 @@ pub fn notify(state: &str) {
         None => SocketAddr::from_pathname(Path::new(&path)),
     };
     let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
-    if let Err(error) = sent {
-        tracing::warn!(%error, state, "NOTIFY_SOCKET cannot be told");
+    match sent {
+        Ok(_) => {}
+        // Some wait for the start alone: nobody listens any more when it stops.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            tracing::debug!(%error, state, "nobody listens on NOTIFY_SOCKET");
+        }
+        Err(error) => tracing::warn!(%error, state, "NOTIFY_SOCKET cannot be told"),
     }
 }
 

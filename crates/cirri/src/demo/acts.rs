@@ -344,10 +344,7 @@ impl<'a> Play<'a> {
         std::thread::sleep(PAUSE);
         let answer = held.redis("PING", PATIENCE);
         let (lab, interrupt) = (&self.lab, self.interrupt);
-        for node in &lab.nodes {
-            up::start_agent(lab, node)?;
-        }
-        cluster::each_node(lab, |node| up::await_agent(lab, node, interrupt))?;
+        cluster::each_node(lab, |node| up::start_agent(lab, node, interrupt))?;
         let away = begun.elapsed();
         cluster::settle(lab, SETTLE, interrupt)?;
         std::thread::sleep(PAUSE);

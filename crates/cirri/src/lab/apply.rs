@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use cirri_control::resource::{Pod, Resource};
 
 use super::cluster::{self, Change};
@@ -96,7 +96,7 @@ pub fn apply(
         }
     }
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {
-        let node = lab.node(node).context("the node is gone")?;
+        let node = lab.node(node)?;
         let pod = pods::create(lab, key, spec, node)?;
         let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
         Ok(format!("pod {key} runs on {} ({})", pod.node, addresses.join(", ")))

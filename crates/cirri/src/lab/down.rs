@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 
 use super::netns::{self, NsId};
 use super::process;
@@ -103,17 +103,4 @@ fn pins(name: &LabName) -> Vec<std::path::PathBuf> {
     let prefix = name.bpf_instance("");
     let entries = fs::read_dir(PIN_ROOT).into_iter().flatten().flatten();
     entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(prefix.as_bytes())).map(|e| e.path()).collect()
-}
-
-/// Fails unless the process is root, which namespaces and eBPF need.
-///
-/// # Errors
-/// What to do.
-pub fn require_root() -> anyhow::Result<()> {
-    if rustix::process::geteuid().is_root() {
-        return Ok(());
-    }
-    let program = std::env::current_exe().ok();
-    let name = program.as_deref().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or("cirri");
-    Err(anyhow::anyhow!("a lab needs root: run `sudo {name} lab …`")).context("not permitted")
 }

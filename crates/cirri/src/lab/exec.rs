@@ -74,7 +74,7 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
     let mut command = Command::new(program);
     command.args(arguments);
     let netns = if let Some(name) = &args.node {
-        lab.node(name).with_context(|| format!("the lab has no node {name}"))?.netns.clone()
+        lab.node(name)?.netns.clone()
     } else if args.world {
         netns::path(&lab.name.world_namespace())
     } else {
@@ -109,7 +109,9 @@ pub fn logs(args: LogsArgs) -> anyhow::Result<ExitCode> {
             let program = if echo { ECHO_PROGRAM } else { name.as_str() };
             let found: Vec<&String> = programs.iter().filter(|known| *known == program).collect();
             if found.is_empty() {
-                bail!("pod {} has no container {name} with a program; it has {}", pod.key, programs.join(", "));
+                let names: Vec<&str> =
+                    pod.spec.containers.iter().filter(|c| c.runs()).map(|c| c.name.as_str()).collect();
+                bail!("pod {} has no container {name} with a program; it has {}", pod.key, names.join(", "));
             }
             found
         }

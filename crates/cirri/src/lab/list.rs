@@ -19,6 +19,8 @@ use crate::output::{self, OutputArgs};
 
 /// How long an agent may take to answer before its node counts as down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// The state of a lab without records.
+const CRASHED: &str = "crashed";
 
 /// Arguments of `cirri lab list`.
 #[derive(Debug, clap::Args)]
@@ -105,7 +107,7 @@ pub fn run(args: ListArgs) -> anyhow::Result<ExitCode> {
             for name in LabName::all() {
                 labs.push(match Lab::load(&name) {
                     Ok(lab) => describe(&lab)?,
-                    Err(_) => LabInfo::new(&name, "crashed"),
+                    Err(_) => LabInfo::new(&name, CRASHED),
                 });
             }
             labs
@@ -222,6 +224,9 @@ fn table(labs: &[LabInfo]) -> String {
     for lab in labs {
         let routing = lab.routing.map_or(String::new(), |routing| format!(", {routing} routing"));
         text += &format!("lab {} ({}{routing})\n", lab.name, lab.state);
+        if lab.state == CRASHED {
+            text += &format!("  `cirri lab down --name {}` removes what is left of it\n", lab.name);
+        }
         let mut rows = vec![["NODE", "STATE", "ADDRESSES", "POD NETWORKS"].map(str::to_owned)];
         for node in &lab.nodes {
             rows.push([node.name.clone(), node.state.to_owned(), join(&node.addresses), node.pod_cidrs.join(" ")]);
@@ -238,7 +243,9 @@ fn table(labs: &[LabInfo]) -> String {
                 pod.netns.display().to_string(),
             ]);
         }
-        text.push('\n');
+        if !lab.pods.is_empty() {
+            text.push('\n');
+        }
         text += &columns(&rows);
         for pod in lab.pods.iter().filter_map(|pod| Some((pod, pod.error.as_ref()?))) {
             text += &format!("{}/{}: {}\n", pod.0.namespace, pod.0.name, pod.1);

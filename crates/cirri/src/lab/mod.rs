@@ -23,6 +23,7 @@ pub mod cluster;
 pub mod down;
 mod echo;
 mod exec;
+mod expand;
 pub mod interrupt;
 mod list;
 mod load;
@@ -33,6 +34,7 @@ mod pods;
 mod probe;
 mod prober;
 pub mod process;
+mod ready;
 mod restart;
 pub mod state;
 pub mod underlay;
@@ -109,6 +111,9 @@ pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
+    if !matches!(args.verb, Verb::Echo(_) | Verb::Load(_)) {
+        require_root()?;
+    }
     match args.verb {
         Verb::Up(args) => up::run(args),
         Verb::Apply(args) => apply::run(args),
@@ -121,4 +126,13 @@ fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
         Verb::Echo(args) => echo::run(args),
         Verb::Load(args) => load::run(args),
     }
+}
+
+/// Fails unless the process is root, which namespaces and eBPF need, and reading a lab's records too.
+fn require_root() -> anyhow::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    let program = std::env::args().next().unwrap_or_else(|| "cirri".to_owned());
+    anyhow::bail!("a lab needs root: run `sudo {program} lab …`")
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -33,7 +33,7 @@ const QUOTE_MAX: u64 = 400;
 /// The step that failed. What was made until then stays for [`remove`], which the next apply or `down` calls.
 pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node) -> anyhow::Result<PodRecord> {
     let unique = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let netns = if spec.host_network { node.netns.clone() } else { netns::path(&free_namespace(lab, key)) };
+    let netns = if spec.host_network { node.netns.clone() } else { create_namespace(lab, key)? };
     let mut record = PodRecord {
         key: key.clone(),
         node: node.name.clone(),
@@ -44,7 +44,7 @@ pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node) -> anyhow::R
         complete: false,
         error: None,
     };
-    // Written first: what is made next is then found, whatever happens.
+    // Written before the rest: what is made next is then found, whatever happens.
     record.save(lab)?;
     let made = build(lab, &mut record, node);
     match &made {
@@ -67,7 +67,7 @@ pub fn remove(lab: &Lab, record: &PodRecord) -> anyhow::Result<()> {
         if let Some(id) = netns::id(&record.netns) {
             process::kill(&process::inside(&[id]))?;
         }
-        if let Some(node) = lab.node(&record.node) {
+        if let Ok(node) = lab.node(&record.node) {
             detached = cni(lab, node, "DEL", record).map(drop);
         }
         if let Some(name) = record.netns.file_name().and_then(|name| name.to_str()) {
@@ -111,8 +111,6 @@ fn build(lab: &Lab, record: &mut PodRecord, node: &Node) -> anyhow::Result<()> {
     if record.spec.host_network {
         record.addresses = vec![node.ipv4.into(), node.ipv6.into()];
     } else {
-        let name = record.netns.file_name().and_then(|name| name.to_str()).context("a namespace without a name")?;
-        netns::create(name)?;
         record.addresses = cni(lab, node, "ADD", record)?;
     }
     record.save(lab)?;
@@ -123,15 +121,17 @@ fn build(lab: &Lab, record: &mut PodRecord, node: &Node) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The name of a new namespace for a pod. `a-b/c` and `a/b-c` would have the same one: the later gets a number.
-fn free_namespace(lab: &Lab, key: &PodKey) -> String {
+/// Makes a pod's namespace. `a-b/c` and `a/b-c` would have the same name: the later gets a number.
+fn create_namespace(lab: &Lab, key: &PodKey) -> anyhow::Result<PathBuf> {
     let name = format!("{}pod-{}-{}", lab.name.prefix(), key.namespace, key.name);
-    let taken = |name: &str| netns::path(name).exists();
-    if !taken(&name) {
-        return name;
+    let mut made = netns::create(&name);
+    let mut number = 2;
+    while made.as_ref().is_err_and(netns::is_taken) {
+        made = netns::create(&format!("{name}-{number}"));
+        number += 1;
     }
-    let numbered = (2..).map(|number| format!("{name}-{number}")).find(|name| !taken(name));
-    numbered.unwrap_or(name)
+    let namespace = made.with_context(|| format!("pod {key}"))?;
+    Ok(namespace.path().to_owned())
 }
 
 /// One container with its program.

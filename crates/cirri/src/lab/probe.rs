@@ -169,6 +169,9 @@ pub fn run(args: ProbeArgs) -> anyhow::Result<ExitCode> {
         // Both are there: clap asks for them unless --all-pairs is given.
         let (from, to) =
             (args.from.as_ref().context("--from is missing")?, args.to.as_ref().context("--to is missing")?);
+        if let End::Address(address) = from {
+            bail!("--from {address}: an address can only be asked; name a pod, node:NAME, world or world@ADDRESS");
+        }
         (vec![party(&lab, from)?], vec![party(&lab, to)?], vec![asked_port(&args)?])
     };
     let questions = questions(&sources, &targets, &ports, args.family);
@@ -214,10 +217,7 @@ fn party(lab: &Lab, end: &End) -> anyhow::Result<Party> {
     match end {
         End::Pod(key) => lab.pod(key).map(|pod| Party::pod(&pod)),
         End::Node(name) => {
-            let node = lab.node(name).with_context(|| {
-                let names: Vec<&str> = lab.nodes.iter().map(|node| node.name.as_str()).collect();
-                format!("the lab has no node {name}; it has {}", names.join(", "))
-            })?;
+            let node = lab.node(name)?;
             let addresses = vec![node.ipv4.into(), node.ipv6.into()];
             Ok(Party { netns: Some(node.netns.clone()), ..Party::silent(format!("node:{name}"), addresses) })
         }

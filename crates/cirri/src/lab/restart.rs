@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use rustix::process::Signal;
 
 use super::interrupt::Interrupt;
@@ -39,7 +39,7 @@ pub struct RestartArgs {
 pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let lab = Lab::load(&args.name)?;
     let _lock = args.name.lock()?;
-    let node = lab.node(&args.node).with_context(|| format!("the lab has no node {}", args.node))?;
+    let node = lab.node(&args.node)?;
     let interrupt = Interrupt::install()?;
     let begun = Instant::now();
     match lab.agent_process(&node.name) {
@@ -55,8 +55,7 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let stopped = begun.elapsed();
     std::thread::sleep(Duration::from_millis(args.pause));
     let started = Instant::now();
-    up::start_agent(&lab, node)?;
-    up::await_agent(&lab, node, &interrupt)?;
+    up::start_agent(&lab, node, &interrupt)?;
     let ready = started.elapsed();
     cluster::settle_node(&lab, node, None, SETTLE_TIMEOUT, &interrupt)?;
     output::progress(&format!(

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
-use cirri_control::resource::{Pod, Protocol};
+use cirri_control::resource::{self, Pod, Protocol};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::echo::{Port, Transport};
-use super::netns;
 use super::process::{self, ProcessId, write_json};
+use super::{expand, netns};
 
 /// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
 const ROOT: &str = "/run/cirri/lab";
@@ -191,12 +191,17 @@ impl Lab {
     pub fn load(name: &LabName) -> anyhow::Result<Self> {
         let file = name.directory().join("lab.json");
         let Ok(text) = fs::read_to_string(&file) else {
-            let others = LabName::all();
-            if others.is_empty() {
-                bail!("there is no lab \"{name}\": start one with `cirri lab up --name {name}`");
+            let there = LabName::all();
+            if there.contains(name) {
+                bail!("the lab \"{name}\" is not whole: remove what is left of it with `cirri lab down --name {name}`");
             }
-            let others: Vec<&str> = others.iter().map(|other| other.0.as_str()).collect();
-            bail!("there is no lab \"{name}\"; there is: {} (choose with --name)", others.join(", "));
+            let choice = if name.0 == DEFAULT_NAME { String::new() } else { format!(" --name {name}") };
+            let start = format!("there is no lab \"{name}\": start one with `cirri lab up{choice}`");
+            if there.is_empty() {
+                bail!("{start}");
+            }
+            let there: Vec<&str> = there.iter().map(|other| other.0.as_str()).collect();
+            bail!("{start}, or choose with --name: {}", there.join(", "));
         };
         serde_json::from_str(&text).with_context(|| {
             format!("{} is damaged: take the lab down with `cirri lab down --name {name}`", file.display())
@@ -212,8 +217,14 @@ impl Lab {
     }
 
     /// The node of that name.
-    pub fn node(&self, name: &str) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.name == name)
+    ///
+    /// # Errors
+    /// There is none; it says which there are.
+    pub fn node(&self, name: &str) -> anyhow::Result<&Node> {
+        self.nodes.iter().find(|node| node.name == name).with_context(|| {
+            let names: Vec<&str> = self.nodes.iter().map(|node| node.name.as_str()).collect();
+            format!("the lab \"{}\" has no node {name}; it has {}", self.name, names.join(", "))
+        })
     }
 
     /// Whether its cluster state lives in etcd (more than one node) rather than in a folder.
@@ -262,12 +273,20 @@ impl Lab {
     /// The pod of that name.
     ///
     /// # Errors
-    /// There is none; it says how to see which there are.
+    /// There is none; it says which one may be meant, or how to see which there are.
     pub fn pod(&self, key: &PodKey) -> anyhow::Result<PodRecord> {
-        self.pods()?
-            .into_iter()
-            .find(|pod| pod.key == *key)
-            .with_context(|| format!("the lab \"{0}\" has no pod {key}: see `cirri lab list --name {0}`", self.name))
+        let pods = self.pods()?;
+        if let Some(pod) = pods.iter().find(|pod| pod.key == *key) {
+            return Ok(pod.clone());
+        }
+        let namesakes: Vec<String> =
+            pods.iter().filter(|pod| pod.key.name == key.name).map(|pod| pod.key.to_string()).collect();
+        let hint = if namesakes.is_empty() {
+            format!("`cirri lab list --name {}` shows those there are", self.name)
+        } else {
+            format!("is it {}?", namesakes.join(" or "))
+        };
+        bail!("the lab \"{}\" has no pod {key}: {hint}", self.name)
     }
 }
 
@@ -372,22 +391,11 @@ pub struct Container {
 
 impl From<&Pod> for PodSpec {
     fn from(pod: &Pod) -> Self {
-        let containers = pod.spec.containers.iter().map(|container| Container {
-            name: container.name.clone(),
-            argv: container.command.iter().chain(&container.args).cloned().collect(),
-            env: container.env.iter().map(|variable| (variable.name.clone(), variable.value.clone())).collect(),
-            ports: container
-                .ports
-                .iter()
-                .filter_map(|port| {
-                    let protocol = match port.protocol {
-                        Protocol::Tcp => Transport::Tcp,
-                        Protocol::Udp => Transport::Udp,
-                        Protocol::Sctp => return None,
-                    };
-                    Some(Port { number: port.container_port, protocol })
-                })
-                .collect(),
+        let containers = pod.spec.containers.iter().map(|container| {
+            let variables = container.env.iter().map(|variable| (variable.name.as_str(), variable.value.as_str()));
+            let env = expand::environment(variables);
+            let argv = container.command.iter().chain(&container.args).map(|word| expand::text(word, &env)).collect();
+            Container { name: container.name.clone(), argv, env, ports: ports(container) }
         });
         Self {
             node_name: pod.spec.node_name.clone(),
@@ -397,10 +405,27 @@ impl From<&Pod> for PodSpec {
     }
 }
 
+fn ports(container: &resource::Container) -> BTreeSet<Port> {
+    let port = |port: &resource::ContainerPort| {
+        let protocol = match port.protocol {
+            Protocol::Tcp => Transport::Tcp,
+            Protocol::Udp => Transport::Udp,
+            Protocol::Sctp => return None,
+        };
+        Some(Port { number: port.container_port, protocol })
+    };
+    container.ports.iter().filter_map(port).collect()
+}
+
 impl Container {
     /// Whether the built-in echo server stands in for its program.
     pub fn is_echo(&self) -> bool {
         self.argv.is_empty() && !self.ports.is_empty()
+    }
+
+    /// Whether anything runs for it at all.
+    pub fn runs(&self) -> bool {
+        !self.argv.is_empty() || self.is_echo()
     }
 }
 

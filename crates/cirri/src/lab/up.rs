@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -19,8 +17,9 @@ use super::echo::{Port, Transport};
 use super::interrupt::Interrupt;
 use super::manifests::{self, Rejected};
 use super::netns;
-use super::pods::{await_ready, echo_argv, own_binary, quote};
-use super::process::{self, ProcessId, Start};
+use super::pods::{await_ready, echo_argv, own_binary};
+use super::process::{self, Start};
+use super::ready::Readiness;
 use super::state::{DEFAULT_NAME, Lab, LabName, Node, Routing};
 use super::underlay::{self, NODES_MAX};
 use crate::output;
@@ -29,12 +28,8 @@ use crate::output;
 pub const WORLD_PORTS: [Port; 8] = [tcp(80), tcp(81), tcp(443), tcp(8080), udp(53), udp(80), udp(81), udp(443)];
 
 const ETCD_PEER_PORT: u16 = 2380;
-/// How long a wait may keep an interruption waiting.
-const INTERRUPT_CHECK: Duration = Duration::from_millis(100);
 const ETCD_TIMEOUT: Duration = Duration::from_secs(30);
 const AGENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a starting agent is asked whether it is ready. Nothing announces that a socket listens.
-const AGENT_POLL: Duration = Duration::from_millis(20);
 /// Longest path of a UNIX socket.
 const SOCKET_PATH_MAX: usize = 107;
 
@@ -74,7 +69,6 @@ const fn udp(number: u16) -> Port {
 /// # Errors
 /// What is missing or went wrong, and what to do.
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
-    down::require_root()?;
     let names = node_names(&args)?;
     check_socket_paths(&args.name, &names)?;
     if names.len() > 1 {
@@ -141,11 +135,7 @@ pub fn bring_up(
         start_etcd(&lab, interrupt)?;
         report("etcd ready");
     }
-    for node in &lab.nodes {
-        interrupt.check()?;
-        start_agent(&lab, node)?;
-    }
-    cluster::each_node(&lab, |node| await_agent(&lab, node, interrupt))?;
+    cluster::each_node(&lab, |node| start_agent(&lab, node, interrupt))?;
     cluster::settle(&lab, AGENT_TIMEOUT, interrupt)?;
     route_pods(&lab)?;
     report(if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
@@ -200,7 +190,9 @@ fn require_etcd() -> anyhow::Result<()> {
     if process::installed("etcd") {
         return Ok(());
     }
-    bail!("more than one node need etcd, which is not installed: `cargo xtask setup` or `apt-get install etcd-server`")
+    bail!(
+        "a lab of several nodes needs etcd, which is not in PATH: install it with `cargo xtask setup` or `apt-get install etcd-server`, or take one node (--nodes 1)"
+    )
 }
 
 fn start_world(lab: &Lab) -> anyhow::Result<()> {
@@ -223,7 +215,6 @@ fn start_world(lab: &Lab) -> anyhow::Result<()> {
 /// Starts etcd and waits for its word that it serves clients, which it gives the way systemd asks for.
 fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
     let directory = lab.name.directory();
-    let socket = directory.join("etcd.notify");
     let log = directory.join("etcd.log");
     let (client, peer) = (cluster::etcd_url(), format!("http://127.0.0.1:{ETCD_PEER_PORT}"));
     let data = directory.join("etcd").into_os_string().into_string().map_err(|_| anyhow::anyhow!("bad path"))?;
@@ -239,32 +230,19 @@ fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
     ]
     .map(str::to_owned)
     .into();
-    let ready = UnixDatagram::bind(&socket).context("cannot make etcd's readiness socket")?;
-    let env = BTreeMap::from([("NOTIFY_SOCKET".to_owned(), socket.display().to_string())]);
+    let ready = Readiness::listen(directory.join("etcd.notify"))?;
     let net = netns::path(&lab.name.net_namespace());
-    let child = Start { netns: &net, argv: &argv, env: &env, directory: &directory, log: &log, pipe_stdout: false }
-        .spawn(&directory.join("etcd.pid"))?;
-    let process = child.id().try_into().ok().and_then(ProcessId::current).and_then(ProcessId::open);
-    let deadline = Instant::now() + ETCD_TIMEOUT;
-    while let Some(process) = &process {
-        interrupt.check()?;
-        match process::first_readable(&[ready.as_fd(), process.as_fd()], INTERRUPT_CHECK) {
-            Some(0) => return Ok(()),
-            Some(_) => break,
-            None if Instant::now() >= deadline => {
-                bail!("etcd is not ready after {} s{}", ETCD_TIMEOUT.as_secs(), quote(&log))
-            }
-            None => {}
-        }
-    }
-    bail!("etcd ended at once{}", quote(&log))
+    let child =
+        Start { netns: &net, argv: &argv, env: &ready.env(), directory: &directory, log: &log, pipe_stdout: false }
+            .spawn(&directory.join("etcd.pid"))?;
+    ready.wait("etcd", &child, &log, ETCD_TIMEOUT, interrupt)
 }
 
-/// Starts a node's agent.
+/// Starts a node's agent and waits until it answers.
 ///
 /// # Errors
-/// Its files cannot be written, or it cannot be started.
-pub fn start_agent(lab: &Lab, node: &Node) -> anyhow::Result<()> {
+/// Its files cannot be written, or it cannot be started, ends, or does not answer in time.
+pub fn start_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<()> {
     let directory = lab.node_directory(&node.name);
     for part in ["state", "manifests"] {
         let part = directory.join(part);
@@ -273,16 +251,18 @@ pub fn start_agent(lab: &Lab, node: &Node) -> anyhow::Result<()> {
     let file = directory.join("agent.yaml");
     fs::write(&file, agent_configuration(lab, node)).with_context(|| format!("cannot write {}", file.display()))?;
     let argv = [own_binary()?, "agent".into(), "--config".into(), file.display().to_string()];
-    Start {
+    let log = directory.join("agent.log");
+    let ready = Readiness::listen(directory.join("agent.notify"))?;
+    let child = Start {
         netns: &node.netns,
         argv: &argv,
-        env: &BTreeMap::new(),
+        env: &ready.env(),
         directory: &directory,
-        log: &directory.join("agent.log"),
+        log: &log,
         pipe_stdout: false,
     }
-    .spawn(&directory.join("agent.pid"))
-    .map(drop)
+    .spawn(&directory.join("agent.pid"))?;
+    ready.wait(&format!("the agent of {}", node.name), &child, &log, AGENT_TIMEOUT, interrupt)
 }
 
 /// The configuration of a node's agent: what differs from the defaults.
@@ -313,29 +293,6 @@ fn agent_configuration(lab: &Lab, node: &Node) -> String {
 /// A path as a YAML string, so that a name such as `1` or `null` stays one.
 fn quoted(path: &Path) -> String {
     format!("{:?}", path.display().to_string())
-}
-
-/// Waits until a node's agent answers.
-///
-/// # Errors
-/// It ended, or it does not answer in time.
-pub fn await_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let log = lab.node_directory(&node.name).join("agent.log");
-    let deadline = Instant::now() + AGENT_TIMEOUT;
-    loop {
-        interrupt.check()?;
-        match cluster::status(lab, &node.name) {
-            Ok(_) => return Ok(()),
-            Err(_) if lab.agent_process(&node.name).is_none() => {
-                bail!("the agent of {} ended at once{}", node.name, quote(&log))
-            }
-            Err(problem) if Instant::now() >= deadline => {
-                let seconds = AGENT_TIMEOUT.as_secs();
-                bail!("the agent of {} is not ready after {seconds} s ({problem}){}", node.name, quote(&log))
-            }
-            Err(_) => std::thread::sleep(AGENT_POLL),
-        }
-    }
 }
 
 /// Tells the router where the pods are, as the agents know it.
