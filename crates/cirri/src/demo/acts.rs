@@ -251,11 +251,19 @@ impl<'a> Play<'a> {
             "web holds a connection to redis open, ui one to web. The policy redis-from-web is removed, then put back.",
         );
         let redis = self.address(&self.redis, 6379, true)?;
-        let mut closing = Held::open(&self.web.netns, redis)?;
-        let mut other = Held::open(&self.ui.netns, self.address(&self.web, 80, false)?)?;
+        let web = self.address(&self.web, 80, false)?;
+        let opened = Held::open(&self.web.netns, redis).and_then(|one| Ok((one, Held::open(&self.ui.netns, web)?)));
+        let established = "both connections are established and answer";
+        let (mut closing, mut other) = match opened {
+            Ok(both) => both,
+            Err(error) => {
+                self.stage.check(established, Err(format!("{error:#}")));
+                return Ok(());
+            }
+        };
         let before = closing.redis("PING", PATIENCE).map_err(|error| error.to_string());
         let page = other.get(PATIENCE).map_err(|error| error.to_string());
-        self.stage.check("both connections are established and answer", before.and(page).map(|()| String::new()));
+        self.stage.check(established, before.and(page).map(|()| String::new()));
 
         let key = "resources/NetworkPolicy/shop/redis-from-web".to_owned();
         let took = self.change(&Change { delete: vec![key.clone()], ..Change::default() })?;
@@ -296,7 +304,14 @@ impl<'a> Play<'a> {
         let web: Result<Vec<SocketAddr>, _> =
             [true, false].into_iter().map(|v4| self.address(&self.web, 80, v4)).collect();
         let web = web?;
-        let mut held = Held::open(&self.web.netns, self.address(&self.redis, 6379, false)?)?;
+        let kept = "a connection from before answers meanwhile";
+        let mut held = match Held::open(&self.web.netns, self.address(&self.redis, 6379, false)?) {
+            Ok(held) => held,
+            Err(error) => {
+                self.stage.check(kept, Err(format!("{error:#}")));
+                return Ok(());
+            }
+        };
         let stop = AtomicBool::new(false);
         let (steady, outcome) = std::thread::scope(|scope| {
             let netns = &self.ui.netns;
@@ -325,7 +340,7 @@ impl<'a> Play<'a> {
             Ok(line) if line == "+PONG" => Ok(String::new()),
             other => Err(format!("{other:?}")),
         };
-        self.stage.check("a connection from before answers meanwhile", seen);
+        self.stage.check(kept, seen);
         let reached = traffic::everyone(&self.clients, &self.servers)?;
         self.may_go_on()?;
         self.stage.check(

@@ -79,10 +79,11 @@ fn play(args: &DemoArgs) -> anyhow::Result<bool> {
     let played = acts::play(&stage, &args.name, &interrupt);
     // What goes wrong because of an interruption is not the news.
     let played = interrupt.check().map_err(anyhow::Error::from).and(played);
+    let mut kept = None;
     match played {
         Ok(lab) if args.keep => {
             teardown.keep();
-            next(&stage, &lab);
+            kept = Some(lab);
         }
         played => {
             let gone = teardown.now();
@@ -105,6 +106,9 @@ fn play(args: &DemoArgs) -> anyhow::Result<bool> {
             let hint = if args.keep { "" } else { " `cirri demo --keep` leaves the lab for a look around." };
             stage.verdict(false, &format!("{failed} of {} checks failed.{hint}", passed + failed));
         }
+    }
+    if let Some(lab) = kept {
+        next(&stage, &lab);
     }
     Ok(failed == 0)
 }

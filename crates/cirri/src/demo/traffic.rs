@@ -141,7 +141,8 @@ impl Held {
     /// # Errors
     /// It does not connect in time.
     pub fn open(netns: &Path, to: SocketAddr) -> anyhow::Result<Self> {
-        let stream = netns::within(netns, || TcpStream::connect_timeout(&to, REQUEST_TIMEOUT))??;
+        let stream = netns::within(netns, || TcpStream::connect_timeout(&to, REQUEST_TIMEOUT))?
+            .with_context(|| format!("no connection to {to}"))?;
         stream.set_nodelay(true)?;
         let local = stream.local_addr()?;
         Ok(Self { connection: BufReader::new(stream), local })
