@@ -5,6 +5,7 @@ mod frame;
 mod ground;
 mod instance;
 mod packets;
+mod pin;
 mod stats;
 mod verify;
 
@@ -37,6 +38,23 @@ enum BenchCommand {
         amount: AmountArgs,
         #[command(flatten)]
         output: OutputArgs,
+    },
+    /// Load, fill and pin a case for a harness from outside (docs/bench/pin.md)
+    Pin {
+        /// The case, as `cirri bench packets` names it
+        case: String,
+        /// A directory on a BPF file system, to be made
+        dir: PathBuf,
+        /// Let so many other connections through the flow tables first
+        #[arg(long, value_name = "N")]
+        others: Option<u32>,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Remove what `pin` made
+    Unpin {
+        /// The directory
+        dir: PathBuf,
     },
 }
 
@@ -75,6 +93,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             let lines = packets::run(&pins.pin_root, &amount.plan()).map_err(failed)?;
             output::print(output.output, &lines, |lines| packets::table(lines))
         }
+        BenchCommand::Pin { case, dir, others, output } => {
+            let pinned = pin::pin(case, dir, *others).map_err(failed)?;
+            output::print(output.output, &pinned, pin::shown)
+        }
+        BenchCommand::Unpin { dir } => pin::unpin(dir).map_err(failed),
     }
 }
 

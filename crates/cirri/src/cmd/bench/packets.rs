@@ -83,7 +83,7 @@ fn measure(pin_root: &Path, plan: &Plan, ground: &Ground) -> Result<Vec<Line>> {
         for (i, stage) in stages.iter_mut().enumerate() {
             let routing = established.get(i).map_or(super::ground::Routing::Overlay, |case| case.routing);
             if state == "full" {
-                stage.let_others_through(plan.others)?;
+                let_others_through(&stage.tables, plan.others)?;
             } else {
                 ground.fill(&stage.tables, routing)?;
             }
@@ -245,32 +245,28 @@ fn summed_up(runs: &[Run], tables: &'static str) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-impl Stage<'_> {
-    /// Takes the connections that are there out, and lets `others` go through both flow tables.
-    fn let_others_through(&mut self, others: u32) -> Result<()> {
-        let some = self.tables.flows4.chunk(None, 1)?.entries.first().map(|entry| entry.1);
-        let recipe = some.unwrap_or_default();
-        let old = self.tables.flows4.entries()?;
-        self.tables.flows4.delete_all(old.iter().map(|entry| &entry.0))?;
-        let old = self.tables.flows6.entries()?;
-        self.tables.flows6.delete_all(old.iter().map(|entry| &entry.0))?;
-        let other = |n: u32| Tuple {
-            src: Addr::v4_word((0x0a40_0000 + n / 50_000).to_be()),
-            dst: Addr::v4([10, 244, 0, 11]),
-            sport: Port::new((n % 50_000) as u16 + 1024),
-            dport: Port::new(443),
-            proto: cirri_abi::proto::TCP,
-            ..Tuple::default()
-        };
-        let v4: Vec<(FlowKey4, Recipe)> = (0..others).map(|n| (other(n).key4(), recipe)).collect();
-        self.tables.flows4.put_all(&v4)?;
-        let six = |addr: Addr| Addr { words: [0xfd00_0000_u32.to_be(), 0, 0, addr.word()] };
-        let v6: Vec<(Tuple, Recipe)> = (0..others)
-            .map(|n| (Tuple { src: six(other(n).src), dst: six(other(n).dst), ..other(n) }, recipe))
-            .collect();
-        self.tables.flows6.put_all(&v6)?;
-        Ok(())
-    }
+/// Takes the connections that are there out, and lets `others` go through both flow tables.
+pub fn let_others_through(tables: &Tables, others: u32) -> Result<()> {
+    let old = tables.flows4.entries()?;
+    let recipe = old.first().map(|entry| entry.1).unwrap_or_default();
+    tables.flows4.delete_all(old.iter().map(|entry| &entry.0))?;
+    let old = tables.flows6.entries()?;
+    tables.flows6.delete_all(old.iter().map(|entry| &entry.0))?;
+    let other = |n: u32| Tuple {
+        src: Addr::v4_word((0x0a40_0000 + n / 50_000).to_be()),
+        dst: Addr::v4([10, 244, 0, 11]),
+        sport: Port::new((n % 50_000) as u16 + 1024),
+        dport: Port::new(443),
+        proto: cirri_abi::proto::TCP,
+        ..Tuple::default()
+    };
+    let v4: Vec<(FlowKey4, Recipe)> = (0..others).map(|n| (other(n).key4(), recipe)).collect();
+    tables.flows4.put_all(&v4)?;
+    let wide = |addr: Addr| Addr { words: [0xfd00_0000_u32.to_be(), 0, 0, addr.word()] };
+    let v6 = |n: u32| Tuple { src: wide(other(n).src), dst: wide(other(n).dst), ..other(n) };
+    let v6: Vec<(Tuple, Recipe)> = (0..others).map(|n| (v6(n), recipe)).collect();
+    tables.flows6.put_all(&v6)?;
+    Ok(())
 }
 
 /// Empties the ring, so that the next run's events find room, as with a reader that keeps up.
