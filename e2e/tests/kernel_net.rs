@@ -1,11 +1,15 @@
 //! Devices, addresses, routes and namespaces on the kernel's netlink. Needs root.
 
 use std::net::{IpAddr, UdpSocket};
+use std::time::Duration;
 
 use cirri_e2e::kernel::{TestNamespace, veth};
 use cirri_loader::net::{Address, Namespace, Neighbour, Net, Route, VethEnd, in_netns};
 
 const MAC: [u8; 6] = [2, 0xc1, 0x44, 0, 0, 1];
+/// How often a packet is sent, and how long each is waited for.
+const TRIES: usize = 50;
+const AGAIN: Duration = Duration::from_millis(100);
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
@@ -66,14 +70,15 @@ async fn a_workload_reaches_its_node_over_the_routes_that_cirri_sets() {
         }
         let server = node.namespace.run(|| UdpSocket::bind((node_ip, 0))).expect("entered").expect("bound");
         let port = server.local_addr().expect("bound").port();
-        let asked = pod.namespace.run(|| -> std::io::Result<()> {
-            let client = UdpSocket::bind((pod_ip, 0))?;
-            client.send_to(b"hello", (node_ip, port)).map(drop)
-        });
-        asked.expect("entered").expect("sent");
-        server.set_read_timeout(Some(std::time::Duration::from_secs(5))).expect("set");
+        server.set_read_timeout(Some(AGAIN)).expect("set");
+        let client = pod.namespace.run(|| UdpSocket::bind((pod_ip, 0))).expect("entered").expect("bound");
         let mut heard = [0; 16];
-        let (length, from) = server.recv_from(&mut heard).expect("it arrives");
+        // A device that just came up loses what is sent before the kernel got round to it.
+        let arrived = (0..TRIES).find_map(|_| {
+            client.send_to(b"hello", (node_ip, port)).expect("sent");
+            server.recv_from(&mut heard).ok()
+        });
+        let (length, from) = arrived.expect("it arrives");
         assert_eq!((&heard[..length], from.ip()), (b"hello".as_slice(), pod_ip));
     }
 
@@ -122,7 +127,9 @@ async fn a_static_route_works_like_any_other_and_is_not_taken_for_one_of_cirris(
     let place = TestNamespace::new();
     let net = place.net();
     let device = veth(&net, "one", "one-peer").await;
-    net.set_up("one").await.expect("brought up");
+    for name in ["lo", "one"] {
+        net.set_up(name).await.expect("brought up");
+    }
     let route = Route::default_via(ip("192.168.9.1"), device);
     for _twice in 0..2 {
         net.put_static_route(&route).await.expect("set");
