@@ -30,7 +30,7 @@ const SETTLE: Duration = Duration::from_secs(60);
 /// How long an agent may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long a held connection may take to answer; the retransmission of a lost packet included.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a closed connection has to stay silent.
 const SILENCE: Duration = Duration::from_secs(1);
 /// How long requests run on before the agents are killed, and again while there is none.
