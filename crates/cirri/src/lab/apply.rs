@@ -188,7 +188,7 @@ impl Plan {
             let resource = Resource::Pod(pod);
             desired.insert(resource.store_key(), resource.to_json());
             match running.get(&key) {
-                Some(record) if record.complete && record.spec == spec => {}
+                Some(record) if record.complete && record.spec == spec && record.node == node => {}
                 record => {
                     plan.remove.extend(record.map(|record| (*record).clone()));
                     plan.create.push((key, spec, node));
@@ -307,6 +307,16 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_moves_when_it_names_another_node_and_stays_when_it_names_none() {
+        let there = Plan::new(&lab(), pods(&pod("a", "  nodeName: n2\n")), &[], &BTreeMap::new());
+        let running = [record(&there, 0)];
+        let stays = Plan::new(&lab(), pods(&pod("a", "")), &running, &there.change.put);
+        assert!(stays.change.is_empty() && stays.create.is_empty() && stays.remove.is_empty(), "{stays:?}");
+        let moves = Plan::new(&lab(), pods(&pod("a", "  nodeName: n1\n")), &running, &there.change.put);
+        assert_eq!((moves.remove[0].node.as_str(), moves.create[0].2.as_str()), ("n2", "n1"));
+    }
+
+    #[test]
     fn a_changed_port_restarts_a_vanished_pod_goes_and_a_half_made_one_is_made_anew() {
         let both = [pod("a", ""), pod("b", "")].concat();
         let first = Plan::new(&lab(), pods(&both), &[], &BTreeMap::new());
@@ -314,6 +324,8 @@ mod tests {
         let changed = pod("a", "").replace("containerPort: 80", "containerPort: 81");
         let plan = Plan::new(&lab(), pods(&changed), &running, &first.change.put);
         assert_eq!((plan.remove.len(), plan.create.len(), plan.change.delete.len()), (2, 1, 1));
+        let nothing = Plan::new(&lab(), Vec::new(), &running, &first.change.put);
+        assert_eq!((nothing.remove.len(), nothing.create.len(), nothing.change.delete.len()), (2, 0, 2));
 
         running[1].complete = false;
         let plan = Plan::new(&lab(), pods(&both), &running, &first.change.put);

@@ -365,11 +365,9 @@ pub struct PodRecord {
     pub error: Option<String>,
 }
 
-/// The part of a pod's manifest that decides what runs and where; a change of it restarts the pod.
+/// The part of a pod's manifest that decides what runs; a change of it restarts the pod.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PodSpec {
-    /// The node the manifest asks for.
-    pub node_name: Option<String>,
     /// Whether it shares the node's network instead of having its own.
     pub host_network: bool,
     /// Its containers.
@@ -397,11 +395,7 @@ impl From<&Pod> for PodSpec {
             let argv = container.command.iter().chain(&container.args).map(|word| expand::text(word, &env)).collect();
             Container { name: container.name.clone(), argv, env, ports: ports(container) }
         });
-        Self {
-            node_name: pod.spec.node_name.clone(),
-            host_network: pod.spec.host_network,
-            containers: containers.collect(),
-        }
+        Self { host_network: pod.spec.host_network, containers: containers.collect() }
     }
 }
 
