@@ -70,8 +70,8 @@ impl<'a> Trial<'a> {
     pub const HEADERS: usize = 80;
 
     pub(crate) fn new(ebpf: &'a mut Ebpf) -> Result<Trial<'a>, LoadError> {
-        let template = taken(ebpf, TEMPLATE, |map| Array::try_from(map))?;
-        let measured = taken(ebpf, MEASURED, |map| ProgramArray::try_from(map))?;
+        let template = taken(ebpf, TEMPLATE, Array::try_from)?;
+        let measured = taken(ebpf, MEASURED, ProgramArray::try_from)?;
         Ok(Trial { ebpf, template, measured })
     }
 
