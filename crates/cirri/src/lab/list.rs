@@ -15,7 +15,7 @@ use super::up::WORLD_PORTS;
 use super::{cluster, netns, underlay};
 use crate::api::EndpointInfo;
 use crate::client;
-use crate::output::{self, OutputArgs};
+use crate::output::{self, OutputArgs, Table};
 
 /// How long an agent may take to answer before its node counts as down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -227,14 +227,13 @@ fn table(labs: &[LabInfo]) -> String {
         if lab.state == CRASHED {
             text += &format!("  `cirri lab down --name {}` removes what is left of it\n", lab.name);
         }
-        let mut rows = vec![["NODE", "STATE", "ADDRESSES", "POD NETWORKS"].map(str::to_owned)];
+        let mut nodes = Table::new(["node", "state", "addresses", "pod networks"]);
         for node in &lab.nodes {
-            rows.push([node.name.clone(), node.state.to_owned(), join(&node.addresses), node.pod_cidrs.join(" ")]);
+            nodes.row([node.name.clone(), node.state.to_owned(), join(&node.addresses), node.pod_cidrs.join(" ")]);
         }
-        text += &columns(&rows);
-        let mut rows = vec![["POD", "NODE", "STATE", "IDENTITY", "ADDRESSES", "NETWORK NAMESPACE"].map(str::to_owned)];
+        let mut pods = Table::new(["pod", "node", "state", "identity", "addresses", "network namespace"]);
         for pod in &lab.pods {
-            rows.push([
+            pods.row([
                 format!("{}/{}", pod.namespace, pod.name),
                 pod.node.clone(),
                 pod.state.clone(),
@@ -243,10 +242,10 @@ fn table(labs: &[LabInfo]) -> String {
                 pod.netns.display().to_string(),
             ]);
         }
-        if !lab.pods.is_empty() {
-            text.push('\n');
-        }
-        text += &columns(&rows);
+        // Not cut to the terminal's width: paths and addresses are here to be copied.
+        let tables = [(lab.nodes.len(), nodes), (lab.pods.len(), pods)];
+        let tables = tables.iter().filter(|(rows, _)| *rows > 0).map(|(_, table)| indent(&table.render(None)));
+        text += &tables.collect::<Vec<_>>().join("\n");
         for pod in lab.pods.iter().filter_map(|pod| Some((pod, pod.error.as_ref()?))) {
             text += &format!("{}/{}: {}\n", pod.0.namespace, pod.0.name, pod.1);
         }
@@ -260,22 +259,8 @@ fn join(addresses: &[IpAddr]) -> String {
     all.join(" ")
 }
 
-/// Rows with their cells lined up; a table of nothing but its head is left out.
-fn columns<const N: usize>(rows: &[[String; N]]) -> String {
-    if rows.len() < 2 {
-        return String::new();
-    }
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.chars().count());
-        }
-    }
-    let line = |row: &[String; N]| {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        format!("  {}\n", cells.join("  ").trim_end())
-    };
-    rows.iter().map(line).collect()
+fn indent(text: &str) -> String {
+    text.lines().map(|line| format!("  {line}\n")).collect()
 }
 
 #[cfg(test)]
@@ -283,9 +268,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up_and_lines_do_not_trail() {
-        let rows = [["A", "B"], ["long", ""]].map(|row| row.map(str::to_owned));
-        assert_eq!(columns(&rows), "  A     B\n  long\n");
-        assert_eq!(columns(&rows[..1]), "");
+    fn a_lab_of_which_little_is_left_is_named_with_the_way_out() {
+        let name: LabName = "t".parse().unwrap();
+        assert_eq!(
+            table(&[LabInfo::new(&name, CRASHED)]),
+            "lab t (crashed)\n  `cirri lab down --name t` removes what is left of it\n\n"
+        );
+    }
+
+    #[test]
+    fn pods_follow_their_nodes() {
+        let name: LabName = "t".parse().unwrap();
+        let node = NodeInfo {
+            name: "node1".into(),
+            netns: PathBuf::new(),
+            addresses: vec!["172.31.255.11".parse().unwrap()],
+            pod_cidrs: Vec::new(),
+            state: "ready",
+            pid: None,
+            socket: PathBuf::new(),
+            log: PathBuf::new(),
+        };
+        let lab = LabInfo { nodes: vec![node], ..LabInfo::new(&name, "up") };
+        let head = "lab t (up)\n  NODE   STATE  ADDRESSES      POD NETWORKS\n  node1  ready  172.31.255.11\n";
+        assert_eq!(table(&[lab]), format!("{head}\n"));
     }
 }
