@@ -58,7 +58,6 @@ pub fn run(stage: Stage, ctx: *mut __sk_buff, scratch: &mut Scratch) -> Outcome 
         related: Related,
         meet: Meet,
         revisit: Revisit,
-        forget: Forget,
         replace: Replace,
         advance: Advance,
         check_source: CheckSource,

@@ -5,12 +5,14 @@
 //! is established.
 
 use cirri_abi::{
-    Action, CounterIndex, DropReason, EventKind, Hook, Recipe, State, Tick, Tuple, node_flag, proto, recipe_flag,
+    Action, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, node_flag, proto,
+    recipe_flag,
 };
 
 use crate::{
     door, epochs,
-    place::{Place, PlaceKind, peer_identity},
+    parse::remember_ports,
+    place::{Place, PlaceKind, is_behind, peer_identity},
     slow::{Current, Next, Outcome, Scratch, is_syn},
     traits::{Flow, NextHop, Packet, Table, Tables},
     wire::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
@@ -35,7 +37,7 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     s.replaces = !s.pending;
     // From the overlay another identity than expected is news about the sender, not a stranger.
     let same = door(s.hook, packet) == s.old.door;
-    if s.old.hook != s.hook || (!same && s.hook != Hook::FROM_OVERLAY) {
+    if s.old.hook != s.hook || (!same && !is_known_sender(packet, tables, s)) {
         return Ok(Next::Go);
     }
     let syn = is_syn(&s.parsed);
@@ -51,6 +53,18 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     Ok(Next::Carry)
 }
 
+/// Whether the node that lives there vouches for a sender from the overlay.
+#[inline(always)]
+fn is_known_sender<P: Packet, T: Tables>(packet: &P, tables: &T, s: &Scratch) -> bool {
+    if s.hook != Hook::FROM_OVERLAY {
+        return false;
+    }
+    match (packet.tunnel_key(), tables.ipcache(&s.parsed.tuple.src)) {
+        (Some(key), Some(entry)) => is_behind(entry, &key) && key.vni != Identity::UNKNOWN.id,
+        _ => false,
+    }
+}
+
 /// Before policy is asked again for a connection that something it rests on has changed for, or
 /// whose opener begins anew: both tuples, whichever of the two this packet has, and both ends.
 #[inline(always)]
@@ -59,6 +73,7 @@ pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     if reply {
         s.opener = s.parsed.tuple.rewritten(&s.old).turned();
         s.answer = s.parsed.tuple;
+        (s.from.identity, s.to.identity) = (s.old.dst_identity, s.old.src_identity);
     } else {
         s.opener = s.parsed.tuple;
         s.answer = s.parsed.tuple.rewritten(&s.old).turned();
@@ -73,15 +88,6 @@ pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     }
     snapshot(tables, s);
     s.icmp_type = if s.opener.proto == proto::ICMPV6 { ECHO_REQUEST_V6 } else { ECHO_REQUEST };
-    Ok(Next::Go)
-}
-
-/// Policy refused a connection that it had allowed: both directions are forgotten.
-#[inline(always)]
-pub(crate) fn forget<T: Tables>(tables: &T, s: &Scratch) -> Outcome {
-    let table = if s.pending { Table::Pending } else { Table::Flows };
-    tables.remove(table, &s.opener);
-    tables.remove(table, &s.answer);
     Ok(Next::Go)
 }
 
@@ -225,6 +231,7 @@ pub(crate) fn write<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratc
     {
         return Err(DropReason::FLOW_INSERT_FAILED.into());
     }
+    remember_ports(tables, &s.parsed);
     Ok(Next::Go)
 }
 
@@ -237,6 +244,7 @@ pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         return Ok(Next::Go);
     };
     flow.touch(tables.now(), packet.length());
+    remember_ports(tables, &s.parsed);
     let recipe = s.current();
     let flags = s.parsed.tcp_flags;
     let reply = recipe.flags & recipe_flag::REPLY != 0;

@@ -3,6 +3,7 @@
 use cirri_abi::{Addr, DropReason, FragmentKey, FragmentPorts, Port, Tuple, proto};
 
 use crate::{
+    neighbour::is_link_local,
     traits::{Packet, Tables},
     wire::{self, Ipv4, Ipv6, L3},
 };
@@ -197,11 +198,17 @@ pub(crate) fn parse_transport<P: Packet, T: Tables>(
         // Other protocols have no ports; policy can still allow their peers.
         _ => {}
     }
-    if out.fragment {
-        let ports = FragmentPorts { sport: out.tuple.sport, dport: out.tuple.dport };
-        tables.remember_fragment(&fragment_key(out), &ports);
-    }
     Ok(())
+}
+
+/// Lets the later fragments of a datagram follow its first, once that may pass: ports that somebody
+/// else forged must not reach them.
+#[inline(always)]
+pub(crate) fn remember_ports<T: Tables>(tables: &T, parsed: &Parsed) {
+    if parsed.fragment && !parsed.later_fragment {
+        let ports = FragmentPorts { sport: parsed.tuple.sport, dport: parsed.tuple.dport };
+        tables.remember_fragment(&fragment_key(parsed), &ports);
+    }
 }
 
 #[inline(always)]
@@ -224,11 +231,18 @@ fn parse_icmp<P: Packet>(packet: &P, out: &mut Parsed, request: u8, reply: u8) -
             // Unreachable, too big, time exceeded, parameter problem (RFC 4443).
             1..=4 => out.class = Class::IcmpError,
             // Listener discovery (RFC 2710, 3810), router and neighbour discovery (RFC 4861).
-            130..=137 | 143 => out.class = Class::LinkLocal,
+            // To another than this link's addresses it has been routed, and is like any packet.
+            130..=137 | 143 if is_on_link(&out.tuple.dst) => out.class = Class::LinkLocal,
             _ => {}
         }
     }
     Ok(())
+}
+
+/// Whether packets for an address stay on their link: multicast and `fe80::/10`.
+#[inline(always)]
+fn is_on_link(addr: &Addr) -> bool {
+    u32::from_be(addr.words[0]) >> 24 == 0xff || is_link_local(addr)
 }
 
 #[inline(always)]

@@ -2,7 +2,7 @@
 
 use cirri_abi::{Addr, DropReason, Endpoint, Identity, Ipcache, RulesetSlot, ipcache_flag};
 
-use crate::traits::Tables;
+use crate::traits::{Tables, TunnelKey};
 
 /// One end of a connection.
 #[derive(Clone, Copy, Default, Debug)]
@@ -113,6 +113,12 @@ pub(crate) fn is_host<T: Tables>(tables: &T, addr: &Addr) -> bool {
         Some(entry) => entry.flags & ipcache_flag::HOST != 0,
         None => false,
     }
+}
+
+/// Whether an address lives behind the very node that the outer header names.
+#[inline(always)]
+pub(crate) fn is_behind(entry: &Ipcache, key: &TunnelKey) -> bool {
+    entry.flags & ipcache_flag::REMOTE != 0 && entry.peer == key.remote
 }
 
 /// The identity that a VNI stands for here: what is the host to its node is a remote node to us.

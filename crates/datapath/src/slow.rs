@@ -8,7 +8,7 @@ use cirri_abi::{
 use crate::{
     Verdict, carry, connection, door, icmp, masquerade, neighbour,
     parse::{Class, MAX_EXTENSIONS, Parsed, is_extension, parse_network, parse_transport, step_over},
-    place::{Place, PlaceKind, block_of, is_host, peer_identity},
+    place::{Place, PlaceKind, block_of, is_behind, is_host, peer_identity},
     policy::{Judgement, judge},
     traits::{Packet, Tables},
     wire::{TCP_ACK, TCP_SYN},
@@ -101,8 +101,6 @@ pub enum Stage {
     Meet,
     /// A known connection that something it rests on has changed for: find both ends again.
     Revisit,
-    /// Policy now refuses it.
-    Forget,
     /// Policy still allows it.
     Replace,
     /// Count the packet, move the connection's state on.
@@ -237,14 +235,11 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
 fn known<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     s.event.kind = 0;
     if s.stale {
-        let asked = match tables.stage(Stage::Revisit, packet, s) {
-            Ok(_) => tables.stage(Stage::Judge, packet, s),
-            Err(refusal) => Err(refusal),
-        };
-        if let Err(refusal) = asked {
-            tables.stage(Stage::Forget, packet, s)?;
-            return Err(refusal);
-        }
+        tables.stage(Stage::Revisit, packet, s)?;
+        // If policy now refuses it, the recipes stay as they are, stale: they remember who opened it.
+        // Without them the other side's next segment would look like a connection of its own, and
+        // bring this one back as the answers to it.
+        tables.stage(Stage::Judge, packet, s)?;
         tables.stage(Stage::Draft, packet, s)?;
         tables.stage(Stage::Replace, packet, s)?;
     }
@@ -277,15 +272,11 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
             true => Ok(Next::Go),
             false => Ok(Next::Carry),
         },
-        Stage::Transport => {
-            parse_transport(packet, tables, &mut s.parsed)?;
-            Ok(Next::Go)
-        }
+        Stage::Transport => transport(packet, tables, s),
         Stage::LinkLocal => link_local(packet, tables, s),
         Stage::Related => icmp::related(packet, tables, s),
         Stage::Meet => connection::meet(packet, tables, s),
         Stage::Revisit => connection::revisit(packet, tables, s),
-        Stage::Forget => connection::forget(tables, s),
         Stage::Replace => connection::replace(packet, tables, s),
         Stage::Advance => connection::advance(packet, tables, s),
         Stage::CheckSource => check_source(packet, tables, s),
@@ -321,11 +312,28 @@ fn take_apart<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
     s.forward.action = 0;
     s.forward.out = 0;
     s.replaces = false;
+    s.stale = false;
     s.event.reason = 0;
     let direction = if s.hook == Hook::FROM_WORKLOAD { Direction::EGRESS } else { Direction::INGRESS };
     s.judgement = Judgement { direction, ..Judgement::default() };
     packet.pull(PULL);
     parse_network(packet, &mut s.parsed)?;
+    Ok(Next::Go)
+}
+
+/// The table of fragments remembers datagrams of workloads only. Later fragments of the node's own
+/// traffic go on without ports: no connection has none, and the node does not ask for them.
+#[inline(always)]
+fn transport<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
+    if let Err(reason) = parse_transport(packet, tables, &mut s.parsed) {
+        let own = match s.hook {
+            Hook::FROM_NETWORK => tables.endpoint(&s.parsed.tuple.dst).is_none(),
+            hook => hook == Hook::TO_OVERLAY,
+        };
+        if !(own && reason == DropReason::FIRST_FRAGMENT_MISSING) {
+            return Err(reason.into());
+        }
+    }
     Ok(Next::Go)
 }
 
@@ -359,7 +367,7 @@ fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -
             };
             s.from.set_endpoint(endpoint, block_of(tables, src));
             let own = if src.is_v4() { *src == endpoint.v4 } else { *src == endpoint.v6 };
-            if !own && endpoint.flags & endpoint_flag::ANY_SOURCE == 0 {
+            if !(own && *src != Addr::UNSPECIFIED) && endpoint.flags & endpoint_flag::ANY_SOURCE == 0 {
                 // A workload's stack talks from its link-local address before it has another.
                 let chatter = !src.is_v4() && (neighbour::is_link_local(src) || *src == Addr::UNSPECIFIED);
                 return Err(Refusal { reason: DropReason::INVALID_SOURCE_IP, quiet: chatter });
@@ -372,8 +380,7 @@ fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -
             let Some(entry) = tables.ipcache(src) else {
                 return Err(DropReason::NO_CONFIG.into());
             };
-            // The address must live behind the very node that the outer header names.
-            if entry.flags & ipcache_flag::REMOTE == 0 || entry.peer != key.remote {
+            if !is_behind(entry, &key) {
                 return Err(DropReason::UNKNOWN_SENDER.into());
             }
             if key.vni == Identity::UNKNOWN.id {
@@ -385,10 +392,12 @@ fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -
         _ => {
             // From the node's stack, or from the network: the address says who it is, so it must
             // not be one that can only come another way.
-            if let Err(reason) = s.from.set_address(tables, src)
-                && s.hook != Hook::FROM_NETWORK
-            {
-                return Err(quiet(reason));
+            if let Err(reason) = s.from.set_address(tables, src) {
+                return Err(match s.hook {
+                    // Nobody can be there, or it is one of our own addresses that nobody has yet.
+                    Hook::FROM_NETWORK if reason != DropReason::NO_CONFIG => DropReason::INVALID_SOURCE_IP.into(),
+                    _ => quiet(reason),
+                });
             }
             if s.hook == Hook::FROM_NETWORK {
                 let Some(node) = tables.node() else {
@@ -476,8 +485,10 @@ fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
     let (out, action, flags) = (s.current().out, s.current().action, s.current().flags);
     let event = &mut s.event;
     event.tuple = s.parsed.tuple;
-    event.src_identity = s.from.identity;
-    event.dst_identity = s.to.identity;
+    // An answer that was judged anew was judged as its opener's, the other way round.
+    let turned = s.stale && flags & recipe_flag::REPLY != 0;
+    (event.src_identity, event.dst_identity) =
+        if turned { (s.to.identity, s.from.identity) } else { (s.from.identity, s.to.identity) };
     event.egress_cookie = s.judgement.egress_cookie;
     event.ingress_cookie = s.judgement.ingress_cookie;
     event.generation = s.judgement.generation;

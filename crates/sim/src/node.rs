@@ -265,7 +265,8 @@ impl Tables for Node {
     }
 
     fn flow6(&self, key: &Tuple) -> Option<Handle> {
-        self.established.get(key)
+        // The kernel's IPv6 table holds no IPv4 flows; ours holds both.
+        if key.src.is_v4() { None } else { self.established.get(key) }
     }
 
     fn flow(&self, table: Table, tuple: &Tuple) -> Option<Handle> {
