@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use cirri_control::resource::Resource;
 use ipnet::IpNet;
 
 use super::apply::apply;
@@ -69,8 +70,11 @@ const fn udp(number: u16) -> Port {
 /// # Errors
 /// What is missing or went wrong, and what to do.
 pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
-    let names = node_names(&args)?;
+    // Everything that can be wrong with the input is found before anything is made.
+    let resources = manifests::read(&args.files)?;
+    let names = node_names(&args, &resources)?;
     check_socket_paths(&args.name, &names)?;
+    manifests::check(&resources, &described(&args.name, &names, args.routing))?;
     if names.len() > 1 {
         require_etcd()?;
     }
@@ -82,7 +86,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         );
     }
     let interrupt = Interrupt::install()?;
-    let outcome = begin(&args, &names, &interrupt);
+    let outcome = begin(&args, &names, resources, &interrupt);
     if outcome.is_err() {
         output::complain(&format!("taking down what is there of the lab \"{}\"", args.name));
         if let Err(problem) = down::remove(&args.name) {
@@ -92,13 +96,13 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-fn begin(args: &UpArgs, names: &[String], interrupt: &Interrupt) -> anyhow::Result<()> {
+fn begin(args: &UpArgs, names: &[String], resources: Vec<Resource>, interrupt: &Interrupt) -> anyhow::Result<()> {
     let begun = Instant::now();
     let step = |what: &str| output::progress(&format!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64()));
     let lab = bring_up(&args.name, names, args.routing, interrupt, &step)?;
     if !args.files.is_empty() {
         let wait = Duration::from_secs(args.timeout);
-        apply(&lab, manifests::read(&args.files)?, Some(wait), interrupt, &output::progress)?;
+        apply(&lab, resources, Some(wait), interrupt, &output::progress)?;
     }
     interrupt.check()?;
     summarise(&lab, begun);
@@ -119,8 +123,7 @@ pub fn bring_up(
 ) -> anyhow::Result<Lab> {
     let directory = name.directory();
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let nodes = nodes.iter().enumerate().map(|(index, node)| underlay::node(name, node, index)).collect();
-    let lab = Lab { name: name.clone(), routing, nodes };
+    let lab = described(name, nodes, routing);
     lab.save()?;
 
     interrupt.check()?;
@@ -142,6 +145,11 @@ pub fn bring_up(
     Ok(lab)
 }
 
+fn described(name: &LabName, nodes: &[String], routing: Routing) -> Lab {
+    let nodes = nodes.iter().enumerate().map(|(index, node)| underlay::node(name, node, index)).collect();
+    Lab { name: name.clone(), routing, nodes }
+}
+
 fn summarise(lab: &Lab, begun: Instant) {
     let (name, routing, seconds) = (&lab.name, lab.routing, begun.elapsed().as_secs_f64());
     let nodes: Vec<String> = lab.nodes.iter().map(|node| format!("{} ({})", node.name, node.ipv4)).collect();
@@ -160,8 +168,8 @@ fn summarise(lab: &Lab, begun: Instant) {
 }
 
 /// The names of the nodes: those that the manifests declare, else `node1`, `node2`, …
-fn node_names(args: &UpArgs) -> anyhow::Result<Vec<String>> {
-    let declared = manifests::node_names(&manifests::read(&args.files)?);
+fn node_names(args: &UpArgs, resources: &[Resource]) -> anyhow::Result<Vec<String>> {
+    let declared = manifests::node_names(resources);
     let wanted = args.nodes.map(usize::from);
     if declared.is_empty() {
         return Ok((1..=wanted.unwrap_or(1)).map(|number| format!("node{number}")).collect());
