@@ -1,5 +1,6 @@
 //! The command line: what there is, and who does it.
 
+use std::io;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
@@ -88,8 +89,10 @@ pub fn main() -> ExitCode {
             let asked = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
             let printed = error.print();
             return match (asked, printed) {
-                (true, Ok(())) => ExitCode::SUCCESS,
-                (true, Err(_)) => ExitCode::from(Failure::Failed as u8),
+                (true, Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
+                    ExitCode::from(Failure::Failed as u8)
+                }
+                (true, _) => ExitCode::SUCCESS,
                 (false, _) => ExitCode::from(Failure::BadInput as u8),
             };
         }
