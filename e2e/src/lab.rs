@@ -56,8 +56,10 @@ pub enum LabError {
 #[derive(Debug, Clone, Deserialize)]
 pub struct Probed {
     /// `namespace/pod`, `node:name` or `world`.
+    #[serde(rename = "source", alias = "from")]
     pub from: String,
     /// Likewise.
+    #[serde(rename = "destination", alias = "to")]
     pub to: String,
     /// The address that was tried.
     pub address: IpAddr,
@@ -72,6 +74,7 @@ pub struct Probed {
     /// Why, unless it was allowed.
     pub error: Option<String>,
     /// Milliseconds that the last try took.
+    #[serde(rename = "time_ms", alias = "ms")]
     pub ms: f64,
     /// The pod that answered, if its server says so.
     pub answered_by: Option<String>,
