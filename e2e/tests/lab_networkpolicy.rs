@@ -19,12 +19,12 @@ const DIRECT_STEP: usize = 3;
 
 #[test]
 fn every_case_comes_out_as_expected_on_two_nodes() {
-    come_out_as_expected("overlay", cases());
+    come_out_as_expected("e2e_np", "overlay", cases());
 }
 
 #[test]
 fn every_third_case_comes_out_the_same_with_direct_routing() {
-    come_out_as_expected("direct", cases().into_iter().step_by(DIRECT_STEP).collect());
+    come_out_as_expected("e2e_npd", "direct", cases().into_iter().step_by(DIRECT_STEP).collect());
 }
 
 fn cases() -> Vec<Case> {
@@ -34,8 +34,8 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-fn come_out_as_expected(routing: &str, cases: Vec<Case>) {
-    let lab = Lab::up("e2e_np", 2, &["--routing", routing]).unwrap_or_else(|error| panic!("{error}"));
+fn come_out_as_expected(name: &str, routing: &str, cases: Vec<Case>) {
+    let lab = Lab::up(name, 2, &["--routing", routing]).unwrap_or_else(|error| panic!("{error}"));
     let mut bench = Bench { lab, surroundings: String::new(), addresses: Addresses::default() };
     let (mut compared, mut failed, mut report) = (0, 0, String::new());
     for case in &cases {
