@@ -1,27 +1,42 @@
 //! A lab for a test: the real `cirri lab`, brought up before and taken down after, whatever happens.
+//!
+//! With `CIRRI_KEEP=1` the lab of a test that failed stays up, and the test says how to enter it.
+
+mod flood;
+mod recipes;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use cirri_loader::net::Namespace;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+pub use flood::{Flood, Flooded};
+pub use recipes::{Recipe, Recipes};
+pub use traffic::{Conversation, Load, LoadReport, LongReport, QUIET};
 
 /// A lab that is up. Dropping it takes it down.
 #[derive(Debug)]
 pub struct Lab {
     name: String,
-    binary: PathBuf,
     folder: PathBuf,
 }
 
-/// Why a lab did not do what was asked.
-#[derive(Debug, thiserror::Error)]
+/// Why a lab did not do what was asked. `{:?}` says the same as `{}`, so that `unwrap` reads well.
+#[derive(thiserror::Error)]
 pub enum LabError {
-    /// The binary is not where the environment says.
-    #[error("CIRRI_BIN is not set: run the lab tests with `cargo xtask e2e`")]
-    NoBinary,
+    /// The binary is not there.
+    #[error("{0} is not there: `cargo build -p cirri`, or name the binary in CIRRI_BIN")]
+    NoBinary(PathBuf),
+    /// The lab has no such node or pod.
+    #[error("the lab has no {0}")]
+    Unknown(String),
     /// It could not be started, or a file could not be written.
     #[error("{what}: {source}")]
     Io {
@@ -50,6 +65,68 @@ pub enum LabError {
         /// The beginning of what it printed.
         stdout: String,
     },
+}
+
+/// A lab, as `cirri lab list -o json` tells it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Listed {
+    /// `up`, `degraded` or `crashed`.
+    pub state: String,
+    /// Where its logs, records and agents' states are.
+    pub directory: PathBuf,
+    /// The namespace of the bridge and etcd.
+    pub net: PathBuf,
+    /// The host outside.
+    pub world: ListedWorld,
+    /// Its nodes.
+    pub nodes: Vec<ListedNode>,
+    /// Its pods.
+    pub pods: Vec<ListedPod>,
+}
+
+/// The host outside.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ListedWorld {
+    /// Its namespace.
+    pub netns: PathBuf,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A node.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ListedNode {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub netns: PathBuf,
+    /// Its addresses, IPv4 first.
+    pub addresses: Vec<IpAddr>,
+    /// `ready`, `starting` or `down`.
+    pub state: String,
+    /// Its agent's process.
+    pub pid: Option<i32>,
+    /// Its agent's socket.
+    pub socket: PathBuf,
+    /// Its agent's log.
+    pub log: PathBuf,
+}
+
+/// A pod.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ListedPod {
+    /// Its namespace in manifests.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its node.
+    pub node: String,
+    /// Its network namespace.
+    pub netns: PathBuf,
+    /// Its addresses, IPv4 first.
+    pub addresses: Vec<IpAddr>,
+    /// `running`, or what is wrong.
+    pub state: String,
 }
 
 /// One cell of `cirri lab probe -o json`.
@@ -81,33 +158,54 @@ pub struct Probed {
 }
 
 impl Lab {
-    /// Brings up a lab of that many nodes, called `node1`, `node2` and so on. What is left of an
-    /// earlier lab of this name goes first.
+    /// Brings up a lab of that many nodes, called `node1`, `node2` and so on. Its name is `name` and
+    /// the number of this process; what is left of such a lab whose process is gone goes first.
     ///
     /// # Errors
     /// If it does not come up.
     pub fn up(name: &str, nodes: usize, more: &[&str]) -> Result<Lab, LabError> {
-        let binary = std::env::var_os("CIRRI_BIN").map(PathBuf::from).ok_or(LabError::NoBinary)?;
-        let folder = std::env::temp_dir().join(format!("cirri-e2e-{name}-{}", std::process::id()));
-        let lab = Lab { name: name.to_string(), binary, folder };
-        lab.run(["lab", "down", "--name", name])?;
+        sweep(name)?;
+        let lab = Lab::named(name);
         let nodes = nodes.to_string();
-        let mut arguments = vec!["lab", "up", "--name", name, "--nodes", &nodes];
+        let mut arguments = vec!["lab", "up", "--name", &lab.name, "--nodes", &nodes];
         arguments.extend(more);
-        lab.run(arguments)?;
+        run(arguments)?;
         Ok(lab)
     }
+
+    /// The guard of a lab that something else brings up, or half up. Dropping it takes it down.
+    pub fn named(name: &str) -> Lab {
+        let name = format!("{name}_{}", std::process::id());
+        let folder = std::env::temp_dir().join(format!("cirri-e2e-{name}"));
+        Lab { name, folder }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    // === Manifests and probes ===
 
     /// Makes the lab equal to these manifests and waits until they are enforced everywhere.
     ///
     /// # Errors
     /// If they are refused, or not enforced in time.
     pub fn apply(&self, manifests: &str) -> Result<(), LabError> {
+        let output = self.try_apply(manifests)?;
+        succeeded(&["lab", "apply"], output).map(drop)
+    }
+
+    /// The same, with the outcome whatever it is.
+    ///
+    /// # Errors
+    /// If it could not be tried.
+    pub fn try_apply(&self, manifests: &str) -> Result<Output, LabError> {
         let io = |source| LabError::Io { what: format!("cannot write {}", self.folder.display()), source };
         std::fs::create_dir_all(&self.folder).map_err(io)?;
         std::fs::write(self.folder.join("all.yaml"), manifests).map_err(io)?;
         let arguments = ["lab", "apply", "--name", &self.name, "--wait", "-f"].map(OsStr::new);
-        self.run(arguments.into_iter().chain([self.folder.as_os_str()])).map(|_| ())
+        output(arguments.into_iter().chain([self.folder.as_os_str()]))
     }
 
     /// Probes with these arguments beside `-o json`. That something is denied is no error.
@@ -117,8 +215,30 @@ impl Lab {
     pub fn probe(&self, arguments: &[&str]) -> Result<Vec<Probed>, LabError> {
         let mut all = vec!["lab", "probe", "--name", &self.name, "-o", "json"];
         all.extend(arguments);
-        let output = self.output(&all)?;
+        let output = output(&all)?;
         parse(&all, &output)
+    }
+
+    /// The verdicts of a probe of one TCP port, by family.
+    ///
+    /// # Errors
+    /// If it could not probe at all.
+    pub fn verdicts(&self, from: &str, to: &str, port: u16) -> Result<BTreeMap<u8, String>, LabError> {
+        let probed = self.probe(&["--from", from, "--to", to, "--port", &port.to_string()])?;
+        Ok(probed.into_iter().map(|cell| (cell.family, cell.verdict)).collect())
+    }
+
+    // === What there is ===
+
+    /// Everything that `cirri lab list` knows of it.
+    ///
+    /// # Errors
+    /// If the lab cannot be listed.
+    pub fn list(&self) -> Result<Listed, LabError> {
+        let arguments = ["lab", "list", "--name", &self.name, "-o", "json"];
+        let output = run(arguments)?;
+        let labs: Vec<Listed> = parse(&arguments, &output)?;
+        labs.into_iter().next().ok_or_else(|| LabError::Unknown(self.name.clone()))
     }
 
     /// The addresses of every pod (`namespace/name`), every node (`name`) and `world`, the host
@@ -127,77 +247,165 @@ impl Lab {
     /// # Errors
     /// If the lab cannot be listed.
     pub fn addresses(&self) -> Result<BTreeMap<String, Vec<IpAddr>>, LabError> {
-        let arguments = ["lab", "list", "--name", &self.name, "-o", "json"];
-        let output = self.run(arguments)?;
-        let labs: Vec<Listed> = parse(&arguments, &output)?;
+        let lab = self.list()?;
         let mut addresses = BTreeMap::new();
-        for lab in labs {
-            addresses.insert("world".to_string(), lab.world.addresses.into_iter().take(2).collect());
-            addresses.extend(lab.nodes.into_iter().map(|node| (node.name, node.addresses)));
-            let pods = lab.pods.into_iter();
-            addresses.extend(pods.map(|pod| (format!("{}/{}", pod.namespace, pod.name), pod.addresses)));
-        }
+        addresses.insert("world".to_string(), lab.world.addresses.into_iter().take(2).collect());
+        addresses.extend(lab.nodes.into_iter().map(|node| (node.name, node.addresses)));
+        let pods = lab.pods.into_iter();
+        addresses.extend(pods.map(|pod| (format!("{}/{}", pod.namespace, pod.name), pod.addresses)));
         Ok(addresses)
     }
 
-    /// Runs `cirri` with these arguments to its end.
+    /// One node.
     ///
     /// # Errors
-    /// If it ends with anything but success.
-    pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<Output, LabError> {
-        let arguments: Vec<A> = arguments.into_iter().collect();
-        let output = self.output(&arguments)?;
-        if output.status.success() {
-            return Ok(output);
-        }
-        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        Err(LabError::Failed { command: spelled(&arguments), status: output.status, stderr })
+    /// If there is none of that name.
+    pub fn node(&self, name: &str) -> Result<ListedNode, LabError> {
+        let found = self.list()?.nodes.into_iter().find(|node| node.name == name);
+        found.ok_or_else(|| LabError::Unknown(format!("node {name}")))
     }
 
-    fn output<A: AsRef<OsStr>>(&self, arguments: &[A]) -> Result<Output, LabError> {
-        Command::new(&self.binary)
-            .args(arguments)
-            .output()
-            .map_err(|source| LabError::Io { what: format!("cannot start {}", self.binary.display()), source })
+    /// The network namespace of a pod (`namespace/name`), of `node:NAME` or of `world`.
+    ///
+    /// # Errors
+    /// If there is none such.
+    pub fn netns(&self, whose: &str) -> Result<Namespace, LabError> {
+        let unknown = || LabError::Unknown(whose.to_string());
+        let lab = self.list()?;
+        let path = if whose == "world" {
+            lab.world.netns
+        } else if let Some(name) = whose.strip_prefix("node:") {
+            lab.nodes.into_iter().find(|node| node.name == name).ok_or_else(unknown)?.netns
+        } else {
+            let pod = lab.pods.into_iter().find(|pod| format!("{}/{}", pod.namespace, pod.name) == whose);
+            pod.ok_or_else(unknown)?.netns
+        };
+        Namespace::open(path).map_err(|error| LabError::Unknown(format!("namespace of {whose}: {error}")))
+    }
+
+    // === Agents ===
+
+    /// Asks a node's agent: `cirri ARGUMENTS -o json`.
+    ///
+    /// # Errors
+    /// If it does not answer, or something else than was expected.
+    pub fn ask<T: DeserializeOwned>(&self, node: &str, arguments: &[&str]) -> Result<T, LabError> {
+        let socket = self.socket(node);
+        let mut all = vec!["--socket", &socket];
+        all.extend(arguments);
+        all.extend(["-o", "json"]);
+        let output = run(&all)?;
+        parse(&all, &output)
+    }
+
+    /// The path of a node's agent's socket.
+    pub fn socket(&self, node: &str) -> String {
+        format!("/run/cirri/lab/{}/nodes/{node}/state/agent.sock", self.name)
+    }
+
+    /// Packets that a node counted under a name, as `cirri status` shows it.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn counter(&self, node: &str, name: &str) -> Result<u64, LabError> {
+        let status: serde_json::Value = self.ask(node, &["status"])?;
+        Ok(status["counters"][name]["packets"].as_u64().unwrap_or_default())
+    }
+
+    /// The established connections of a node, both families.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn recipes(&self, node: &str) -> Result<Recipes, LabError> {
+        Recipes::of(self, node)
+    }
+
+    /// Restarts a node's agent with these arguments of `cirri lab restart`.
+    ///
+    /// # Errors
+    /// If it does not come back.
+    pub fn restart(&self, node: &str, more: &[&str]) -> Result<(), LabError> {
+        let mut arguments = vec!["lab", "restart", "--name", &self.name, node];
+        arguments.extend(more);
+        run(arguments).map(drop)
     }
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if let Err(error) = self.run(["lab", "down", "--name", &self.name]) {
-            eprintln!("{error}");
+        let failing = std::thread::panicking();
+        if failing && std::env::var_os("CIRRI_KEEP").is_some() {
+            eprintln!("the lab stays: `cirri lab list --name {0}`, `cirri lab down --name {0}`", self.name);
+            return;
         }
+        let gone = run(["lab", "down", "--name", &self.name]);
         // Gone already if nothing was applied.
         let _ = std::fs::remove_dir_all(&self.folder);
+        if !failing {
+            gone.expect("the lab of a test goes with it");
+        }
     }
 }
 
-#[derive(Deserialize)]
-struct Listed {
-    world: ListedWorld,
-    nodes: Vec<ListedNode>,
-    pods: Vec<ListedPod>,
+impl fmt::Debug for LabError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
-#[derive(Deserialize)]
-struct ListedWorld {
-    addresses: Vec<IpAddr>,
+/// The binary under test: `CIRRI_BIN`, else that of the last `cargo build`.
+///
+/// # Errors
+/// If it is not there.
+pub fn binary() -> Result<PathBuf, LabError> {
+    let built = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debug/cirri");
+    let path = std::env::var_os("CIRRI_BIN").map_or_else(built, PathBuf::from);
+    path.canonicalize().map_err(|_| LabError::NoBinary(path))
 }
 
-#[derive(Deserialize)]
-struct ListedNode {
-    name: String,
-    addresses: Vec<IpAddr>,
+/// Runs `cirri` with these arguments to its end.
+///
+/// # Errors
+/// If it ends with anything but success.
+pub fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Output, LabError> {
+    let arguments: Vec<A> = arguments.into_iter().collect();
+    let output = output(&arguments)?;
+    succeeded(&arguments, output)
 }
 
-#[derive(Deserialize)]
-struct ListedPod {
-    namespace: String,
-    name: String,
-    addresses: Vec<IpAddr>,
+/// The same, with the outcome whatever it is.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn output<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result<Output, LabError> {
+    let binary = binary()?;
+    Command::new(&binary)
+        .args(arguments)
+        .output()
+        .map_err(|source| LabError::Io { what: format!("cannot start {}", binary.display()), source })
 }
 
-fn parse<T: serde::de::DeserializeOwned, A: AsRef<OsStr>>(arguments: &[A], output: &Output) -> Result<T, LabError> {
+/// Takes down labs of this name whose process is gone.
+fn sweep(name: &str) -> Result<(), LabError> {
+    for entry in std::fs::read_dir("/run/cirri/lab").into_iter().flatten().flatten() {
+        let there = entry.file_name().to_string_lossy().into_owned();
+        let owner = there.strip_prefix(name).and_then(|rest| rest.strip_prefix('_')?.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            run(["lab", "down", "--name", &there])?;
+        }
+    }
+    Ok(())
+}
+
+fn succeeded<A: AsRef<OsStr>>(arguments: &[A], output: Output) -> Result<Output, LabError> {
+    if output.status.success() {
+        return Ok(output);
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(LabError::Failed { command: spelled(arguments), status: output.status, stderr })
+}
+
+fn parse<T: DeserializeOwned, A: AsRef<OsStr>>(arguments: &[A], output: &Output) -> Result<T, LabError> {
     serde_json::from_slice(&output.stdout).map_err(|error| {
         let told = [output.stderr.as_slice(), output.stdout.as_slice()].concat();
         LabError::Answer {

@@ -1,0 +1,200 @@
+//! What a change of policy does to connections that are established: those it closes stop with their next packet, in
+//! both directions; those it does not concern do not notice.
+
+use std::net::IpAddr;
+
+use cirri_e2e::lab::{Conversation, Lab, QUIET};
+use serde_json::Value;
+
+const PODS: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: shop, labels: {app: client}}
+spec: {nodeName: node1, containers: [{name: c, image: none}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: other, namespace: shop, labels: {app: other}}
+spec: {nodeName: node1, containers: [{name: c, image: none}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: near, namespace: shop, labels: {app: near}}
+spec: {nodeName: node1, containers: [{name: c, image: none}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: far, namespace: shop, labels: {app: far}}
+spec: {nodeName: node2, containers: [{name: c, image: none}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: bystander, namespace: shop, labels: {app: bystander}}
+spec: {nodeName: node1, containers: [{name: c, image: none}]}
+"#;
+
+/// Only `other` may reach `near` and `far`.
+const INGRESS: &str = r#"
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: near-and-far, namespace: shop}
+spec:
+  podSelector: {matchExpressions: [{key: app, operator: In, values: [near, far]}]}
+  policyTypes: [Ingress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: other}}}]}]
+"#;
+
+/// `client` may reach nobody but `bystander`.
+const EGRESS: &str = r#"
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: client, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: client}}
+  policyTypes: [Egress]
+  egress: [{to: [{podSelector: {matchLabels: {app: bystander}}}]}]
+"#;
+
+/// Concerns a pod that talks to nobody.
+const UNRELATED: &str = r#"
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: bystander, namespace: shop}
+spec: {podSelector: {matchLabels: {app: bystander}}, policyTypes: [Ingress, Egress]}
+"#;
+
+const RENEWED: &str = "recipes renewed";
+const NODES: [&str; 2] = ["node1", "node2"];
+
+#[test]
+fn a_policy_that_closes_a_connection_at_its_receiver_stops_the_next_packet_of_both_sides() {
+    closes(INGRESS, |flow| {
+        flow["ingress_rule"]["kind"] == "default-deny" && flow["ingress_rule"]["text"].as_str().is_some()
+    });
+}
+
+#[test]
+fn a_policy_that_closes_a_connection_at_its_sender_stops_the_next_packet_of_both_sides() {
+    closes(EGRESS, |flow| flow["egress_rule"]["kind"] == "default-deny");
+}
+
+fn closes(policy: &str, names_the_rule: impl Fn(&Value) -> bool) {
+    let lab = Lab::up("closing", 2, &[]).unwrap();
+    lab.apply(PODS).unwrap();
+    let addresses = lab.addresses().unwrap();
+    let open = |from: &str| -> Vec<Conversation> {
+        let targets = ["shop/near", "shop/far"].into_iter();
+        let each = targets.flat_map(|to| addresses[to].iter().map(move |address: &IpAddr| (to, *address)));
+        let opened = each.map(|(to, address)| Conversation::open(&lab, from, to, address).unwrap());
+        opened.collect()
+    };
+    // Two of each, so that each side's packet can be the first after the change.
+    let (mut first_there, mut first_back) = (open("shop/client"), open("shop/client"));
+    let mut allowed = open("shop/other");
+    for conversation in first_there.iter_mut().chain(&mut first_back).chain(&mut allowed) {
+        conversation.exchange();
+    }
+
+    lab.apply(&[PODS, policy].concat()).unwrap();
+    std::thread::scope(|scope| {
+        for conversation in &mut first_there {
+            scope.spawn(|| {
+                let (from, to) = (conversation.from, conversation.to);
+                assert!(!conversation.there(QUIET).unwrap(), "{from} -> {to} still passes");
+                assert!(!conversation.back(QUIET).unwrap(), "{to} -> {from} still passes after {from} was stopped");
+            });
+        }
+        for conversation in &mut first_back {
+            scope.spawn(|| {
+                let (from, to) = (conversation.from, conversation.to);
+                assert!(!conversation.back(QUIET).unwrap(), "{to} -> {from} still passes");
+                assert!(!conversation.there(QUIET).unwrap(), "{from} -> {to} still passes after {to} was stopped");
+            });
+        }
+    });
+    allowed.iter_mut().for_each(Conversation::exchange);
+    for conversation in &first_there {
+        let drops: Vec<Value> = NODES.into_iter().flat_map(|node| drops(&lab, node, conversation)).collect();
+        assert!(!drops.is_empty(), "no drop of {} -> {} is reported", conversation.from, conversation.to);
+        for flow in &drops {
+            assert!(flow["drop"]["name"] == "POLICY_DENIED" && names_the_rule(flow), "{flow}");
+        }
+    }
+
+    // What was closed goes on where it was when the policy goes.
+    lab.apply(PODS).unwrap();
+    first_there.iter_mut().chain(&mut first_back).chain(&mut allowed).for_each(Conversation::exchange);
+}
+
+/// The drops of a connection that a node reported.
+fn drops(lab: &Lab, node: &str, conversation: &Conversation) -> Vec<Value> {
+    let (port, ip) = (conversation.from.port().to_string(), conversation.from.ip().to_string());
+    let socket = lab.socket(node);
+    let arguments =
+        ["--socket", &socket, "observe", "--verdict", "dropped", "--port", &port, "--ip", &ip, "-o", "json"];
+    let output = cirri_e2e::lab::run(arguments).unwrap();
+    let lines = String::from_utf8(output.stdout).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_policy_that_does_not_concern_a_connection_leaves_its_recipes_alone() {
+    let lab = Lab::up("unrelated", 2, &[]).unwrap();
+    lab.apply(PODS).unwrap();
+    let addresses = lab.addresses().unwrap();
+    let mut conversations = Vec::new();
+    for to in ["shop/near", "shop/far", "world"] {
+        for address in &addresses[to] {
+            conversations.push(Conversation::open(&lab, "shop/client", to, *address).unwrap());
+        }
+    }
+    conversations.iter_mut().for_each(Conversation::exchange);
+    let before = NODES.map(|node| lab.recipes(node).unwrap());
+    let renewed = |()| NODES.map(|node| lab.counter(node, RENEWED).unwrap());
+    let renewed_before = renewed(());
+
+    lab.apply(&[PODS, UNRELATED].concat()).unwrap();
+    const ROUNDS: u64 = 20;
+    for _ in 0..ROUNDS {
+        conversations.iter_mut().for_each(Conversation::exchange);
+    }
+    assert_eq!(renewed(()), renewed_before, "recipes were decided anew");
+    let mut compared = 0;
+    for (before, node) in before.iter().zip(NODES) {
+        let now = lab.recipes(node).unwrap();
+        for conversation in &conversations {
+            let (from, to) = (conversation.from, conversation.to);
+            for (from, to) in [(from, to), (to, from)] {
+                let Some(was) = before.tcp(from, to) else { continue };
+                let is = now.tcp(from, to).unwrap_or_else(|| panic!("{node}: the recipe of {from} -> {to} is gone"));
+                assert_eq!((&is.epoch, &is.decision), (&was.epoch, &was.decision), "{node}: {from} -> {to}");
+                assert!(is.packets >= was.packets + ROUNDS, "{node}: {from} -> {to} went another way: {was:?} {is:?}");
+                compared += 1;
+            }
+        }
+    }
+    // Both directions on the one node, on both nodes, and towards the world (whose answers come under the node's
+    // address), in both families.
+    assert_eq!(compared, 2 * (2 + 4 + 1));
+
+    // One that does concern it, and allows it, is what moves the counter.
+    let more = "
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: near, namespace: shop}
+spec: {podSelector: {matchLabels: {app: near}}, policyTypes: [Ingress], ingress: [{}]}
+";
+    lab.apply(&[PODS, UNRELATED, more].concat()).unwrap();
+    conversations.iter_mut().for_each(Conversation::exchange);
+    let [node1, node2] = renewed(());
+    assert!(node1 > renewed_before[0], "a policy about a connection's receiver did not reach its recipes");
+    assert_eq!(node2, renewed_before[1], "node2 has nothing to do with it");
+}

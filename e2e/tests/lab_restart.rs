@@ -1,0 +1,245 @@
+//! An agent that is killed, restarted or replaced while traffic runs: nothing fails, nothing is forgotten, and the
+//! rules hold meanwhile.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use cirri_e2e::lab::{Conversation, Lab, Load};
+
+/// Two nodes' worth of pods: `client` may reach `near`, `far` and the world; `closed` takes nobody.
+const SHOP: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: shop, labels: {app: client}}
+spec: {nodeName: node1, containers: [{name: c, image: none}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: near, namespace: shop, labels: {app: web}}
+spec: {nodeName: node1, containers: [{name: c, image: none, ports: [{containerPort: 80}]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: far, namespace: shop, labels: {app: web}}
+spec: {nodeName: node2, containers: [{name: c, image: none, ports: [{containerPort: 80}]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: closed, namespace: shop, labels: {app: closed}}
+spec: {nodeName: node1, containers: [{name: c, image: none, ports: [{containerPort: 80}]}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed, namespace: shop}
+spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: web}}
+  policyTypes: [Ingress]
+  ingress:
+  - from: [{podSelector: {matchLabels: {app: client}}}]
+    ports: [{port: 80}]
+  - from: [{podSelector: {matchLabels: {app: client}}}]
+    ports: [{port: 1024, endPort: 65535}]
+"#;
+const NODES: [&str; 2] = ["node1", "node2"];
+/// New connections a second on each path.
+const RATE: u32 = 200;
+/// How long the load runs; all that is done meanwhile takes less.
+const SECONDS: u64 = 9;
+/// How long an agent stays away, in milliseconds.
+const AWAY: &str = "1500";
+
+#[test]
+fn no_connection_fails_while_agents_are_killed_and_all_is_as_before_with_an_overlay() {
+    killed_under_load(&[]);
+}
+
+#[test]
+fn no_connection_fails_while_agents_are_killed_and_all_is_as_before_with_direct_routing() {
+    killed_under_load(&["--routing", "direct"]);
+}
+
+fn killed_under_load(more: &[&str]) {
+    let lab = Lab::up("restart", 2, more).unwrap();
+    lab.apply(SHOP).unwrap();
+    assert_rules_hold(&lab);
+    let mut quiet = quiet_conversations(&lab);
+    let before = NODES.map(|node| state(&lab, node));
+    let programs = NODES.map(|node| programs(&lab, node));
+    let connections: Vec<_> = NODES.into_iter().zip(&quiet).map(|(node, _)| lab.recipes(node).unwrap()).collect();
+    let renewed = NODES.map(|node| lab.counter(node, "recipes renewed").unwrap());
+
+    let loads = start_loads(&lab);
+    std::thread::scope(|scope| {
+        let killer = scope.spawn(|| lab.restart("node1", &["--kill", "--pause", AWAY]).unwrap());
+        let away = until_away(&lab, "node1");
+        assert_rules_hold(&lab);
+        assert!(away && !killer.is_finished(), "the rules were not tried while the agent was away");
+        killer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    lab.restart("node2", &["--kill", "--pause", AWAY]).unwrap();
+    // An upgrade is a stop in good order and a start that loads its own programs.
+    lab.restart("node1", &[]).unwrap();
+    finish(loads);
+
+    for (index, node) in NODES.into_iter().enumerate() {
+        assert_eq!(state(&lab, node), before[index], "{node} is not as before");
+        let now = self::programs(&lab, node);
+        assert_eq!(now.keys().collect::<Vec<_>>(), programs[index].keys().collect::<Vec<_>>());
+        for (hook, ids) in &now {
+            assert!(ids.is_disjoint(&programs[index][hook]), "{node} {hook}: programs {ids:?} were not replaced");
+            assert_eq!(ids.len(), 1, "{node} {hook}: {ids:?}");
+        }
+        let recipes = lab.recipes(node).unwrap();
+        for conversation in &quiet {
+            for (from, to) in [(conversation.from, conversation.to), (conversation.to, conversation.from)] {
+                let was = connections[index].tcp(from, to);
+                assert_eq!(recipes.tcp(from, to), was, "{node}: the recipe of {from} -> {to} changed");
+            }
+        }
+    }
+    quiet.iter_mut().for_each(Conversation::exchange);
+    for (index, node) in NODES.into_iter().enumerate() {
+        let now = lab.counter(node, "recipes renewed").unwrap();
+        assert_eq!(now, renewed[index], "{node} decided anew on connections that nothing happened to");
+    }
+    assert_rules_hold(&lab);
+}
+
+#[test]
+fn tables_of_another_abi_are_left_behind_and_connections_between_pods_go_on() {
+    let lab = Lab::up("abi", 2, &[]).unwrap();
+    lab.apply(SHOP).unwrap();
+    let mut quiet: Vec<_> = quiet_conversations(&lab).into_iter().filter(|it| is_pod(it.to)).collect();
+    let pins = PathBuf::from(format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name()));
+    let sets = |()| -> BTreeSet<String> {
+        let entries = std::fs::read_dir(&pins).unwrap().map(|entry| entry.unwrap().file_name());
+        entries.map(|name| name.into_string().unwrap()).filter(|name| name != "links").collect()
+    };
+    let live = sets(()).into_iter().next().unwrap();
+    // What an agent with other tables would have left.
+    std::fs::rename(pins.join(&live), pins.join("0123456789abcdef")).unwrap();
+    let programs = programs(&lab, "node1");
+
+    let loads = [("shop/near", "shop/client"), ("shop/far", "shop/client")];
+    let addresses = lab.addresses().unwrap();
+    let loads: Vec<_> = loads
+        .iter()
+        .map(|(to, from)| Load::start(&lab, from, SocketAddr::new(addresses[*to][0], 80), RATE, 4).unwrap())
+        .collect();
+    lab.restart("node1", &["--kill"]).unwrap();
+    finish(loads);
+
+    assert_eq!(sets(()), BTreeSet::from([live]), "the old tables are not retired");
+    let now = self::programs(&lab, "node1");
+    assert!(programs.iter().all(|(hook, ids)| now[hook].is_disjoint(ids)), "{now:?} of {programs:?}");
+    quiet.iter_mut().for_each(Conversation::exchange);
+    assert_rules_hold(&lab);
+}
+
+/// Connections without traffic, one on each path and family.
+fn quiet_conversations(lab: &Lab) -> Vec<Conversation> {
+    let addresses = lab.addresses().unwrap();
+    let mut all = Vec::new();
+    for to in ["shop/near", "shop/far", "world"] {
+        for address in &addresses[to] {
+            let mut conversation = Conversation::open(lab, "shop/client", to, *address).unwrap();
+            conversation.exchange();
+            all.push(conversation);
+        }
+    }
+    assert_eq!(all.len(), 6);
+    all
+}
+
+fn is_pod(address: SocketAddr) -> bool {
+    let text = address.ip().to_string();
+    text.starts_with("10.244.") || text.starts_with("fd00:10:244:")
+}
+
+fn start_loads(lab: &Lab) -> Vec<Load> {
+    let addresses = lab.addresses().unwrap();
+    let start = |to: &str, family: usize, rate| {
+        let to = SocketAddr::new(addresses[to][family], 80);
+        Load::start(lab, "shop/client", to, rate, SECONDS).unwrap()
+    };
+    vec![
+        start("shop/near", 0, RATE),
+        start("shop/far", 0, RATE),
+        start("world", 0, RATE),
+        start("shop/far", 1, RATE / 4),
+        start("world", 1, RATE / 4),
+    ]
+}
+
+fn finish(loads: Vec<Load>) {
+    for load in loads {
+        let name = load.name().to_string();
+        let report = load.finish().unwrap();
+        println!("{name}: {report:?}");
+        assert!(report.connections > 0 && report.failed == 0, "{name}: {report:?}");
+        assert!(report.long.ok && report.long.bytes > 1 << 20, "{name}: {report:?}");
+    }
+}
+
+/// Waits until the agent does not answer any more; whether it came to that.
+fn until_away(lab: &Lab, node: &str) -> bool {
+    let mut asked = (0..10_000).map(|_| lab.ask::<serde_json::Value>(node, &["status"]));
+    asked.any(|answer| answer.is_err())
+}
+
+fn assert_rules_hold(lab: &Lab) {
+    for (to, verdict) in [("shop/near", "allowed"), ("shop/closed", "denied")] {
+        let verdicts = lab.verdicts("shop/client", to, 80).unwrap();
+        let expected = [4, 6].map(|family| (family, verdict.to_string()));
+        assert_eq!(verdicts, BTreeMap::from(expected), "shop/client -> {to}");
+    }
+}
+
+/// What a restart must not change: endpoints with their addresses, identities and generations, and every table.
+fn state(lab: &Lab, node: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let lines = |value: serde_json::Value| -> BTreeSet<String> {
+        value.as_array().into_iter().flatten().map(|entry| entry.to_string()).collect()
+    };
+    let mut all = BTreeMap::new();
+    all.insert("endpoint list".to_string(), lines(lab.ask(node, &["endpoint", "list"]).unwrap()));
+    for map in ["ENDPOINTS", "DEVICES", "IPCACHE", "EPOCHS", "RULESETS", "NODE"] {
+        let dump = lab.ask(node, &["map", "dump", map, "--limit", "0"]).unwrap();
+        all.insert(map.to_string(), lines(dump));
+    }
+    assert!(all.values().all(|lines| !lines.is_empty()), "{all:?}");
+    all
+}
+
+/// The numbers of the programs on a node's devices, by hook.
+fn programs(lab: &Lab, node: &str) -> BTreeMap<String, BTreeSet<u32>> {
+    let devices: Vec<serde_json::Value> = lab.ask(node, &["endpoint", "list"]).unwrap();
+    let mut devices: Vec<String> =
+        devices.iter().map(|endpoint| endpoint["host_ifname"].as_str().unwrap().to_string()).collect();
+    devices.push("eth0".into());
+    let inside = lab.netns(&format!("node:{node}")).unwrap();
+    inside
+        .run(|| {
+            let mut all = BTreeMap::new();
+            for device in devices {
+                for (direction, name) in [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")] {
+                    let (_, programs) = SchedClassifier::query_tcx(&device, direction).unwrap();
+                    if !programs.is_empty() {
+                        all.insert(format!("{device} {name}"), programs.iter().map(|program| program.id()).collect());
+                    }
+                }
+            }
+            all
+        })
+        .unwrap()
+}
