@@ -1,6 +1,6 @@
 //! The reader of events.
 
-use std::io;
+use std::{io, time::Duration};
 
 use aya::maps::{Map, MapData, RingBuf};
 use cirri_abi::{CounterIndex, FlowEvent};
@@ -8,7 +8,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{error::LoadError, error::MapError, plain::read, tables::Tables};
 
-/// Reads the ring of events. Needs a tokio runtime with I/O.
+/// Reads the ring of events. Needs a tokio runtime with I/O and time.
 pub struct Events {
     ring: AsyncFd<RingBuf<MapData>>,
     tables: Tables,
@@ -26,6 +26,9 @@ pub struct Batch {
     pub malformed: u64,
 }
 
+/// How often the ring is looked into. The packet path wakes its reader only when much has gathered: a
+/// wake-up for each event costs many times what the event does.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Most events of a batch, so that a flood cannot keep one from being handled.
 const MOST: usize = 4096;
 
@@ -49,7 +52,9 @@ impl Events {
             if !batch.is_empty() {
                 return self.with_losses(batch);
             }
-            let waited = self.ring.readable_mut().await;
+            let Ok(waited) = tokio::time::timeout(LOOK_EVERY, self.ring.readable_mut()).await else {
+                continue;
+            };
             let mut ready = waited.map_err(|error| MapError::Kernel { map: "EVENTS".into(), action: "wait", error })?;
             let batch = drain(ready.get_inner_mut());
             if !batch.is_empty() {
