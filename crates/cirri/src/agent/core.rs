@@ -71,6 +71,8 @@ pub struct Core {
     pub needed_revision: Option<u64>,
     /// Whether the tables were ever filled. Until then an empty table wants nothing removed.
     pub filled: bool,
+    /// Whether what other versions left was removed.
+    pub retired: bool,
     /// Identities whose rule set must be compiled again.
     dirty: BTreeSet<u32>,
     /// Who workloads are must be looked at again.
@@ -107,6 +109,7 @@ impl Core {
             enforced_revision: 0,
             needed_revision: None,
             filled: false,
+            retired: false,
             dirty: BTreeSet::new(),
             labels_stale: true,
             rows_stale: true,

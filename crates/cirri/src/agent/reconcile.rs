@@ -82,6 +82,18 @@ impl Core {
         self.remove_rulesets(now);
     }
 
+    /// Once everything is reconciled: removes the tables of other versions, which nothing uses any more.
+    pub fn retire(&mut self) {
+        if std::mem::replace(&mut self.retired, true) {
+            return;
+        }
+        match self.datapath.retire() {
+            Ok(retired) if retired.map_sets.is_empty() => {}
+            Ok(retired) => tracing::info!(sets = ?retired.map_sets, "tables of other versions removed"),
+            Err(error) => tracing::warn!(%error, "pins of an earlier run stay until the next start"),
+        }
+    }
+
     fn reconcile_node(&mut self, now: Instant, bumps: &mut BTreeSet<u16>) {
         for Due { key, desired, .. } in self.rows.node.due(now) {
             let outcome = match &desired {

@@ -79,6 +79,7 @@ pub async fn reconcile(shared: Arc<Shared>) {
             let mut core = shared.core.lock().await;
             core.reconcile(Instant::now()).await;
             if core.filled && core.unnumbered.is_empty() && core.rows.is_done() {
+                core.retire();
                 core.enforced_revision = core.view.revision;
                 shared.enforced.send_replace(Some(core.enforced_revision));
             } else {
