@@ -260,8 +260,8 @@ prose
 
     #[test]
     fn metadata_tells_rooms_from_outside_and_leaves_tests_out() {
-        let json = r#"{"packages":[{"name":"cirri-sim","manifest_path":"/root/crates/sim/Cargo.toml","dependencies":[
-            {"name":"cirri-abi","kind":null,"path":"/root/crates/abi"},
+        let json = r#"{"packages":[{"name":"cirri-sim","manifest_path":"/repo/crates/sim/Cargo.toml","dependencies":[
+            {"name":"cirri-abi","kind":null,"path":"/repo/crates/abi"},
             {"name":"serde","kind":null},{"name":"cc","kind":"build"},{"name":"proptest","kind":"dev"}]}]}"#;
         let packages = parse_metadata(json, Path::new("/root")).unwrap();
         assert_eq!(packages, [package("cirri-sim", "crates/sim", &["cirri-abi"], &["cc", "serde"])]);
