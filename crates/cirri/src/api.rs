@@ -421,6 +421,9 @@ pub struct StoreStatus {
     pub healthy: bool,
     /// What is wrong; empty if nothing.
     pub error: String,
+    /// Since when it does not answer, RFC 3339; empty if it does.
+    #[serde(default)]
+    pub since: String,
     /// Whether everything in it was seen at least once since the start.
     pub synced: bool,
 }

@@ -130,7 +130,8 @@ pub(crate) fn protocol_name(number: u8) -> String {
     }
 }
 
-fn rfc3339(ns: u64) -> String {
+/// Nanoseconds since 1970 as RFC 3339, to the nanosecond.
+pub fn rfc3339(ns: u64) -> String {
     humantime::format_rfc3339_nanos(UNIX_EPOCH + Duration::from_nanos(ns)).to_string()
 }
 

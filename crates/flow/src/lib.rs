@@ -16,7 +16,7 @@ mod print;
 mod record;
 mod ring;
 
-pub use decode::{Decoder, Names, Place, RuleText};
+pub use decode::{Decoder, Names, Place, RuleText, rfc3339};
 pub use filter::{Filter, FilterError};
 pub use print::{compact, compact_with};
 pub use record::{Drop, Flow, Icmp, Kind, Lost, Party, Record, Rule, RuleKind, Verdict};

@@ -1,7 +1,7 @@
 //! The loops that carry things between the store, the core and the kernel.
 
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_abi::{Identity, epoch_slot};
 use cirri_control::ipam::ClusterPool;
@@ -218,6 +218,7 @@ pub async fn health(shared: Arc<Shared>) {
             Ok(Ok(health)) => {
                 let mut status = shared.store_status.lock().unwrap_or_else(PoisonError::into_inner);
                 status.healthy = true;
+                status.since.clear();
                 status.error = health.warning.unwrap_or_default();
             }
             Ok(Err(error)) => note_failure(&shared, &error.to_string()),
@@ -243,5 +244,9 @@ pub async fn health(shared: Arc<Shared>) {
 fn note_failure(shared: &Shared, error: &str) {
     let mut status = shared.store_status.lock().unwrap_or_else(PoisonError::into_inner);
     status.healthy = false;
+    if status.since.is_empty() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        status.since = cirri_flow::rfc3339(now.as_nanos().try_into().unwrap_or(u64::MAX));
+    }
     status.error = error.to_owned();
 }

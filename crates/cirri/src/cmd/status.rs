@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::api::Status;
+use crate::api::{Status, StoreStatus};
 use crate::client::ClientArgs;
 use crate::exit::{Error, Failure, Result};
 use crate::output::{self, OutputArgs, Table};
@@ -49,7 +49,10 @@ fn table(status: &Status) -> String {
     let store = match (status.store.healthy, status.store.synced) {
         (true, true) => "ok".to_owned(),
         (true, false) => "not seen whole yet; running on what was pinned".to_owned(),
-        (false, _) => format!("NOT REACHABLE, last good state is in force: {}", status.store.error),
+        (false, _) => {
+            let StoreStatus { since, error, .. } = &status.store;
+            format!("NOT REACHABLE since {since}, last good state is in force: {error}")
+        }
     };
     line("Store", format!("{}: {store}", status.store.kind));
     line("Revision", format!("{} enforced, {} seen", status.enforced_revision, status.seen_revision));
