@@ -202,6 +202,8 @@ fn start(
 /// Its path is not known.
 pub fn own_binary() -> anyhow::Result<String> {
     let path = std::env::current_exe().context("cannot find the path of this program")?;
+    // Replaced by an upgrade or a build meanwhile: the kernel still has what this process runs.
+    let path = if path.exists() { path } else { "/proc/self/exe".into() };
     path.into_os_string().into_string().map_err(|path| anyhow::anyhow!("the path {path:?} is not valid text"))
 }
 
