@@ -263,7 +263,7 @@ prose
         let json = r#"{"packages":[{"name":"cirri-sim","manifest_path":"/repo/crates/sim/Cargo.toml","dependencies":[
             {"name":"cirri-abi","kind":null,"path":"/repo/crates/abi"},
             {"name":"serde","kind":null},{"name":"cc","kind":"build"},{"name":"proptest","kind":"dev"}]}]}"#;
-        let packages = parse_metadata(json, Path::new("/root")).unwrap();
+        let packages = parse_metadata(json, Path::new("/repo")).unwrap();
         assert_eq!(packages, [package("cirri-sim", "crates/sim", &["cirri-abi"], &["cc", "serde"])]);
     }
 }
