@@ -14,12 +14,18 @@ use crate::{
 
 /// Finds the flow that the error's quoted packet belongs to and sends the error its way, so that
 /// path-MTU messages and unreachables arrive, translated, and nothing else does.
+///
+/// The error must be for the sender of what it quotes: recipes rewrite one address only, so another
+/// receiver would get it past policy.
 #[inline(always)]
 pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     let hook = s.hook;
     let inner = s.parsed.l4 + 8;
     let v6 = !s.parsed.tuple.src.is_v4();
     let ports = quoted(packet, inner, v6, &mut s.opener)?;
+    if s.opener.src != s.parsed.tuple.dst {
+        return unrelated(packet, tables, s);
+    }
     // The error travels against the packet that it quotes: the way of that packet's answers.
     s.answer = s.opener.turned();
     let flow = match tables.flow(Table::Flows, &s.answer) {
@@ -49,11 +55,13 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     Ok(Next::Done(carry::dispatch(packet, tables, &s.forward)))
 }
 
-/// An error about no flow of a workload: the node's own business, or nobody's.
+/// An error about no flow of a workload: the node's own business, or nobody's. A workload tells its
+/// node about packets to itself only: it has no say in other connections of the node.
 #[inline(always)]
 fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> Outcome {
     let own = match s.hook {
         Hook::FROM_NETWORK => true,
+        Hook::FROM_WORKLOAD => s.opener.dst == s.parsed.tuple.src && is_host(tables, &s.parsed.tuple.dst),
         Hook::TO_WORKLOAD => is_host(tables, &s.parsed.tuple.src),
         _ => is_host(tables, &s.parsed.tuple.dst),
     };

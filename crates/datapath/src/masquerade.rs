@@ -1,6 +1,6 @@
 //! Masquerade: workloads speak to the world from their node's address.
 
-use cirri_abi::{Addr, DropReason, Port, Rewrite, node_flag, proto};
+use cirri_abi::{Addr, DropReason, Port, Rewrite, VXLAN_PORT, node_flag, proto};
 
 use crate::{
     carry::address_difference,
@@ -27,6 +27,9 @@ pub(crate) fn wanted<T: Tables>(tables: &T, s: &Scratch) -> Result<bool, DropRea
     }
     let echo = s.parsed.icmp[0] == if s.opener.src.is_v4() { 8 } else { 128 };
     match s.opener.proto {
+        // The receiver may be a node by an address that nobody told us. From our node's own address it
+        // would take this for the overlay's, whose VNI could then be any identity.
+        proto::UDP if s.opener.dport == Port::new(VXLAN_PORT) => Err(DropReason::ENCAPSULATION_PROHIBITED),
         proto::TCP | proto::UDP => Ok(true),
         proto::ICMP | proto::ICMPV6 if echo => Ok(true),
         _ => Err(DropReason::MASQUERADE_UNSUPPORTED),
