@@ -192,7 +192,10 @@ fn start(
 ) -> anyhow::Result<Child> {
     let directory = lab.pod_directory(&record.key);
     let log = directory.join(format!("{program}.log"));
-    Start { netns: &record.netns, argv, env, directory: &directory, log: &log, pipe_stdout }
+    // Programs write files of their own; beside our records a `nginx.pid` would replace one.
+    let work = directory.join("work");
+    fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    Start { netns: &record.netns, argv, env, directory: &work, log: &log, pipe_stdout }
         .spawn(&directory.join(format!("{program}.pid")))
 }
 
