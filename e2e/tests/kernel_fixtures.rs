@@ -8,7 +8,7 @@ use cirri_e2e::fixtures::{all, run};
 #[test]
 fn every_fixture_holds_in_the_kernel() {
     support::on_kernel(|kernel| {
-        let fixtures = all(kernel.devices());
+        let fixtures = all(kernel.devices);
         let (mut packets, mut skipped, mut failures) = (0, 0, Vec::new());
         for fixture in &fixtures {
             kernel.reset();

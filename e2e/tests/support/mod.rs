@@ -26,6 +26,8 @@ const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const WIRE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// Peers that speak VXLAN: n2, and a node that is nobody's.
 const PEERS: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 168, 0, 2), Ipv4Addr::new(192, 168, 0, 3)];
+/// Workloads.
+const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 /// Ports of the packet that follows another through the overlay, to know when that is done.
 const MARKER: u16 = 9;
 const IN_TIME: Duration = Duration::from_secs(5);
@@ -36,7 +38,10 @@ pub struct Kernel {
     tables: Tables,
     events: Events,
     runtime: Runtime,
-    devices: Devices,
+    /// The real devices.
+    pub devices: Devices,
+    /// Those of five workloads; a's and b's are the first.
+    pub workloads: [u32; 5],
     wire: Namespace,
     sockets: Vec<UdpSocket>,
     /// Events that came with others.
@@ -51,7 +56,7 @@ pub fn on_kernel(test: impl FnOnce(&mut Kernel) + Send) {
     let instance = TestInstance::new();
     let inside = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let devices = runtime.block_on(async { devices(&node.net(), &wire).await });
+        let (devices, workloads) = runtime.block_on(async { devices(&node.net(), &wire).await });
         let mut datapath = instance.load();
         datapath.attach_overlay("cirri_vxlan").expect("attached");
         let entered = runtime.enter();
@@ -62,17 +67,12 @@ pub fn on_kernel(test: impl FnOnce(&mut Kernel) + Send) {
         let marked = vec![Counter::default(); tables.counters().expect("read").len()];
         let sockets = PEERS.map(bind).into();
         let (wire, seen) = (wire.namespace.clone(), Vec::new());
-        test(&mut Kernel { datapath, tables, events, runtime, devices, wire, sockets, seen, marked });
+        test(&mut Kernel { datapath, tables, events, runtime, devices, workloads, wire, sockets, seen, marked });
     };
     node.namespace.run(inside).expect("entered");
 }
 
 impl Kernel {
-    /// The real devices.
-    pub fn devices(&self) -> Devices {
-        self.devices
-    }
-
     /// Empties all tables but those of rule sets: the kernel waits long for each that goes, and every
     /// world installs its own.
     pub fn reset(&mut self) {
@@ -156,19 +156,20 @@ impl Kernel {
             std::thread::yield_now();
         }
         let after = self.received();
-        let delivered = [0, 1].map(|i| (before[i].0, after[i].1 - before[i].1));
+        let delivered = std::array::from_fn(|i| (before[i].0, after[i].1 - before[i].1));
         Some(Output { answer: Answer::Delivered(delivered), frame: None })
     }
 
     /// Packets that came out in each workload.
-    fn received(&self) -> [(u32, u64); 2] {
+    fn received(&self) -> [(u32, u64); 5] {
         let table = self.wire.run(|| std::fs::read_to_string("/proc/thread-self/net/dev")).expect("entered");
         let table = table.expect("read");
         let of = |name: &str| {
-            let line = table.lines().find_map(|line| line.trim().strip_prefix(name)).expect("the device is there");
+            let line = table.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'));
+            let line = line.expect("the device is there");
             line.split_whitespace().nth(1).and_then(|packets| packets.parse().ok()).expect("a number")
         };
-        [(self.devices.a, of("in-a:")), (self.devices.b, of("in-b:"))]
+        std::array::from_fn(|i| (self.workloads[i], of(&format!("in-{}", NAMES[i]))))
     }
 
     fn collect(&mut self) {
@@ -256,20 +257,21 @@ impl Host for Kernel {
 }
 
 /// Devices of the node, and what is at their other ends.
-async fn devices(node: &Net, wire: &TestNamespace) -> Devices {
+async fn devices(node: &Net, wire: &TestNamespace) -> (Devices, [u32; 5]) {
     let other = wire.net();
-    for (name, peer, mac, peer_mac) in [
-        ("lxc-a", "in-a", cirri_abi::GATEWAY_MAC, cirri_e2e::fixtures::mac(11)),
-        ("lxc-b", "in-b", cirri_abi::GATEWAY_MAC, cirri_e2e::fixtures::mac(12)),
-        ("eth", "peer", NODE_MAC, WIRE_MAC),
-    ] {
-        let end = VethEnd { name: name.into(), mac: Some(mac), ..VethEnd::default() };
+    let workloads = NAMES.map(|name| (format!("lxc-{name}"), format!("in-{name}"), cirri_abi::GATEWAY_MAC, None));
+    let network = ("eth".to_owned(), "peer".to_owned(), NODE_MAC, Some(WIRE_MAC));
+    for (name, peer, mac, peer_mac) in workloads.iter().chain([&network]) {
+        let end = VethEnd { name: name.clone(), mac: Some(*mac), ..VethEnd::default() };
         let namespace = Some(wire.namespace.clone());
-        let inside = VethEnd { name: peer.into(), mac: Some(peer_mac), namespace, ..VethEnd::default() };
+        let inside = VethEnd { name: peer.clone(), mac: *peer_mac, namespace, ..VethEnd::default() };
         node.create_veth(&end, &inside).await.expect("made");
-        node.set_up(name).await.expect("up");
-        // Nothing but what the test sends: no neighbour or router discovery of the other side.
+        // Nothing comes out of the devices but what the test sends: no link-local chatter.
         other.set_sysctl(&format!("ipv6/conf/{peer}/disable_ipv6"), "1").expect("written");
+        if name != "eth" {
+            node.set_sysctl(&format!("ipv6/conf/{name}/disable_ipv6"), "1").expect("written");
+        }
+        node.set_up(name).await.expect("up");
         other.set_up(peer).await.expect("up");
     }
     node.create_vxlan("cirri_vxlan", VXLAN_PORT, 1450).await.expect("made");
@@ -297,6 +299,10 @@ async fn devices(node: &Net, wire: &TestNamespace) -> Devices {
         node.put_neighbour(&Neighbour { ip: ip.into(), mac: WIRE_MAC, device: eth }).await.expect("added");
     }
     other.put_neighbour(&Neighbour { ip: NODE.into(), mac: NODE_MAC, device: peer }).await.expect("added");
-    let index = async |name: &str| node.link(name).await.expect("there").index;
-    Devices { a: index("lxc-a").await, b: index("lxc-b").await, eth, overlay: index("cirri_vxlan").await }
+    let overlay = node.link("cirri_vxlan").await.expect("there").index;
+    let mut numbers = [0; 5];
+    for (number, (name, ..)) in numbers.iter_mut().zip(&workloads) {
+        *number = node.link(name).await.expect("there").index;
+    }
+    (Devices { a: numbers[0], b: numbers[1], eth, overlay }, numbers)
 }
