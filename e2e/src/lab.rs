@@ -12,6 +12,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use cirri_loader::net::Namespace;
 use serde::Deserialize;
@@ -320,6 +321,15 @@ impl Lab {
         Recipes::of(self, node)
     }
 
+    /// Kills a node's agent (SIGKILL), which then stays away.
+    ///
+    /// # Errors
+    /// If it is not running.
+    pub fn kill_agent(&self, node: &str) -> Result<(), LabError> {
+        let pid = self.node(node)?.pid.ok_or_else(|| LabError::Unknown(format!("agent of {node}")))?;
+        kill(pid)
+    }
+
     /// Restarts a node's agent with these arguments of `cirri lab restart`.
     ///
     /// # Errors
@@ -383,6 +393,42 @@ pub fn output<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Result
         .args(arguments)
         .output()
         .map_err(|source| LabError::Io { what: format!("cannot start {}", binary.display()), source })
+}
+
+/// Kills one process (SIGKILL) and waits until it is gone.
+///
+/// # Errors
+/// If it is not there.
+pub fn kill(pid: i32) -> Result<(), LabError> {
+    let failed = |source| LabError::Io { what: format!("cannot kill {pid}"), source };
+    let killed = Command::new("kill").args(["-9", &pid.to_string()]).status().map_err(failed)?;
+    if !killed.success() {
+        return Err(LabError::Unknown(format!("process {pid}")));
+    }
+    let process = Path::new("/proc").join(pid.to_string());
+    eventually("a killed process is gone", Duration::from_secs(5), || {
+        // One that nobody waits for stays as a zombie, whose threads have all ended when it is alone.
+        let zombie = std::fs::read_to_string(process.join("stat")).map_or(true, |stat| stat.contains(") Z "));
+        zombie && std::fs::read_dir(process.join("task")).map_or(true, |threads| threads.count() <= 1)
+    });
+    Ok(())
+}
+
+/// What a program prints that runs inside a network namespace; panics unless it succeeds.
+pub fn printed(inside: &Namespace, argv: &[&str]) -> String {
+    let output = inside.run(|| Command::new(argv[0]).args(&argv[1..]).output()).expect("the namespace can be entered");
+    let output = output.unwrap_or_else(|error| panic!("{argv:?}: {error}"));
+    assert!(output.status.success(), "{argv:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Waits until something is so; panics with its name if it does not come to that. For what nothing announces.
+pub fn eventually(what: &str, patience: Duration, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within {patience:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Takes down labs of this name whose process is gone.
