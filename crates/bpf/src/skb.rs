@@ -79,6 +79,12 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn tagged(&self) -> bool {
+        // SAFETY: a field of the context.
+        unsafe { (*self.ctx).vlan_present != 0 }
+    }
+
+    #[inline(always)]
     fn ifindex(&self) -> u32 {
         // SAFETY: a field of the context.
         unsafe { (*self.ctx).ifindex }

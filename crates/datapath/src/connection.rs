@@ -41,7 +41,9 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         return Ok(Next::Go);
     }
     let syn = is_syn(&s.parsed);
-    if syn && s.old.flags & recipe_flag::REPLY != 0 {
+    // A request with the identifier 0 has the tuple of an answer.
+    let echo = s.parsed.tuple.proto != proto::TCP && matches!(s.parsed.icmp[0], ECHO_REQUEST | ECHO_REQUEST_V6);
+    if (syn || echo) && s.old.flags & recipe_flag::REPLY != 0 {
         // The other side opens a connection of its own with the same ports.
         return Ok(Next::Go);
     }

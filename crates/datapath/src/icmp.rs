@@ -22,7 +22,12 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     let hook = s.hook;
     let inner = s.parsed.l4 + 8;
     let v6 = !s.parsed.tuple.src.is_v4();
-    let ports = quoted(packet, inner, v6, &mut s.opener)?;
+    let ports = match quoted(packet, inner, v6, &mut s.opener) {
+        Ok(ports) => ports,
+        // The node's stack may still read something in it.
+        Err(_) if hook == Hook::FROM_NETWORK => return unrelated(packet, tables, s),
+        Err(reason) => return Err(reason.into()),
+    };
     if s.opener.src != s.parsed.tuple.dst {
         return unrelated(packet, tables, s);
     }

@@ -85,9 +85,12 @@ pub fn process<P: Packet, T: Tables>(
 /// The established packet: parse just enough, one lookup, obey.
 ///
 /// `None` sends the packet to the slow path: no flow, another door, an epoch that moved, a TCP flag
-/// that changes state, a fragment, IP options, ICMP, anything unusual.
+/// that changes state, a fragment, IP options, ICMP, a VLAN tag, anything unusual.
 #[inline(always)]
 fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
+    if packet.tagged() {
+        return None;
+    }
     let eth: wire::Ethernet = packet.load(0)?;
     let (flow, headers) = match u16::from_be(eth.ethertype) {
         wire::ETHERTYPE_IPV4 => {

@@ -48,8 +48,26 @@ pub enum Class {
     LinkLocal,
 }
 
+impl Parsed {
+    /// Whether the first `length` bytes of the transport header are in the IP packet. What stands
+    /// behind its end can be read, but is not there for its receiver.
+    #[inline(always)]
+    fn holds(&self, length: u32) -> bool {
+        self.l4 - L3 + length <= self.length
+    }
+
+    /// Neighbour or listener discovery to another than its own link. Nobody counts the hop limit down
+    /// between workloads, so its receiver would believe that it came from its link.
+    #[inline(always)]
+    pub(crate) fn is_routed_discovery(&self) -> bool {
+        self.tuple.proto == proto::ICMPV6 && is_discovery(self.icmp[0]) && !is_on_link(&self.tuple.dst)
+    }
+}
+
 /// Most IPv6 extension headers that are walked; more make the packet invalid.
 pub(crate) const MAX_EXTENSIONS: u32 = 6;
+/// Bytes of a TCP header without options.
+const TCP_HEADER: u32 = 20;
 /// Where the transport header must begin at the latest.
 const MAX_L4: u32 = 1024;
 
@@ -83,18 +101,32 @@ fn parse_v4<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
         return Err(DropReason::INVALID_PACKET);
     };
     let header = (ip.version_ihl as u32 & 0xf) * 4;
-    if ip.version_ihl >> 4 != 4 || header < 20 || (u16::from_be(ip.length) as u32) < header {
+    out.length = u16::from_be(ip.length) as u32;
+    if out.length == 0 {
+        out.length = oversize(packet);
+    }
+    if ip.version_ihl >> 4 != 4 || header < 20 || out.length < header {
         return Err(DropReason::INVALID_PACKET);
     }
     out.tuple.src = Addr::v4_word(ip.src);
     out.tuple.dst = Addr::v4_word(ip.dst);
     out.tuple.proto = ip.proto;
-    out.length = u16::from_be(ip.length) as u32;
     out.l4 = L3 + header;
     out.fragment_id = ip.id as u32;
     out.later_fragment = ip.fragment & wire::FRAGMENT_OFFSET != 0;
     out.fragment = ip.fragment & wire::FRAGMENT_MASK != 0;
+    // It could write over the header that its first fragment was judged by (RFC 1858, RFC 3128).
+    let at = u16::from_be(ip.fragment & wire::FRAGMENT_OFFSET) as u32 * 8;
+    if ip.proto == proto::TCP && out.later_fragment && at < TCP_HEADER {
+        return Err(DropReason::INVALID_PACKET);
+    }
     Ok(())
+}
+
+/// Bytes from the IP header on of a segment of the kernel's that is too large to say it: it says 0.
+#[inline(always)]
+fn oversize<P: Packet>(packet: &P) -> u32 {
+    packet.length().wrapping_sub(L3)
 }
 
 #[inline(always)]
@@ -111,7 +143,10 @@ fn parse_v6<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
     if out.tuple.src.is_v4() || out.tuple.dst.is_v4() {
         return Err(DropReason::INVALID_PACKET);
     }
-    out.length = u16::from_be(ip.length) as u32 + 40;
+    out.length = match u16::from_be(ip.length) {
+        0 => oversize(packet),
+        length => length as u32 + 40,
+    };
     out.tuple.proto = ip.next;
     out.l4 = L3 + 40;
     Ok(())
@@ -179,7 +214,7 @@ pub(crate) fn parse_transport<P: Packet, T: Tables>(
             let Some(tcp) = packet.load::<wire::Tcp>(out.l4) else {
                 return Err(DropReason::CT_INVALID_HEADER);
             };
-            if tcp.offset >> 4 < 5 {
+            if tcp.offset >> 4 < 5 || !out.holds(TCP_HEADER) {
                 return Err(DropReason::CT_INVALID_HEADER);
             }
             out.tuple.sport = Port { be: tcp.sport };
@@ -190,6 +225,9 @@ pub(crate) fn parse_transport<P: Packet, T: Tables>(
             let Some(ports) = packet.load::<wire::Ports>(out.l4) else {
                 return Err(DropReason::CT_INVALID_HEADER);
             };
+            if !out.holds(8) {
+                return Err(DropReason::CT_INVALID_HEADER);
+            }
             out.tuple.sport = Port { be: ports.sport };
             out.tuple.dport = Port { be: ports.dport };
         }
@@ -216,6 +254,9 @@ fn parse_icmp<P: Packet>(packet: &P, out: &mut Parsed, request: u8, reply: u8) -
     let Some(icmp) = packet.load::<wire::Icmp>(out.l4) else {
         return Err(DropReason::CT_INVALID_HEADER);
     };
+    if !out.holds(8) {
+        return Err(DropReason::CT_INVALID_HEADER);
+    }
     out.icmp = [icmp.kind, icmp.code];
     if icmp.kind == request {
         out.tuple.sport = Port { be: icmp.id };
@@ -230,13 +271,18 @@ fn parse_icmp<P: Packet>(packet: &P, out: &mut Parsed, request: u8, reply: u8) -
         match icmp.kind {
             // Unreachable, too big, time exceeded, parameter problem (RFC 4443).
             1..=4 => out.class = Class::IcmpError,
-            // Listener discovery (RFC 2710, 3810), router and neighbour discovery (RFC 4861).
             // To another than this link's addresses it has been routed, and is like any packet.
-            130..=137 | 143 if is_on_link(&out.tuple.dst) => out.class = Class::LinkLocal,
+            kind if is_discovery(kind) && is_on_link(&out.tuple.dst) => out.class = Class::LinkLocal,
             _ => {}
         }
     }
     Ok(())
+}
+
+/// Listener discovery (RFC 2710, 3810), router and neighbour discovery (RFC 4861).
+#[inline(always)]
+const fn is_discovery(kind: u8) -> bool {
+    matches!(kind, 130..=137 | 143)
 }
 
 /// Whether packets for an address stay on their link: multicast and `fe80::/10`.

@@ -1,8 +1,11 @@
 //! The two ends of a packet: who they are, and how they are reached.
 
-use cirri_abi::{Addr, DropReason, Endpoint, Identity, Ipcache, RulesetSlot, ipcache_flag};
+use cirri_abi::{Addr, DropReason, Endpoint, GATEWAY_V4, Identity, Ipcache, RulesetSlot, ipcache_flag};
 
-use crate::traits::{Tables, TunnelKey};
+use crate::{
+    neighbour::is_link_local,
+    traits::{Tables, TunnelKey},
+};
 
 /// One end of a connection.
 #[derive(Clone, Copy, Default, Debug)]
@@ -66,7 +69,7 @@ impl Place {
     /// Where an address is. `Err`: nobody can be there.
     #[inline(always)]
     pub(crate) fn set_address<T: Tables>(&mut self, tables: &T, addr: &Addr) -> Result<(), DropReason> {
-        if is_group(addr) {
+        if is_no_place(addr) {
             return Err(DropReason::UNKNOWN_L3_TARGET);
         }
         let Some(entry) = tables.ipcache(addr) else {
@@ -138,13 +141,17 @@ fn kind_of(entry: &Ipcache) -> PlaceKind {
     }
 }
 
-/// Multicast, broadcast, unspecified: no single place.
+/// Whether an address is no single place that routes lead to: multicast, broadcast, unspecified,
+/// loopback, one link's, or the workloads' gateway. Other IPv4 link-local addresses are places: clouds
+/// have services there that the node's routes lead to.
 #[inline(always)]
-fn is_group(addr: &Addr) -> bool {
+fn is_no_place(addr: &Addr) -> bool {
     if addr.is_v4() {
         let first = (u32::from_be(addr.word()) >> 24) as u8;
-        first >= 224 || first == 0
+        first >= 224 || first == 0 || first == 127 || addr.word() == GATEWAY_V4.word()
     } else {
-        u32::from_be(addr.words[0]) >> 24 == 0xff || *addr == Addr::UNSPECIFIED
+        let [a, b, c, d] = addr.words;
+        let loopback_or_unspecified = a == 0 && b == 0 && c == 0 && u32::from_be(d) <= 1;
+        u32::from_be(a) >> 24 == 0xff || is_link_local(addr) || loopback_or_unspecified
     }
 }

@@ -177,12 +177,9 @@ pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scr
 
 #[inline(always)]
 fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
-    tables.stage(Stage::Parse, packet, s)?;
-    if s.parsed.class == Class::Flow {
-        if !s.parsed.tuple.src.is_v4() {
-            walk_extensions(packet, tables, s)?;
-        }
-        tables.stage(Stage::Transport, packet, s)?;
+    match read(packet, tables, s)? {
+        Next::Go => {}
+        other => return Ok(other),
     }
     match s.parsed.class {
         Class::Flow if s.hook == Hook::TO_OVERLAY => return host_to_overlay(packet, tables, &s.parsed),
@@ -250,27 +247,59 @@ fn known<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> O
     Ok(Next::Carry)
 }
 
+/// Takes the packet apart: into `parsed`.
 #[inline(always)]
-fn walk_extensions<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Result<(), Refusal> {
-    for _ in 0..MAX_EXTENSIONS {
-        if !is_extension(s.parsed.tuple.proto) {
-            return Ok(());
-        }
-        if let Next::Carry = tables.stage(Stage::Extension, packet, s)? {
-            return Ok(());
+fn read<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
+    match tables.stage(Stage::Parse, packet, s)? {
+        Next::Go if s.parsed.class == Class::Flow => {}
+        other => return Ok(other),
+    }
+    if !s.parsed.tuple.src.is_v4() {
+        match walk_extensions(packet, tables, s)? {
+            Next::Go => {}
+            other => return Ok(other),
         }
     }
-    if is_extension(s.parsed.tuple.proto) { Err(DropReason::INVALID_EXTENSION_HEADER.into()) } else { Ok(()) }
+    tables.stage(Stage::Transport, packet, s)
+}
+
+#[inline(always)]
+fn walk_extensions<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
+    for _ in 0..MAX_EXTENSIONS {
+        if !is_extension(s.parsed.tuple.proto) {
+            return Ok(Next::Go);
+        }
+        match tables.stage(Stage::Extension, packet, s)? {
+            Next::Go => {}
+            Next::Carry => return Ok(Next::Go),
+            done => return Ok(done),
+        }
+    }
+    if is_extension(s.parsed.tuple.proto) {
+        return unreadable(tables, s, DropReason::INVALID_EXTENSION_HEADER);
+    }
+    Ok(Next::Go)
+}
+
+/// What the packet path cannot read, and the node's stack perhaps can, is the node's own business
+/// unless it is for a workload.
+#[inline(always)]
+fn unreadable<T: Tables>(tables: &T, s: &Scratch, reason: DropReason) -> Outcome {
+    if s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none() {
+        return Ok(Next::Done(Verdict::Continue));
+    }
+    Err(reason.into())
 }
 
 /// Runs a stage. See [`Tables::stage`].
 #[inline(always)]
 pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     match stage {
-        Stage::Parse => take_apart(packet, s),
-        Stage::Extension => match step_over(packet, &mut s.parsed)? {
-            true => Ok(Next::Go),
-            false => Ok(Next::Carry),
+        Stage::Parse => take_apart(packet, tables, s),
+        Stage::Extension => match step_over(packet, &mut s.parsed) {
+            Ok(true) => Ok(Next::Go),
+            Ok(false) => Ok(Next::Carry),
+            Err(reason) => unreadable(tables, s, reason),
         },
         Stage::Transport => transport(packet, tables, s),
         Stage::LinkLocal => link_local(packet, tables, s),
@@ -304,7 +333,7 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
 const PULL: u32 = 256;
 
 #[inline(always)]
-fn take_apart<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
+fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     s.from = Place::default();
     s.to = Place::default();
     s.current = Current::Forward;
@@ -316,31 +345,43 @@ fn take_apart<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
     s.event.reason = 0;
     let direction = if s.hook == Hook::FROM_WORKLOAD { Direction::EGRESS } else { Direction::INGRESS };
     s.judgement = Judgement { direction, ..Judgement::default() };
+    s.parsed = Parsed::default();
+    if packet.tagged() {
+        // At the network it is for the VLAN's own device. A workload's tag would go out with the packet,
+        // into a network that the node is in and the workload is not.
+        return match s.hook {
+            Hook::FROM_NETWORK => Ok(Next::Done(Verdict::Continue)),
+            _ => Err(DropReason::UNSUPPORTED_L2.into()),
+        };
+    }
     packet.pull(PULL);
-    parse_network(packet, &mut s.parsed)?;
-    Ok(Next::Go)
+    match parse_network(packet, &mut s.parsed) {
+        Ok(()) => Ok(Next::Go),
+        Err(reason) => unreadable(tables, s, reason),
+    }
 }
 
 /// The table of fragments remembers datagrams of workloads only. Later fragments of the node's own
 /// traffic go on without ports: no connection has none, and the node does not ask for them.
 #[inline(always)]
 fn transport<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
-    if let Err(reason) = parse_transport(packet, tables, &mut s.parsed) {
-        let own = match s.hook {
-            Hook::FROM_NETWORK => tables.endpoint(&s.parsed.tuple.dst).is_none(),
-            hook => hook == Hook::TO_OVERLAY,
-        };
-        if !(own && reason == DropReason::FIRST_FRAGMENT_MISSING) {
-            return Err(reason.into());
+    match parse_transport(packet, tables, &mut s.parsed) {
+        Ok(()) if s.hook == Hook::FROM_WORKLOAD && s.parsed.is_routed_discovery() => {
+            Err(DropReason::FORBIDDEN_ICMPV6.into())
         }
+        Ok(()) => Ok(Next::Go),
+        Err(DropReason::FIRST_FRAGMENT_MISSING) if s.hook == Hook::TO_OVERLAY => Ok(Next::Go),
+        Err(reason) => unreadable(tables, s, reason),
     }
-    Ok(Next::Go)
 }
 
 #[inline(always)]
 fn link_local<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> Outcome {
-    if s.hook != Hook::FROM_WORKLOAD {
-        return Ok(Next::Done(Verdict::Continue));
+    match s.hook {
+        Hook::FROM_WORKLOAD => {}
+        // No node sends such a thing through the overlay.
+        Hook::FROM_OVERLAY => return Err(quiet(DropReason::UNSUPPORTED_L2)),
+        _ => return Ok(Next::Done(Verdict::Continue)),
     }
     let Some(endpoint) = tables.device(packet.ifindex()) else {
         return Err(quiet(DropReason::NOT_READY));

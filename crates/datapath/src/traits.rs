@@ -18,6 +18,8 @@ pub trait Packet {
     fn store<W: Wire>(&mut self, offset: u32, value: &W) -> bool;
     /// Length in bytes, Ethernet header included.
     fn length(&self) -> u32;
+    /// Whether it carries a VLAN tag, which the kernel keeps beside the bytes.
+    fn tagged(&self) -> bool;
     /// The device that the packet is met on.
     fn ifindex(&self) -> u32;
     /// Makes sure that the first `length` bytes (or all, if there are fewer) can be loaded.

@@ -10,6 +10,8 @@ use cirri_datapath::{Cursor, Packet, TunnelKey, Wire};
 pub struct Frame {
     /// The bytes.
     pub bytes: Vec<u8>,
+    /// It carries a VLAN tag.
+    pub tagged: bool,
     /// The device it is met on.
     pub ifindex: u32,
     /// From the overlay: what its outer headers said.
@@ -291,6 +293,10 @@ impl Packet for Frame {
 
     fn length(&self) -> u32 {
         self.bytes.len() as u32
+    }
+
+    fn tagged(&self) -> bool {
+        self.tagged
     }
 
     fn ifindex(&self) -> u32 {

@@ -220,6 +220,10 @@ impl Host for Kernel {
     }
 
     fn packet(&mut self, hook: u8, frame: &Frame) -> Option<Output> {
+        if frame.tagged {
+            // A test run of a program cannot be given a tag.
+            return None;
+        }
         let program = match hook {
             Hook::FROM_WORKLOAD => "from_workload",
             Hook::TO_WORKLOAD => "to_workload",
