@@ -81,18 +81,16 @@ pub(crate) fn parse_network<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(
     match u16::from_be(eth.ethertype) {
         wire::ETHERTYPE_IPV4 => {
             out.class = Class::Flow;
-            parse_v4(packet, out)
+            parse_v4(packet, out)?;
         }
         wire::ETHERTYPE_IPV6 => {
             out.class = Class::Flow;
-            parse_v6(packet, out)
+            parse_v6(packet, out)?;
         }
-        wire::ETHERTYPE_ARP => {
-            out.class = Class::Arp;
-            Ok(())
-        }
-        _ => Ok(()),
+        wire::ETHERTYPE_ARP => out.class = Class::Arp,
+        _ => {}
     }
+    if out.length > present(packet) { Err(DropReason::INVALID_PACKET) } else { Ok(()) }
 }
 
 #[inline(always)]
@@ -103,7 +101,7 @@ fn parse_v4<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
     let header = (ip.version_ihl as u32 & 0xf) * 4;
     out.length = u16::from_be(ip.length) as u32;
     if out.length == 0 {
-        out.length = oversize(packet);
+        out.length = present(packet);
     }
     if ip.version_ihl >> 4 != 4 || header < 20 || out.length < header {
         return Err(DropReason::INVALID_PACKET);
@@ -123,9 +121,11 @@ fn parse_v4<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
     Ok(())
 }
 
-/// Bytes from the IP header on of a segment of the kernel's that is too large to say it: it says 0.
+/// Bytes from the IP header on. A segment of the kernel's that is too large to say it says 0. A packet
+/// that says more than there are was cut off: its receiver would drop it, and no recipe could keep
+/// its checksums true.
 #[inline(always)]
-fn oversize<P: Packet>(packet: &P) -> u32 {
+fn present<P: Packet>(packet: &P) -> u32 {
     packet.length().wrapping_sub(L3)
 }
 
@@ -144,7 +144,7 @@ fn parse_v6<P: Packet>(packet: &P, out: &mut Parsed) -> Result<(), DropReason> {
         return Err(DropReason::INVALID_PACKET);
     }
     out.length = match u16::from_be(ip.length) {
-        0 => oversize(packet),
+        0 => present(packet),
         length => length as u32 + 40,
     };
     out.tuple.proto = ip.next;
