@@ -7,6 +7,7 @@ pub mod cases;
 pub mod fixtures;
 pub mod kernel;
 pub mod lab;
+pub mod mutate;
 pub mod pairs;
 pub mod random;
 pub mod reference;
