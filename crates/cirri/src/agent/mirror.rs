@@ -1,7 +1,7 @@
 //! Manifests of a directory, kept in the embedded store: from there on they go the same way as on
 //! a node of a cluster, and the last good content survives a restart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,19 +17,24 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Copies changes until the agent stops.
 pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'static, folder::Change>) {
     let mut first = true;
+    // All that the files ask for, by key; and whether the store was held against it.
+    let (mut wanted, mut compared) = (BTreeSet::new(), false);
     while let Some(change) = changes.next().await {
         let errors: Vec<String> = change.errors.iter().map(|error| error.message.clone()).collect();
         for error in &errors {
             tracing::error!("{error}");
         }
         shared.core.lock().await.folder_errors = errors;
-        // What an earlier run stored and no file says any more; unless a file that cannot be read
-        // now may have said it.
-        let stale = first && change.errors.is_empty();
-        while let Err(error) = copy(&shared, &change, stale).await {
+        wanted.extend(change.upserted.iter().map(|resource| format!("{PREFIX}{}", resource.store_key())));
+        change.removed.iter().for_each(|key| drop(wanted.remove(&format!("{PREFIX}{key}"))));
+        // What an earlier run stored and no file says any more goes; but not before every file can be
+        // read, for one that is broken may be what said it.
+        let compare = !compared && change.errors.is_empty();
+        while let Err(error) = copy(&shared, &change, compare.then_some(&wanted)).await {
             tracing::error!(%error, "manifests are not in force yet; trying again");
             tokio::time::sleep(PAUSE).await;
         }
+        compared |= compare;
         if first && let Ok(health) = shared.store.health().await {
             shared.core.lock().await.needed_revision = Some(health.revision);
             first = false;
@@ -44,7 +49,7 @@ pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, String> {
     core.view.resources().map(|(key, json)| (key.to_owned(), String::from_utf8_lossy(json).into_owned())).collect()
 }
 
-async fn copy(shared: &Arc<Shared>, change: &folder::Change, stale: bool) -> Result<(), StoreError> {
+async fn copy(shared: &Arc<Shared>, change: &folder::Change, all: Option<&BTreeSet<String>>) -> Result<(), StoreError> {
     for resource in &change.upserted {
         let key = format!("{PREFIX}{}", resource.store_key());
         shared.store.put(&key, resource.to_json().as_bytes(), false).await?;
@@ -52,10 +57,9 @@ async fn copy(shared: &Arc<Shared>, change: &folder::Change, stale: bool) -> Res
     for key in &change.removed {
         shared.store.delete(&format!("{PREFIX}{key}")).await?;
     }
-    if stale {
-        let wanted: Vec<String> = change.upserted.iter().map(|it| format!("{PREFIX}{}", it.store_key())).collect();
+    if let Some(all) = all {
         let (entries, _) = shared.store.list(&resource_prefix()).await?;
-        for entry in entries.iter().filter(|entry| !wanted.contains(&entry.key)) {
+        for entry in entries.iter().filter(|entry| !all.contains(&entry.key)) {
             shared.store.delete(&entry.key).await?;
         }
     }
