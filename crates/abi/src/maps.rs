@@ -139,4 +139,8 @@ pub mod epoch_slot {
     pub const FIRST_PEER: u16 = 4096;
     /// Last slot of routes to peers.
     pub const LAST_PEER: u16 = 20_479;
+    /// Moves with every change of endpoints and of the address cache, *before* the slots that the
+    /// change concerns. No recipe rests on it: the packet path asks it at the beginning and at the end
+    /// of a decision, to see whether what it found in between still led to the right slots.
+    pub const PLACES: u16 = 20_480;
 }

@@ -123,7 +123,9 @@ impl Packet for Skb {
             flags |= BPF_F_MARK_MANGLED_0 as u64;
         }
         // SAFETY: as above.
-        unsafe { bpf_l4_csum_replace(self.ctx, offset, 0, delta as u64, flags) == 0 }
+        let replace = |flags| unsafe { bpf_l4_csum_replace(self.ctx, offset, 0, delta as u64, flags) == 0 };
+        // An older kernel does not know the flag, and does without it.
+        replace(flags) || (flags & BPF_F_IPV6 != 0 && replace(flags & !BPF_F_IPV6))
     }
 
     #[inline(always)]

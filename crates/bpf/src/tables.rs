@@ -113,9 +113,14 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn promote(&self, tuple: &Tuple, flow: &FlowRef) -> bool {
-        // SAFETY: as in `FlowRef::recipe`; the kernel copies the value from where it stands.
-        self.insert(Table::Flows, tuple, unsafe { &*flow.0 }, false)
+    fn promote(&self, tuple: &Tuple, flow: &FlowRef, spare: &mut Recipe) -> bool {
+        flow.copy_to(spare);
+        // An evicted entry is reused at once, by another connection: its recipe must not become this
+        // one's. What is still found here after the copy was not reused before it.
+        match self.flow(Table::Pending, tuple) {
+            Some(again) if again.0 == flow.0 => self.insert(Table::Flows, tuple, spare, false),
+            _ => false,
+        }
     }
 
     #[inline(always)]

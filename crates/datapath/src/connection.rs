@@ -5,8 +5,8 @@
 //! is established.
 
 use cirri_abi::{
-    Action, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, node_flag, proto,
-    recipe_flag,
+    Action, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, epoch_slot, node_flag,
+    proto, recipe_flag,
 };
 
 use crate::{
@@ -34,6 +34,13 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         }
     };
     flow.copy_to(&mut s.old);
+    if s.pending && s.old.state == State::NEW && s.old.flags & recipe_flag::REPLY == 0 {
+        // Without the entry for its answers, which may have been evicted, they would be strangers.
+        let answer = s.parsed.tuple.rewritten(&s.old).turned();
+        if tables.flow(Table::Pending, &answer).is_none() && tables.flow(Table::Flows, &answer).is_none() {
+            return Ok(Next::Go);
+        }
+    }
     s.replaces = !s.pending;
     // From the overlay another identity than expected is news about the sender, not a stranger.
     let same = door(s.hook, packet) == s.old.door;
@@ -100,13 +107,22 @@ pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     let reply = s.old.flags & recipe_flag::REPLY != 0;
     let (own, other) = if reply { (&mut s.reverse, &mut s.forward) } else { (&mut s.forward, &mut s.reverse) };
     keep(own, &s.old, s.reopened);
-    own.door = door(s.hook, packet);
-    let Some(opposite) = tables.flow(table, if reply { &s.opener } else { &s.answer }) else {
-        // Half of the pair was evicted. Begin again: the opener's next packet writes both.
-        tables.remove(table, &s.parsed.tuple);
-        return Err(DropReason::UNKNOWN_STATE.into());
+    through(own, s.hook, door(s.hook, packet));
+    let opposite_tuple = if reply { &s.opener } else { &s.answer };
+    let opposite = match tables.flow(table, opposite_tuple) {
+        Some(opposite) if is_answered_by(opposite_tuple, opposite.recipe(), &s.parsed.tuple) => opposite,
+        _ => {
+            // Half of the pair was evicted, and perhaps another connection has its place. Begin again:
+            // the opener's next packet writes both.
+            tables.remove(table, &s.parsed.tuple);
+            return Err(DropReason::UNKNOWN_STATE.into());
+        }
     };
     keep(other, opposite.recipe(), s.reopened);
+    if reply && other.hook != opposite.recipe().hook {
+        // The opener's packets may come through another door than its place says.
+        through(other, opposite.recipe().hook, opposite.recipe().door);
+    }
     tables.insert(table, &s.opener, &s.forward, false);
     tables.insert(table, &s.answer, &s.reverse, false);
     tables.count(CounterIndex::RENEWED, packet.length());
@@ -119,14 +135,25 @@ pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
 const ECHO_REQUEST: u8 = 8;
 const ECHO_REQUEST_V6: u8 = 128;
 
+/// Whether packets of `other` are the answers to those of `tuple`, which obey `recipe`.
+#[inline(always)]
+fn is_answered_by(tuple: &Tuple, recipe: &Recipe, other: &Tuple) -> bool {
+    tuple.rewritten(recipe).turned() == *other
+}
+
+/// Sets where a recipe's packets come in.
+#[inline(always)]
+fn through(recipe: &mut Recipe, hook: u8, door: u32) {
+    recipe.hook = hook;
+    recipe.door = door;
+    if hook == Hook::TO_WORKLOAD {
+        recipe.action = Action::CONTINUE;
+    }
+}
+
 /// Takes over from the recipe that a new one replaces.
 #[inline(always)]
 fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
-    new.hook = old.hook;
-    new.door = old.door;
-    if old.hook == Hook::TO_WORKLOAD {
-        new.action = Action::CONTINUE;
-    }
     new.rewrite = old.rewrite;
     new.address = old.address;
     new.port = old.port;
@@ -142,12 +169,18 @@ fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
     new.since = old.since;
 }
 
-/// Notes the epochs that the decision will rest on. Must come before policy and places are asked:
-/// what changes after this makes the recipe stale, not wrong.
+/// Notes the epochs that the decision will rest on. Must come before policy is asked: what changes
+/// after this makes the recipe stale, not wrong.
+///
+/// The slots follow from the places, which were asked for before. If any of these changed meanwhile,
+/// the recipe is stale from the beginning.
 #[inline(always)]
 pub(crate) fn snapshot<T: Tables>(tables: &T, s: &mut Scratch) {
     s.slots = [s.from.slot, s.to.slot, 0];
     s.epoch = epochs(tables, &s.slots);
+    if tables.epoch(epoch_slot::PLACES) != s.places {
+        s.epoch = s.epoch.wrapping_sub(1);
+    }
 }
 
 /// Drafts both directions' recipes from what is in the scratch. No rewrite yet.
@@ -275,7 +308,7 @@ pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         // Both sides have spoken: from the pending table to the flow table.
         opposite.set_state(State::ESTABLISHED, 0);
         flow.set_state(if closing { State::CLOSING } else { State::ESTABLISHED }, flags);
-        if tables.promote(&s.answer, &opposite) && tables.promote(tuple, &flow) {
+        if tables.promote(&s.answer, &opposite, &mut s.spare) && tables.promote(&s.parsed.tuple, &flow, &mut s.spare) {
             tables.remove(Table::Pending, tuple);
             tables.remove(Table::Pending, &s.answer);
             tables.count(CounterIndex::PROMOTED, packet.length());

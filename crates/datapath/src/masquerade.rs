@@ -39,7 +39,8 @@ pub(crate) fn wanted<T: Tables>(tables: &T, s: &Scratch) -> Result<bool, DropRea
 /// Takes a port whose answers no other connection expects, and puts the rewrite into both recipes.
 ///
 /// The answer's pending entry is the claim: it is inserted only if it is new, so two CPUs cannot
-/// take the same port.
+/// take the same port. Then the established are asked, in this order: a connection is in their table
+/// before it leaves the pending one.
 #[inline(always)]
 pub(crate) fn bind<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropReason> {
     let Some(node) = tables.node() else {
@@ -66,10 +67,13 @@ pub(crate) fn bind<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRea
         s.forward.port = port;
         s.answer.dst = address;
         s.answer.dport = port;
-        if tables.flow(Table::Flows, &s.answer).is_none() && tables.insert(Table::Pending, &s.answer, &s.reverse, true)
-        {
+        if !tables.insert(Table::Pending, &s.answer, &s.reverse, true) {
+            continue;
+        }
+        if tables.flow(Table::Flows, &s.answer).is_none() {
             return Ok(());
         }
+        tables.remove(Table::Pending, &s.answer);
     }
     Err(DropReason::NO_MASQUERADE_PORT)
 }

@@ -2,7 +2,7 @@
 
 use cirri_abi::{
     Action, Addr, CounterIndex, Direction, DropReason, EventKind, FlowEvent, Hook, Identity, Port, Recipe, Tuple,
-    VXLAN_PORT, Verdict as Said, endpoint_flag, event_flag, ipcache_flag, node_flag, proto, recipe_flag,
+    VXLAN_PORT, Verdict as Said, endpoint_flag, epoch_slot, event_flag, ipcache_flag, node_flag, proto, recipe_flag,
 };
 
 use crate::{
@@ -41,6 +41,8 @@ pub struct Scratch {
     pub slots: [u16; 3],
     /// the sum of its epochs when it began.
     pub epoch: u32,
+    /// The epoch of [`epoch_slot::PLACES`] when the packet came.
+    pub places: u32,
     /// The ICMP type that policy is asked for.
     pub icmp_type: u8,
     /// Where the packet was met.
@@ -55,6 +57,8 @@ pub struct Scratch {
     pub reopened: bool,
     /// The recipe that this packet is to obey.
     pub current: Current,
+    /// Room for [`Tables::promote`].
+    pub spare: Recipe,
     /// For the host: what a stage answered, where it keeps that in memory.
     pub word: u64,
 }
@@ -343,6 +347,7 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
     s.replaces = false;
     s.stale = false;
     s.event.reason = 0;
+    s.places = tables.epoch(epoch_slot::PLACES);
     let direction = if s.hook == Hook::FROM_WORKLOAD { Direction::EGRESS } else { Direction::INGRESS };
     s.judgement = Judgement { direction, ..Judgement::default() };
     s.parsed = Parsed::default();

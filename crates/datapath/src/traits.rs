@@ -93,8 +93,9 @@ pub trait Tables {
     fn flow(&self, table: Table, tuple: &Tuple) -> Option<Self::Flow>;
     /// Inserts or replaces. `false`: the table is full, or with `new` the key exists.
     fn insert(&self, table: Table, tuple: &Tuple, recipe: &Recipe, new: bool) -> bool;
-    /// Inserts a pending connection's recipe, as it stands, into the flow table.
-    fn promote(&self, tuple: &Tuple, flow: &Self::Flow) -> bool;
+    /// Inserts a pending connection's recipe, as it stands, into the flow table. `false` also if it
+    /// does not stand there any more. `spare` is overwritten.
+    fn promote(&self, tuple: &Tuple, flow: &Self::Flow, spare: &mut Recipe) -> bool;
     /// Removes, if it is there.
     fn remove(&self, table: Table, tuple: &Tuple);
 

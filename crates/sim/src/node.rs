@@ -277,7 +277,7 @@ impl Tables for Node {
         self.table(table).insert(tuple, recipe, new)
     }
 
-    fn promote(&self, tuple: &Tuple, flow: &Handle) -> bool {
+    fn promote(&self, tuple: &Tuple, flow: &Handle, _spare: &mut Recipe) -> bool {
         self.established.insert(tuple, &flow.cell.get(), false)
     }
 

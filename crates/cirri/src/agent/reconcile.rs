@@ -72,7 +72,9 @@ impl Core {
             bumps.extend(changed_rulesets);
         }
         self.reconcile_ipcache(late, now, &mut bumps);
-        for slot in bumps {
+        // First that something changed, then for whom: see `epoch_slot::PLACES`.
+        let places = (!bumps.is_empty()).then_some(epoch_slot::PLACES);
+        for slot in places.into_iter().chain(bumps) {
             if let Err(error) = self.tables.bump(slot) {
                 tracing::error!(slot, %error, "established connections may not feel the last change");
             }
