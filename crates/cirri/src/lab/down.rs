@@ -52,8 +52,7 @@ pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
 pub fn remove(name: &LabName) -> anyhow::Result<bool> {
     let namespaces = netns::list(&name.prefix());
     let directory = name.directory();
-    let pins = pins(name);
-    let existed = !namespaces.is_empty() || directory.exists() || !pins.is_empty();
+    let existed = exists(name);
 
     let own = netns::id(Path::new("/proc/self/ns/net"));
     let ids: Vec<NsId> = namespaces.iter().filter_map(|name| netns::id(&netns::path(name))).collect();
@@ -79,7 +78,8 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
             problems.push(format!("cannot remove the network namespace {namespace}: {problem}"));
         }
     }
-    for directory in pins.iter().map(AsRef::as_ref).chain([directory.as_path()]) {
+    // Looked up only now: an agent that had just started may have pinned until it was killed.
+    for directory in pins(name).iter().map(AsRef::as_ref).chain([directory.as_path()]) {
         match fs::remove_dir_all(directory) {
             Err(problem) if problem.kind() != std::io::ErrorKind::NotFound => {
                 problems.push(format!("cannot remove {}: {problem}", directory.display()));
