@@ -75,10 +75,10 @@ impl Collector {
             let count = CHUNK.min(budget - swept.seen);
             let from = self.cursor.take();
             self.cursor = match self.at {
-                Stage::Pending4 => step(&self.tables.pending4, from, count, now, &mut swept)?,
-                Stage::Pending6 => step(&self.tables.pending6, from, count, now, &mut swept)?,
-                Stage::Flows4 => step(&self.tables.flows4, from, count, now, &mut swept)?,
-                Stage::Flows6 => step(&self.tables.flows6, from, count, now, &mut swept)?,
+                Stage::Pending4 => step(&self.tables.pending4, from, count, now, Orphans::Stay, &mut swept)?,
+                Stage::Pending6 => step(&self.tables.pending6, from, count, now, Orphans::Stay, &mut swept)?,
+                Stage::Flows4 => step(&self.tables.flows4, from, count, now, Orphans::End, &mut swept)?,
+                Stage::Flows6 => step(&self.tables.flows6, from, count, now, Orphans::End, &mut swept)?,
             };
             if self.cursor.is_none() {
                 self.at = match self.at {
@@ -163,6 +163,7 @@ fn step<K: FlowKey>(
     from: Option<Cursor>,
     count: usize,
     now: Tick,
+    orphans: Orphans,
     swept: &mut Swept,
 ) -> Result<Option<Cursor>, MapError> {
     let chunk = table.chunk(from.as_ref(), count)?;
@@ -173,22 +174,45 @@ fn step<K: FlowKey>(
         // saw the reset leads here.
         if is_over(&tuple, &recipe, None, now) {
             collect(table, &key, now, swept)?;
+        } else if orphans == Orphans::End && is_settled(&recipe, now) && opposite(table, &key, &recipe)?.is_none() {
+            swept.removed += usize::from(table.delete(&key)?);
         }
     }
     Ok(chunk.next)
+}
+
+/// What becomes of an entry whose opposite direction was evicted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Orphans {
+    /// Nothing: the packet path itself sees to it.
+    Stay,
+    /// It goes too. Alone it would go on carrying one direction and leave the other to be refused as a
+    /// stranger; its next packet makes both anew.
+    End,
+}
+
+/// Whether a connection is old enough that both its entries were written.
+fn is_settled(recipe: &Recipe, now: Tick) -> bool {
+    now.count.saturating_sub(recipe.since.count) > 2
+}
+
+/// The entry of the opposite direction. One in its place may belong to another connection by now; it
+/// then answers to another.
+fn opposite<K: FlowKey>(table: &Table<K, Recipe>, key: &K, recipe: &Recipe) -> Result<Option<(K, Recipe)>, MapError> {
+    let tuple = opposite_of(&key.tuple(), recipe);
+    let opposite_key = K::of(&tuple);
+    let found = table.get(&opposite_key)?.filter(|opposite| K::of(&opposite_of(&tuple, opposite)) == *key);
+    Ok(found.map(|opposite| (opposite_key, opposite)))
 }
 
 /// Reads both directions afresh and removes them if the connection is over.
 fn collect<K: FlowKey>(table: &Table<K, Recipe>, key: &K, now: Tick, swept: &mut Swept) -> Result<(), MapError> {
     let tuple = key.tuple();
     let Some(recipe) = table.get(key)? else { return Ok(()) };
-    let opposite_tuple = opposite_of(&tuple, &recipe);
-    let opposite_key = K::of(&opposite_tuple);
-    // An entry in that place may belong to another connection by now; it then answers to another.
-    let opposite = table.get(&opposite_key)?.filter(|opposite| K::of(&opposite_of(&opposite_tuple, opposite)) == *key);
-    if is_over(&tuple, &recipe, opposite.as_ref(), now) {
+    let opposite = opposite(table, key, &recipe)?;
+    if is_over(&tuple, &recipe, opposite.as_ref().map(|(_, opposite)| opposite), now) {
         swept.removed += usize::from(table.delete(key)?);
-        if opposite.is_some() && opposite_key != *key {
+        if let Some((opposite_key, _)) = opposite.filter(|(opposite_key, _)| opposite_key != key) {
             swept.removed += usize::from(table.delete(&opposite_key)?);
         }
     } else if is_over(&tuple, &recipe, None, now) {

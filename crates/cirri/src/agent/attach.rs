@@ -222,6 +222,10 @@ async fn create(core: &mut Core, endpoint: &mut Endpoint, started: Instant) -> R
         ApiError::new("internal", text)
     })?;
     endpoint.ifindex = device.index;
+    // Not a packet may pass before: whoever is inside already can bring the other end up at any time.
+    core.datapath
+        .attach_workload(&endpoint.host_ifname)
+        .map_err(|error| ApiError::new("internal", format!("no programs on its device: {error}")))?;
     node::quiet(&net, &endpoint.host_ifname).map_err(internal)?;
     net.set_up(&endpoint.host_ifname).await.map_err(internal)?;
 
