@@ -92,6 +92,17 @@ impl Pins {
         }
     }
 
+    /// Opens the maps in use, whatever sizes the configuration gave them.
+    pub fn open_live(&self) -> Result<BTreeMap<&'static str, RawMap>, LoadError> {
+        let mut maps = BTreeMap::new();
+        for map in map::ALL {
+            let raw = open_map(&self.live(), map)?;
+            compatible(raw.info(), map, raw.info().max_entries)?;
+            maps.insert(map.name, raw);
+        }
+        Ok(maps)
+    }
+
     /// An empty directory for a new set.
     pub fn begin(&self) -> Result<PathBuf, LoadError> {
         let dir = self.new_set();
@@ -173,13 +184,17 @@ pub(crate) fn open_set(
 ) -> Result<BTreeMap<&'static str, RawMap>, LoadError> {
     let mut maps = BTreeMap::new();
     for map in map::ALL {
-        let path = dir.join(map.name);
-        let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
-        let raw = RawMap::new(fd).map_err(at(&path, "ask for its map"))?;
+        let raw = open_map(dir, map)?;
         compatible(raw.info(), map, sizes.get(map.name).copied().unwrap_or(map.max_entries))?;
         maps.insert(map.name, raw);
     }
     Ok(maps)
+}
+
+fn open_map(dir: &Path, map: &cirri_abi::Map) -> Result<RawMap, LoadError> {
+    let path = dir.join(map.name);
+    let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
+    RawMap::new(fd).map_err(at(&path, "ask for its map"))
 }
 
 pub(crate) fn at(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> LoadError {

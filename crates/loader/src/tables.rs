@@ -1,6 +1,6 @@
 //! The maps of a node, each with its types, and what goes beyond one map's reads and writes.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use cirri_abi::{
     Addr, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey, Map, NodeConfig,
@@ -8,7 +8,8 @@ use cirri_abi::{
 };
 
 use crate::{
-    error::MapError,
+    error::{LoadError, MapError},
+    pins::Pins,
     plain::{bytes, bytes_of_all, read},
     sys::RawMap,
     table::{self, BATCH, Table},
@@ -83,6 +84,13 @@ impl Tables {
             rulesets: raw(&map::RULESETS)?,
             all: Arc::new(all),
         })
+    }
+
+    /// The tables of an instance that an agent runs, for tools beside it. The agent stays their
+    /// writer: whatever else is written here, its next reconciliation may write over.
+    pub fn open(pin_root: &Path, instance: &str) -> Result<Tables, LoadError> {
+        let maps = Pins::open(pin_root, instance)?.open_live()?;
+        Ok(Tables::new(maps)?)
     }
 
     // === The node and its epochs ===

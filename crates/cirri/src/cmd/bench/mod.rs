@@ -1,15 +1,21 @@
 //! `cirri bench`: what the packet path and the agent cost.
 
 mod cases;
+mod control;
 mod frame;
 mod ground;
 mod instance;
+mod labs;
+mod load;
 mod packets;
 mod pin;
+mod plain;
 mod stats;
+mod traffic;
 mod verify;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::exit::{Error, Failure, Result};
 use crate::output::{self, OutputArgs};
@@ -34,6 +40,22 @@ enum BenchCommand {
     Packets {
         #[command(flatten)]
         pins: PinArgs,
+        #[command(flatten)]
+        amount: AmountArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Connections, requests and bulk data between pods, beside plain kernel routing (needs a lab)
+    Traffic {
+        #[command(flatten)]
+        pins: PinArgs,
+        #[command(flatten)]
+        amount: AmountArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// From a manifest to its enforcement, attaching pods, memory of the agent (needs a lab)
+    Control {
         #[command(flatten)]
         amount: AmountArgs,
         #[command(flatten)]
@@ -80,6 +102,19 @@ impl AmountArgs {
         let (rounds, packets, others) = if self.quick { (5, 4000, 600_000) } else { (41, 20_000, 700_000) };
         packets::Plan { rounds, packets, others, cpu: self.cpu }
     }
+
+    fn traffic(self) -> traffic::Plan {
+        let (rounds, window) = if self.quick { (2, 150) } else { (10, 500) };
+        traffic::Plan { rounds, window: Duration::from_millis(window), cpu: self.cpu }
+    }
+
+    fn control(self) -> control::Plan {
+        if self.quick {
+            control::Plan { policies: &[10, 100], more: 3, pods: 10 }
+        } else {
+            control::Plan { policies: &[10, 100, 1000], more: 5, pods: 50 }
+        }
+    }
 }
 
 /// Runs it.
@@ -92,6 +127,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Packets { pins, amount, output } => {
             let lines = packets::run(&pins.pin_root, &amount.plan()).map_err(failed)?;
             output::print(output.output, &lines, |lines| packets::table(lines))
+        }
+        BenchCommand::Traffic { pins, amount, output } => {
+            let lines = traffic::run(&pins.pin_root, &amount.traffic()).map_err(failed)?;
+            output::print(output.output, &lines, |lines| traffic::table(lines))
+        }
+        BenchCommand::Control { amount, output } => {
+            let control = control::run(&amount.control()).map_err(failed)?;
+            output::print(output.output, &control, control::shown)
         }
         BenchCommand::Pin { case, dir, others, output } => {
             let pinned = pin::pin(case, dir, *others).map_err(failed)?;

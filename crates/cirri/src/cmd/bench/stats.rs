@@ -26,6 +26,13 @@ impl Spread {
     }
 }
 
+/// The value that a share of all is at most.
+pub fn quantile(all: &[f64], share: f64) -> Option<f64> {
+    let mut sorted = all.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(((sorted.len().max(1) - 1) as f64 * share) as usize).copied()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
