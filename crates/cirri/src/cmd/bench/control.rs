@@ -64,7 +64,7 @@ pub fn run(plan: &Plan) -> Result<Control> {
     super::instance::sweep(Path::new("/sys/fs/bpf/cirri"));
     eprintln!("cirri: bringing up a lab of one node");
     let lab = BenchLab::up("c", 1, "overlay")?;
-    let base = [labs::pod("client", "node1", "client"), labs::pod("server", "node1", "one")].concat();
+    let base = [labs::pod("client", "node1", "client"), labs::pod("server", "node1", "role0")].concat();
     lab.write("base.yaml", &format!("{}{base}", labs::NAMESPACE))?;
     lab.apply()?;
     let nothing = (0..plan.more).map(|_| timed(&lab)).collect::<Result<Vec<_>>>()?;
@@ -73,14 +73,14 @@ pub fn run(plan: &Plan) -> Result<Control> {
     let mut there = 0;
     for wanted in plan.policies {
         eprintln!("cirri: {wanted} policies");
-        let text: String = (there..*wanted).map(|n| labs::policy(&format!("policy{n}"), "one", 1 + n % 5)).collect();
+        let text: String = (there..*wanted).map(|n| labs::policy(&format!("policy{n}"), &role(n), 1 + n % 5)).collect();
         lab.write(&format!("policies{wanted}.yaml"), &text)?;
         let new = wanted - there;
         let all_ms = timed(&lab)?;
         there = *wanted;
         let mut rounds = Vec::new();
         for n in 0..plan.more {
-            lab.write("more.yaml", &labs::policy("more", "one", 2 + n))?;
+            lab.write("more.yaml", &labs::policy("more", &role(0), 2 + n))?;
             rounds.push(timed(&lab)?);
         }
         let one_more_ms = Spread::of(&rounds).context("no rounds")?;
@@ -94,8 +94,7 @@ fn attach(plan: &Plan, lab: &BenchLab) -> Result<Attach> {
     eprintln!("cirri: attaching {} pods", plan.pods);
     let agent_mib_before = agent_mib(lab)?;
     let before = ready(lab)?.len();
-    let pods: String =
-        (0..plan.pods).map(|n| labs::pod(&format!("pod{n}"), "node1", &format!("r{}", n % 10))).collect();
+    let pods: String = (0..plan.pods).map(|n| labs::pod(&format!("pod{n}"), "node1", &role(n))).collect();
     lab.write("pods.yaml", &pods)?;
     let wall = timed(lab)?;
     let ready: Vec<f64> = ready(lab)?.split_off(before);
@@ -108,6 +107,11 @@ fn attach(plan: &Plan, lab: &BenchLab) -> Result<Attach> {
         agent_mib_before,
         agent_mib: agent_mib(lab)?,
     })
+}
+
+/// Pods and policies are of ten kinds.
+fn role(n: usize) -> String {
+    format!("role{}", n % 10)
 }
 
 /// Milliseconds of one `apply --wait`.

@@ -10,6 +10,7 @@ mod load;
 mod packets;
 mod pin;
 mod plain;
+mod report;
 mod stats;
 mod traffic;
 mod verify;
@@ -61,6 +62,16 @@ enum BenchCommand {
         #[command(flatten)]
         output: OutputArgs,
     },
+    /// All of it, written to DIR/latest.json and DIR/README.md
+    All {
+        /// Where to
+        #[arg(long, value_name = "DIR", default_value = "docs/bench")]
+        out: PathBuf,
+        #[command(flatten)]
+        pins: PinArgs,
+        #[command(flatten)]
+        amount: AmountArgs,
+    },
     /// Load, fill and pin a case for a harness from outside (docs/bench/pin.md)
     Pin {
         /// The case, as `cirri bench packets` names it
@@ -108,6 +119,10 @@ impl AmountArgs {
         traffic::Plan { rounds, window: Duration::from_millis(window), cpu: self.cpu }
     }
 
+    fn everything(self) -> report::Plan {
+        report::Plan { packets: self.plan(), traffic: self.traffic(), control: self.control(), quick: self.quick }
+    }
+
     fn control(self) -> control::Plan {
         if self.quick {
             control::Plan { policies: &[10, 100], more: 3, pods: 10 }
@@ -135,6 +150,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Control { amount, output } => {
             let control = control::run(&amount.control()).map_err(failed)?;
             output::print(output.output, &control, control::shown)
+        }
+        BenchCommand::All { out, pins, amount } => {
+            report::run(&pins.pin_root, &amount.everything(), out).map_err(failed)
         }
         BenchCommand::Pin { case, dir, others, output } => {
             let pinned = pin::pin(case, dir, *others).map_err(failed)?;

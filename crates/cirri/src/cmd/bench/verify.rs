@@ -18,6 +18,18 @@ pub struct Bill {
     jited: u32,
 }
 
+impl Bill {
+    /// The program's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Verified instructions; bytes of stack, instructions and machine code.
+    pub fn figures(&self) -> [u32; 4] {
+        [self.verified, self.stack, self.xlated, self.jited]
+    }
+}
+
 /// Loads the programs and asks the kernel.
 pub fn run(pin_root: &Path) -> Result<Vec<Bill>> {
     instance::sweep(pin_root);
@@ -34,8 +46,7 @@ pub fn run(pin_root: &Path) -> Result<Vec<Bill>> {
 pub fn table(bills: &[Bill]) -> String {
     let mut table = Table::new(["program", "verified", "stack", "xlated", "jited"]);
     for bill in bills {
-        let figures = [bill.verified, bill.stack, bill.xlated, bill.jited].map(|figure| figure.to_string());
-        let [verified, stack, xlated, jited] = figures;
+        let [verified, stack, xlated, jited] = bill.figures().map(|figure| figure.to_string());
         table.row([bill.name.clone(), verified, stack, xlated, jited]);
     }
     table.render(output::terminal_width())
