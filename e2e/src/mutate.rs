@@ -74,7 +74,7 @@ impl Mutator {
     }
 
     /// The next packet and its hook. One in five is valid, so that connections open and speak.
-    pub fn next(&mut self) -> (u8, Frame) {
+    pub fn packet(&mut self) -> (u8, Frame) {
         let (mut hook, mut frame) = self.rng.choice(&self.corpus).cloned().unwrap_or_default();
         if self.rng.u8(0..5) == 0 {
             return (hook, frame);

@@ -28,7 +28,7 @@ fn the_kernel_and_the_simulator_say_the_same_to_malformed_packets() {
                     kernel.change(&change);
                 }
             }
-            let (hook, mut frame) = mutator.next();
+            let (hook, mut frame) = mutator.packet();
             // A test run has no tunnel key, and the overlay device has a mind of its own about what
             // is malformed. So nobody sends these; all but the sender's check sees them.
             frame.tunnel = None;

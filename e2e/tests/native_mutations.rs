@@ -25,7 +25,7 @@ fn nothing_passes_that_the_rules_forbid() {
             (node, oracle) = (Native::new(DEVICES), Oracle::default());
             tables(DEVICES, 256).iter().for_each(|change| node.change(change));
         }
-        let (hook, frame) = mutator.next();
+        let (hook, frame) = mutator.packet();
         let output = node.packet(hook, &frame).expect("the native host takes everything");
         node.events();
         let (Answer::Verdict(verdict), Some(out)) = (output.answer, output.frame) else {
@@ -204,11 +204,11 @@ impl Oracle {
         if hook == Hook::FROM_OVERLAY {
             let remote =
                 frame.tunnel.is_some_and(|key| key.remote == u32::from_ne_bytes([192, 168, 0, 2]) && key.vni != 0);
-            if !continues && !(remote && is_remote(&read.src)) {
-                return Err("the overlay does not vouch for it".into());
-            }
             if continues {
                 return Ok(());
+            }
+            if !remote || !is_remote(&read.src) {
+                return Err("the overlay does not vouch for it".into());
             }
         }
         if !allowed(&read, sender) {
