@@ -26,7 +26,9 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
         }
         shared.core.lock().await.folder_errors = errors;
         wanted.extend(change.upserted.iter().map(|resource| format!("{PREFIX}{}", resource.store_key())));
-        change.removed.iter().for_each(|key| drop(wanted.remove(&format!("{PREFIX}{key}"))));
+        for key in &change.removed {
+            wanted.remove(&format!("{PREFIX}{key}"));
+        }
         // What an earlier run stored and no file says any more goes; but not before every file can be
         // read, for one that is broken may be what said it.
         let compare = !compared && change.errors.is_empty();
