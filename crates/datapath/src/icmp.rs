@@ -79,6 +79,9 @@ fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> O
     Ok(Next::Done(Verdict::Continue))
 }
 
+/// The IPv6 fragment header's protocol number.
+const FRAGMENT: u8 = 44;
+
 /// The tuple of the quoted packet; answers the offset of its transport header.
 #[inline(always)]
 fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<u32, DropReason> {
@@ -90,7 +93,14 @@ fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Resul
         out.src.words = ip.src;
         out.dst.words = ip.dst;
         out.proto = ip.next;
-        inner + 40
+        // A datagram's first fragment: that one was too big.
+        match packet.load::<wire::Fragment6>(inner + 40) {
+            Some(fragment) if ip.next == FRAGMENT && u16::from_be(fragment.offset) & 0xfff8 == 0 => {
+                out.proto = fragment.next;
+                inner + 48
+            }
+            _ => inner + 40,
+        }
     } else {
         let Some(ip) = packet.load::<wire::Ipv4>(inner) else {
             return Err(DropReason::CT_INVALID_HEADER);

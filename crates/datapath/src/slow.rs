@@ -375,7 +375,11 @@ fn transport<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> O
             Err(DropReason::FORBIDDEN_ICMPV6.into())
         }
         Ok(()) => Ok(Next::Go),
-        Err(DropReason::FIRST_FRAGMENT_MISSING) if s.hook == Hook::TO_OVERLAY => Ok(Next::Go),
+        Err(DropReason::FIRST_FRAGMENT_MISSING)
+            if s.hook == Hook::TO_OVERLAY || (s.hook == Hook::FROM_OVERLAY && is_host(tables, &s.parsed.tuple.dst)) =>
+        {
+            Ok(Next::Go)
+        }
         Err(reason) => unreadable(tables, s, reason),
     }
 }
