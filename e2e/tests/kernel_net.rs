@@ -116,6 +116,13 @@ async fn a_route_is_replaced_when_its_device_or_source_changes() {
     net.put_route(&Route::host(pod, one, None)).await.expect("set");
     net.put_route(&Route::host(pod, two, None)).await.expect("replaced");
     assert_eq!(net.routes().await.expect("listed"), [Route::host(pod, two, None)]);
+    for (network, prefix) in [("10.99.0.0", 16), ("fd99::", 64)] {
+        let nowhere = Route::unreachable(ip(network), prefix);
+        net.put_route(&nowhere).await.expect("set");
+        assert!(net.routes().await.expect("listed").contains(&nowhere), "{nowhere:?}");
+        assert!(net.delete_route(&nowhere).await.expect("deleted"));
+        assert!(!net.routes().await.expect("listed").contains(&nowhere), "{nowhere:?}");
+    }
     let pods =
         Route { to: ip("10.8.0.0"), prefix: 24, via: Some(ip("192.168.9.9")), device: one, source: None, onlink: true };
     net.put_route(&pods).await.expect("a router that no route reaches");

@@ -122,6 +122,12 @@ impl Core {
     fn routes(&self) -> BTreeMap<IpNet, RouteRow> {
         let source = |v6: bool| if v6 { self.node.v6.map(IpAddr::V6) } else { Some(IpAddr::V4(self.node.v4)) };
         let mut rows = BTreeMap::new();
+        for cidr in self.pools.iter().map(|pool| pool.cidr().trunc()) {
+            // An address that no workload has must not follow the default route: the network would
+            // send it back here, round and round.
+            let route = Route::unreachable(cidr.network(), cidr.prefix_len());
+            rows.insert(cidr, RouteRow { route, neighbour: None });
+        }
         for endpoint in self.endpoints.values() {
             for ip in endpoint.addresses() {
                 let route = Route::host(ip, endpoint.ifindex, source(ip.is_ipv6()));

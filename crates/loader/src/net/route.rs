@@ -40,7 +40,7 @@ pub struct Route {
     pub prefix: u8,
     /// The router; without one the destination is on the device's link.
     pub via: Option<IpAddr>,
-    /// The device to leave by.
+    /// The device to leave by; 0 for a network that is nowhere: packets to it are refused.
     pub device: u32,
     /// The address that this node's own packets get.
     pub source: Option<IpAddr>,
@@ -72,6 +72,15 @@ impl Route {
     /// To one host, which is on the link of `device`.
     pub fn host(to: IpAddr, device: u32, source: Option<IpAddr>) -> Route {
         Route { to, prefix: host_bits(to), via: None, device, source, onlink: false }
+    }
+
+    /// What has no narrower route in this network is not to be found by a wider one.
+    pub fn unreachable(to: IpAddr, prefix: u8) -> Route {
+        Route { to, prefix, via: None, device: 0, source: None, onlink: false }
+    }
+
+    fn is_unreachable(&self) -> bool {
+        self.device == 0
     }
 }
 
@@ -208,7 +217,7 @@ impl Net {
         Ok(all.iter().filter(permanent).filter_map(described).collect())
     }
 
-    /// All unicast routes of the main tables.
+    /// All routes of the main tables.
     async fn route_messages(&self) -> Result<Vec<RouteMessage>, NetError> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -228,13 +237,16 @@ impl Net {
 
     fn message(&self, route: &Route) -> Result<RouteMessage, NetError> {
         let refuse = |error: String| self.failed(shown(route), "describe", std::io::Error::other(error));
-        let scope = if route.via.is_none() && route.to.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+        let on_link = route.via.is_none() && route.to.is_ipv4() && !route.is_unreachable();
         let mut builder = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(route.to, route.prefix)
             .map_err(|error| refuse(error.to_string()))?
-            .output_interface(route.device)
             .protocol(RouteProtocol::from(ROUTE_PROTOCOL))
-            .scope(scope);
+            .scope(if on_link { RouteScope::Link } else { RouteScope::Universe });
+        builder = match route.is_unreachable() {
+            true => builder.kind(RouteType::Unreachable),
+            false => builder.output_interface(route.device),
+        };
         if let Some(source) = route.source {
             builder = builder.pref_source(source).map_err(|error| refuse(error.to_string()))?;
         }
@@ -271,6 +283,10 @@ fn described(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
+    if message.header.kind == RouteType::Unreachable {
+        // The kernel lists those of IPv6 on the loopback device.
+        route.device = 0;
+    }
     Some(route)
 }
 
@@ -289,6 +305,7 @@ fn family(ip: IpAddr) -> AddressFamily {
 fn shown(route: &Route) -> String {
     let Route { to, prefix, via, device, .. } = route;
     match via {
+        None if route.is_unreachable() => format!("unreachable route to {to}/{prefix}"),
         Some(via) => format!("route to {to}/{prefix} via {via} by device {device}"),
         None => format!("route to {to}/{prefix} by device {device}"),
     }
