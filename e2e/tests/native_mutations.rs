@@ -178,6 +178,10 @@ impl Oracle {
         after: &Kind,
         continues: bool,
     ) -> Result<(), String> {
+        if hook == Hook::FROM_OVERLAY && continues {
+            // For the node itself, as `check_ends` saw.
+            return Ok(());
+        }
         // Into a workload it is known by the addresses that this has; out of one, by those it came with.
         let at = if hook == Hook::FROM_WORKLOAD { kind } else { after };
         let mut read = at.read;
@@ -204,9 +208,6 @@ impl Oracle {
         if hook == Hook::FROM_OVERLAY {
             let remote =
                 frame.tunnel.is_some_and(|key| key.remote == u32::from_ne_bytes([192, 168, 0, 2]) && key.vni != 0);
-            if continues {
-                return Ok(());
-            }
             if !remote || !is_remote(&read.src) {
                 return Err("the overlay does not vouch for it".into());
             }
