@@ -1,7 +1,7 @@
 //! A workload that floods: others do not feel it.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use cirri_e2e::lab::{Conversation, Flood, Lab, Recipes};
@@ -35,6 +35,8 @@ spec: {nodeName: node2, containers: [{name: c, image: none}]}
 const PACKETS: u64 = 1_000_000;
 /// Established connections without traffic on each path: the least recently used entries of their table.
 const IDLE: usize = 100;
+/// Between two rounds of exchanges.
+const PAUSE: Duration = Duration::from_millis(10);
 /// How long a busy connection may take for one exchange while the machine is flooded.
 const STALL: Duration = Duration::from_secs(2);
 
@@ -67,11 +69,11 @@ fn a_million_syns_from_one_pod_evict_no_established_connection_of_another_and_st
         packets: PACKETS,
     };
     let attacker = lab.netns("shop/attacker").unwrap();
-    let over = AtomicBool::new(false);
+    let (stop, stopped) = channel();
     let (flooded, slowest) = std::thread::scope(|scope| {
-        let talking = scope.spawn(|| talk_until(&mut busy, &over));
+        let talking = scope.spawn(|| talk_until(&mut busy, stopped));
         let flooded = flood.run(&attacker);
-        over.store(true, Ordering::Relaxed);
+        drop(stop);
         let slowest = talking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (flooded.unwrap(), slowest)
     });
@@ -101,9 +103,9 @@ fn a_million_syns_from_one_pod_evict_no_established_connection_of_another_and_st
 }
 
 /// Exchanges over all of them, again and again; the longest that one exchange took.
-fn talk_until(busy: &mut [Conversation], over: &AtomicBool) -> Duration {
+fn talk_until(busy: &mut [Conversation], stopped: Receiver<()>) -> Duration {
     let (mut slowest, mut rounds) = (Duration::ZERO, 0);
-    while !over.load(Ordering::Relaxed) {
+    while stopped.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
         for conversation in &mut *busy {
             let begun = Instant::now();
             conversation.exchange();
