@@ -84,6 +84,9 @@ pub fn process<P: Packet, T: Tables>(
 
 /// The established packet: parse just enough, one lookup, obey.
 ///
+/// What the network sends to the node's own address is the node's, and the overlay's among it, unless
+/// it is for a port of masquerade: it is not looked up.
+///
 /// `None` sends the packet to the slow path: no flow, another door, an epoch that moved, a TCP flag
 /// that changes state, a fragment, IP options, ICMP, a VLAN tag, anything unusual.
 #[inline(always)]
@@ -99,12 +102,18 @@ fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Opti
                 return None;
             }
             let (sport, dport) = established_ports(packet, wire::L3 + 20, ip.proto)?;
+            if hook == Hook::FROM_NETWORK && masquerade::is_for_node(tables, |node| node.v4.word() == ip.dst, dport) {
+                return Some(Verdict::Continue);
+            }
             let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: 0, _pad2: 0 };
             (tables.flow4(&key)?, carry::Headers { l4: wire::L3 + 20, sport, dport, proto: ip.proto, v6: false })
         }
         wire::ETHERTYPE_IPV6 => {
             let ip: wire::Ipv6 = packet.load(wire::L3)?;
             let (sport, dport) = established_ports(packet, wire::L3 + 40, ip.next)?;
+            if hook == Hook::FROM_NETWORK && masquerade::is_for_node(tables, |node| node.v6.words == ip.dst, dport) {
+                return Some(Verdict::Continue);
+            }
             let [s0, s1, s2, s3] = ip.src;
             let [d0, d1, d2, d3] = ip.dst;
             let key = Tuple {

@@ -1,6 +1,6 @@
 //! Masquerade: workloads speak to the world from their node's address.
 
-use cirri_abi::{Addr, DropReason, Port, Rewrite, VXLAN_PORT, node_flag, proto};
+use cirri_abi::{Addr, DropReason, NodeConfig, Port, Rewrite, VXLAN_PORT, node_flag, proto};
 
 use crate::{
     carry::address_difference,
@@ -8,6 +8,18 @@ use crate::{
     slow::Scratch,
     traits::{Table, Tables},
 };
+
+/// Whether what is `addressed` to this node's address and that port cannot be the answer to a masqueraded
+/// connection.
+#[inline(always)]
+pub(crate) fn is_for_node<T: Tables>(tables: &T, addressed: impl FnOnce(&NodeConfig) -> bool, port: Port) -> bool {
+    match tables.node() {
+        Some(node) if addressed(node) => {
+            port.number().wrapping_sub(node.masquerade_first.number()) > node.masquerade_mask
+        }
+        _ => false,
+    }
+}
 
 /// Ports tried before the connection is refused (Cilium's contract N1.8 tries as many).
 const ATTEMPTS: u16 = 32;
