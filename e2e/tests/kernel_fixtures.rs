@@ -4,6 +4,7 @@
 mod support;
 
 use cirri_e2e::fixtures::{all, run};
+use cirri_e2e::say;
 
 #[test]
 fn every_fixture_holds_in_the_kernel() {
@@ -20,10 +21,10 @@ fn every_fixture_holds_in_the_kernel() {
                 Err(report) => failures.push(report),
             }
         }
-        println!(
+        say(format_args!(
             "{} fixtures with {packets} packets ran in the kernel; {skipped} packets it cannot be given",
             fixtures.len()
-        );
+        ));
         assert!(failures.is_empty(), "{} of {} fail:\n\n{}", failures.len(), fixtures.len(), failures.join("\n\n"));
         assert!(skipped * 20 < packets, "{skipped} of {packets} packets were not run");
     });

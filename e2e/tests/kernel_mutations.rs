@@ -8,6 +8,7 @@ use cirri_datapath::Verdict;
 use cirri_e2e::fixtures::{Answer, Host, Native};
 use cirri_e2e::mutate::{Mutator, tables};
 use cirri_e2e::pairs::agrees;
+use cirri_e2e::say;
 use cirri_sim::Frame;
 
 const PACKETS: usize = 100_000;
@@ -49,7 +50,7 @@ fn the_kernel_and_the_simulator_say_the_same_to_malformed_packets() {
                 assert_eq!(bytes(ours.frame), bytes(theirs.frame), "{}", place());
             }
         }
-        println!("{run} malformed packets, {passed} passed; the kernel makes no packets of {skipped} more");
+        say(format_args!("{run} malformed packets, {passed} passed; the kernel makes no packets of {skipped} more"));
         assert!(passed * 20 > PACKETS, "only {passed} of {PACKETS} passed: the mutations miss the mark");
     });
 }

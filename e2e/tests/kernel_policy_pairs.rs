@@ -6,6 +6,7 @@ mod support;
 use cirri_e2e::fixtures::Host;
 use cirri_e2e::pairs::{Counts, compare};
 use cirri_e2e::random::Scenario;
+use cirri_e2e::say;
 
 const SCENARIOS: u64 = 100;
 const PACKETS: u16 = 100;
@@ -21,7 +22,7 @@ fn reference_simulator_and_kernel_decide_alike() {
             kernel.reset();
             counts += compare(&scenario, seed % 3 == 0, devices, &workloads, Some(kernel as &mut dyn Host));
         }
-        println!("{} pairs passed, {} were dropped", counts.passed, counts.dropped);
+        say(format_args!("{} pairs passed, {} were dropped", counts.passed, counts.dropped));
         assert_eq!(counts.passed + counts.dropped, SCENARIOS as usize * PACKETS as usize);
         assert_eq!(counts.skipped, 0, "every packet can be given to the kernel");
     });

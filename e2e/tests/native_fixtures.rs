@@ -1,6 +1,7 @@
 //! The packet fixtures on the native host.
 
 use cirri_e2e::fixtures::{Devices, Native, all, run};
+use cirri_e2e::say;
 
 const DEVICES: Devices = Devices { a: 10, b: 11, eth: 2, overlay: 3 };
 
@@ -17,7 +18,7 @@ fn every_fixture_holds_natively() {
             Err(report) => failures.push(report),
         }
     }
-    println!("{} fixtures with {packets} packets ran natively", fixtures.len());
+    say(format_args!("{} fixtures with {packets} packets ran natively", fixtures.len()));
     assert!(failures.is_empty(), "{} of {} fail:\n\n{}", failures.len(), fixtures.len(), failures.join("\n\n"));
     assert!(fixtures.len() >= 60);
 }

@@ -9,6 +9,7 @@ use cirri_abi::{GATEWAY_MAC, GATEWAY_V6, Hook};
 use cirri_datapath::Verdict;
 use cirri_e2e::fixtures::{Answer, Devices, Host, Native, addresses};
 use cirri_e2e::mutate::{Mutator, tables};
+use cirri_e2e::say;
 use cirri_sim::Frame;
 
 const DEVICES: Devices = Devices { a: 10, b: 11, eth: 2, overlay: 3 };
@@ -36,7 +37,7 @@ fn nothing_passes_that_the_rules_forbid() {
         }
         passed += usize::from(!matches!(verdict, Verdict::Drop(_)));
     }
-    println!("{passed} of {PACKETS} malformed packets passed, rightly");
+    say(format_args!("{passed} of {PACKETS} malformed packets passed, rightly"));
     assert!(passed * 20 > PACKETS && passed * 2 < PACKETS, "{passed} of {PACKETS} passed: the mutations miss the mark");
 }
 
