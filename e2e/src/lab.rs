@@ -159,8 +159,9 @@ pub struct Probed {
 }
 
 impl Lab {
-    /// Brings up a lab of that many nodes, called `node1`, `node2` and so on. Its name is `name` and
-    /// the number of this process; what is left of such a lab whose process is gone goes first.
+    /// Brings up a lab of that many nodes, called `node1`, `node2` and so on. Its name is `name` (at
+    /// most 10 letters) and the number of this process; what is left of such a lab whose process is
+    /// gone goes first.
     ///
     /// # Errors
     /// If it does not come up.
@@ -176,7 +177,7 @@ impl Lab {
 
     /// The guard of a lab that something else brings up, or half up. Dropping it takes it down.
     pub fn named(name: &str) -> Lab {
-        let name = format!("{name}_{}", std::process::id());
+        let name = format!("{name}_{}", base36(std::process::id()));
         let folder = std::env::temp_dir().join(format!("cirri-e2e-{name}"));
         Lab { name, folder }
     }
@@ -435,12 +436,20 @@ pub fn eventually(what: &str, patience: Duration, mut is_so: impl FnMut() -> boo
 fn sweep(name: &str) -> Result<(), LabError> {
     for entry in std::fs::read_dir("/run/cirri/lab").into_iter().flatten().flatten() {
         let there = entry.file_name().to_string_lossy().into_owned();
-        let owner = there.strip_prefix(name).and_then(|rest| rest.strip_prefix('_')?.parse::<u32>().ok());
+        let owner = there
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_prefix('_').and_then(|pid| u32::from_str_radix(pid, 36).ok()));
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
             run(["lab", "down", "--name", &there])?;
         }
     }
     Ok(())
+}
+
+/// As short as letters and digits make it: a lab's name has 16 of them.
+fn base36(number: u32) -> String {
+    let rest = if number < 36 { String::new() } else { base36(number / 36) };
+    rest + &char::from_digit(number % 36, 36).map(String::from).unwrap_or_default()
 }
 
 fn succeeded<A: AsRef<OsStr>>(arguments: &[A], output: Output) -> Result<Output, LabError> {
@@ -465,4 +474,18 @@ fn parse<T: DeserializeOwned, A: AsRef<OsStr>>(arguments: &[A], output: &Output)
 fn spelled<A: AsRef<OsStr>>(arguments: &[A]) -> String {
     let words = arguments.iter().map(|argument| argument.as_ref().to_string_lossy());
     std::iter::once("cirri".into()).chain(words).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_number_of_a_process_takes_five_letters_at_most_and_can_be_read_back() {
+        for number in [0, 35, 36, 32_768, 4_194_304] {
+            let text = base36(number);
+            assert_eq!(u32::from_str_radix(&text, 36), Ok(number));
+            assert!(text.len() <= 5, "{text}");
+        }
+    }
 }

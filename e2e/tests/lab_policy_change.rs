@@ -75,18 +75,18 @@ const NODES: [&str; 2] = ["node1", "node2"];
 
 #[test]
 fn a_policy_that_closes_a_connection_at_its_receiver_stops_the_next_packet_of_both_sides() {
-    closes(INGRESS, |flow| {
+    closes("close_in", INGRESS, |flow| {
         flow["ingress_rule"]["kind"] == "default-deny" && flow["ingress_rule"]["text"].as_str().is_some()
     });
 }
 
 #[test]
 fn a_policy_that_closes_a_connection_at_its_sender_stops_the_next_packet_of_both_sides() {
-    closes(EGRESS, |flow| flow["egress_rule"]["kind"] == "default-deny");
+    closes("close_out", EGRESS, |flow| flow["egress_rule"]["kind"] == "default-deny");
 }
 
-fn closes(policy: &str, names_the_rule: impl Fn(&Value) -> bool) {
-    let lab = Lab::up("closing", 2, &[]).unwrap();
+fn closes(name: &str, policy: &str, names_the_rule: impl Fn(&Value) -> bool) {
+    let lab = Lab::up(name, 2, &[]).unwrap();
     lab.apply(PODS).unwrap();
     let addresses = lab.addresses().unwrap();
     let open = |from: &str| -> Vec<Conversation> {

@@ -61,16 +61,16 @@ const AWAY: &str = "1500";
 
 #[test]
 fn no_connection_fails_while_agents_are_killed_and_all_is_as_before_with_an_overlay() {
-    killed_under_load(&[]);
+    killed_under_load("kill_over", "overlay");
 }
 
 #[test]
 fn no_connection_fails_while_agents_are_killed_and_all_is_as_before_with_direct_routing() {
-    killed_under_load(&["--routing", "direct"]);
+    killed_under_load("kill_dir", "direct");
 }
 
-fn killed_under_load(more: &[&str]) {
-    let lab = Lab::up("restart", 2, more).unwrap();
+fn killed_under_load(name: &str, routing: &str) {
+    let lab = Lab::up(name, 2, &["--routing", routing]).unwrap();
     lab.apply(SHOP).unwrap();
     assert_rules_hold(&lab);
     let mut quiet = quiet_conversations(&lab);

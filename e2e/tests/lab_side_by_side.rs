@@ -85,13 +85,13 @@ fn an_up_that_is_interrupted_or_killed_at_any_moment_leaves_nothing() {
     // Until its output has this, or for the first until it has made anything at all.
     let moments = ["", "network ready", "etcd ready", "agents ready", "created", "runs on"];
     for moment in moments {
-        let lab = Lab::named("interrupted");
+        let lab = Lab::named("stopped");
         let (code, told) = stopped_at(&lab, folder.path(), moment, "-INT");
         assert_eq!(code, Some(INTERRUPTED), "at {moment:?}: {told}");
         assert_eq!(remains(lab.name()), BTreeSet::new(), "at {moment:?}: {told}");
     }
     for moment in ["network ready", "agents ready"] {
-        let lab = Lab::named("interrupted");
+        let lab = Lab::named("stopped");
         let (code, told) = stopped_at(&lab, folder.path(), moment, "-KILL");
         assert_eq!(code, None, "at {moment:?}: {told}");
         assert_ne!(remains(lab.name()), BTreeSet::new(), "it was killed too late to show anything");
@@ -113,7 +113,13 @@ fn stopped_at(lab: &Lab, manifests: &Path, moment: &str, signal: &str) -> (Optio
     let mut output = BufReader::new(up.stdout.take().unwrap());
     let mut told = String::new();
     if moment.is_empty() {
-        eventually("it begins", PATIENCE, || !remains(lab.name()).is_empty());
+        eventually("it begins", PATIENCE, || {
+            if up.try_wait().unwrap().is_some() {
+                up.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+                panic!("it ended before it began: {told}");
+            }
+            !remains(lab.name()).is_empty()
+        });
     }
     while !told.contains(moment) {
         assert!(output.read_line(&mut told).unwrap() > 0, "it ended before {moment:?}: {told}");
