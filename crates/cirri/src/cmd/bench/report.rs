@@ -176,7 +176,8 @@ impl Report {
              subtract `floor`** (`floor-overlay` for cases out of the overlay, whose wrapper also sets a tunnel key). \
              Connections were opened by the programs themselves, each case has tables of its own; *full*: 700,000 other \
              connections went through first. Checked in every round by the counters: established packets cause no \
-             decision, new ones one each, refused ones a drop each. Checksums are full, not offloaded; the redirect \
+             decision, new ones one each, refused ones a drop each. Packets that make an event each come \
+             in bursts of 1,000, after which the events are read: a reader that keeps up. Checksums are full, not offloaded; the redirect \
              itself and the device are not in it.\n",
             self.rounds
         );
