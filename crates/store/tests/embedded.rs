@@ -166,11 +166,7 @@ async fn what_was_acknowledged_survives_kill_9() {
     let path = dir.path().join("store.redb");
     let mut acknowledged = 0;
     for _ in 0..5 {
-        let mut child = this_test("the_writer_that_is_killed")
-            .env(CHILD_PATH, &path)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("start the writer");
+        let mut child = writer("until-killed", &path).stdout(Stdio::piped()).spawn().expect("start the writer");
         let lines = BufReader::new(child.stdout.take().expect("its output")).lines();
         let revisions = lines.filter_map(|line| line.ok()?.parse::<u64>().ok());
         for revision in revisions.take(40) {
@@ -194,86 +190,31 @@ async fn what_was_acknowledged_survives_kill_9() {
     }
 }
 
-#[tokio::test]
-#[ignore = "no test: the process that `what_was_acknowledged_survives_kill_9` kills"]
-async fn the_writer_that_is_killed() {
-    let path = std::env::var_os(CHILD_PATH).expect("a path");
-    let store = open(Path::new(&path)).await;
-    let (_, mut revision) = store.list("").await.expect("list");
-    loop {
-        let key = format!("{revision:08}");
-        let (left, right) = (format!("left/{key}"), format!("right/{key}"));
-        let big = vec![1; 10_000];
-        assert!(store.create_all(&[(&left, &big), (&right, &big)]).await.expect("create"));
-        revision += 1;
-        println!("{revision}");
-    }
-}
-
 #[test]
 fn a_full_disk_is_an_error_and_no_loss() {
     // A disk of 6 MiB, in a mount namespace of its own.
     let dir = tempfile::tempdir().expect("a directory");
     let root = std::fs::metadata("/proc/self").expect("proc").uid() == 0;
-    let child = this_test("the_writer_on_a_small_disk");
+    let child = writer("small-disk", dir.path());
     let output = Command::new("unshare")
         .arg(if root { "-m" } else { "-rm" })
         .args(["sh", "-c", "mount -t tmpfs -o size=6m none \"$0\" && exec \"$@\""])
         .arg(dir.path())
         .arg(child.get_program())
         .args(child.get_args())
-        .env(CHILD_PATH, dir.path())
         .output()
         .expect("start unshare");
     assert!(output.status.success(), "{output:?}");
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("1 passed"), "{text}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "all of it held");
 }
 
-#[tokio::test]
-#[ignore = "no test: the process that `a_full_disk_is_an_error_and_no_loss` starts"]
-async fn the_writer_on_a_small_disk() {
-    let dir = std::env::var_os(CHILD_PATH).expect("a path");
-    let path = Path::new(&dir).join("store.redb");
-    let ballast = Path::new(&dir).join("ballast");
-    let store = open(&path).await;
-    std::fs::write(&ballast, vec![0; 2 << 20]).expect("room for ballast");
-
-    let big = vec![1; 200_000];
-    let mut written = 0;
-    let error = loop {
-        match store.put(&format!("t/{written}"), &big, false).await {
-            Ok(_) => written += 1,
-            Err(error) => break error,
-        }
-    };
-    assert!(matches!(error, StoreError::DiskFull { .. }), "{error:?}");
-    assert!(written > 0);
-    // What was there is there, and says what is wrong.
-    let (entries, revision) = store.list("t/").await.expect("list");
-    assert_eq!((entries.len(), revision), (written, written as u64));
-    let health = store.health().await.expect("health");
-    assert!(health.warning.is_some_and(|text| text.contains("full")));
-    let again = store.put("t/again", &big, false).await;
-    assert!(matches!(again, Err(StoreError::DiskFull { .. })), "{again:?}");
-
-    std::fs::remove_file(&ballast).expect("make room");
-    let mut watch = store.watch("t/");
-    store.put("t/after", b"", false).await.expect("there is room again");
-    assert!(matches!(next(&mut watch).await, Event::Snapshot(entries, _) if entries.len() == written));
-    assert!(matches!(next(&mut watch).await, Event::Put(_)));
-    assert_eq!(store.health().await.expect("health").warning, None);
-    drop((store, watch));
-
-    let (entries, revision) = open(&path).await.list("t/").await.expect("list");
-    assert_eq!((entries.len(), revision), (written + 1, written as u64 + 1));
-}
-
-/// This program again, to run one ignored test only.
-fn this_test(name: &str) -> Command {
-    let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(["--exact", name, "--ignored", "--nocapture"]);
+/// The program whose process the tests end or starve: `examples/store_writer.rs`.
+fn writer(what: &str, path: &Path) -> Command {
+    let tests = std::env::current_exe().expect("this program");
+    let examples = tests.parent().and_then(Path::parent).expect("target/PROFILE/deps").join("examples");
+    let program = examples.join("store_writer");
+    assert!(program.exists(), "{} is not built: `cargo test --examples` does", program.display());
+    let mut command = Command::new(program);
+    command.arg(what).arg(path);
     command
 }
-
-const CHILD_PATH: &str = "CIRRI_STORE_TEST_PATH";
