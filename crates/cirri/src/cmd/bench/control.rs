@@ -39,6 +39,8 @@ pub struct Policies {
     pub all_ms: f64,
     /// How many those are.
     pub new: usize,
+    /// `apply --wait` when nothing has changed: reading and comparing so many manifests.
+    pub nothing_ms: f64,
     /// One more policy, from `apply` to enforced.
     pub one_more_ms: Spread,
     /// Resident memory of the agent afterwards, MiB.
@@ -78,13 +80,22 @@ pub fn run(plan: &Plan) -> Result<Control> {
         let new = wanted - there;
         let all_ms = timed(&lab)?;
         there = *wanted;
+        let nothing = (0..plan.more).map(|_| timed(&lab)).collect::<Result<Vec<_>>>()?;
+        let nothing_ms = stats::quantile(&nothing, 0.5).context("no rounds")?;
         let mut rounds = Vec::new();
         for n in 0..plan.more {
             lab.write("more.yaml", &labs::policy("more", &role(0), 2 + n))?;
             rounds.push(timed(&lab)?);
         }
         let one_more_ms = Spread::of(&rounds).context("no rounds")?;
-        policies.push(Policies { policies: *wanted, all_ms, new, one_more_ms, agent_mib: agent_mib(&lab)? });
+        policies.push(Policies {
+            policies: *wanted,
+            all_ms,
+            new,
+            nothing_ms,
+            one_more_ms,
+            agent_mib: agent_mib(&lab)?,
+        });
     }
     let apply_nothing_ms = stats::quantile(&nothing, 0.5).context("no rounds")?;
     Ok(Control { apply_nothing_ms, policies, attach })
@@ -149,8 +160,9 @@ pub fn shown(control: &Control) -> String {
     for at in &control.policies {
         let Spread { min, median, .. } = at.one_more_ms;
         text += &format!(
-            "{} policies: {} new at once {:.0} ms, one more {min:.0} min / {median:.0} median ms, agent {:.1} MiB\n",
-            at.policies, at.new, at.all_ms, at.agent_mib
+            "{} policies: {} new at once {:.0} ms, nothing new {:.0} ms, one more {min:.0} min / {median:.0} median ms, \
+             agent {:.1} MiB\n",
+            at.policies, at.new, at.all_ms, at.nothing_ms, at.agent_mib
         );
     }
     let attach = &control.attach;

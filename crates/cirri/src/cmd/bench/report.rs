@@ -251,14 +251,14 @@ impl Report {
             text,
             "\n## Policies, endpoints, memory\n\nWall time of `cirri lab apply --wait` on one node with ten kinds of pods; {apply_nothing_ms:.0} ms of \
              it are there when nothing has changed.\n\n\
-             | policies | that many new at once, ms | one more: min / p25 / median, ms | agent, MiB |\n|---|---|---|---|\n"
+             | policies | new at once, ms | nothing new, ms | one more: min / p25 / median, ms | agent, MiB |\n|---|---|---|---|---|\n"
         );
         for at in policies {
             let Spread { min, p25, median } = at.one_more_ms;
             let _ = writeln!(
                 text,
-                "| {} | {} new: {:.0} | {min:.0} / {p25:.0} / {median:.0} | {:.1} |",
-                at.policies, at.new, at.all_ms, at.agent_mib
+                "| {} | {} new: {:.0} | {:.0} | {min:.0} / {p25:.0} / {median:.0} | {:.1} |",
+                at.policies, at.new, at.all_ms, at.nothing_ms, at.agent_mib
             );
         }
         let _ = writeln!(
