@@ -60,11 +60,8 @@ plain! {
         pub masquerade_first: Port,
         /// Number of ports of masquerade, a power of two, minus one (a mask). Host order.
         pub masquerade_mask: u16,
-        /// Largest packet a workload may send through the overlay or a device, bytes from the IP
-        /// header on; 0 for no check.
-        pub mtu: u32,
         /// Zero.
-        pub _pad: [u32; 4],
+        pub _pad: [u32; 5],
     }
 }
 
