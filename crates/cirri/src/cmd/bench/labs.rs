@@ -49,7 +49,7 @@ impl BenchLab {
     /// Makes it equal to its folder, and waits until that is enforced.
     pub fn apply(&self) -> Result<()> {
         let folder = self.folder.to_string_lossy().into_owned();
-        self.cirri(&["apply", "-f", &folder, "--wait"]).map(drop)
+        self.cirri(&["apply", "-f", &folder, "--wait", "--timeout", "600"]).map(drop)
     }
 
     /// Writes a manifest into the folder.

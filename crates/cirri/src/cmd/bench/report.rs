@@ -38,18 +38,19 @@ struct Report {
     programs: Vec<Bill>,
     packets: Vec<Line>,
     traffic: Vec<Traffic>,
-    control: Control,
+    control: Option<Control>,
 }
 
-/// Measures everything and writes `latest.json` and `README.md` into a directory.
+/// Measures everything and writes `latest.json` and `README.md` into a directory, anew after each
+/// part: what fails late does not lose what was measured before.
 pub fn run(pin_root: &Path, plan: &Plan, out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
     let before = load_average();
-    let report = Report {
+    let mut report = Report {
         programs: verify::run(pin_root)?,
         packets: packets::run(pin_root, &plan.packets)?,
-        traffic: traffic::run(pin_root, &plan.traffic)?,
-        control: control::run(&plan.control)?,
+        traffic: Vec::new(),
+        control: None,
         date: date(),
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         machine: processor(),
@@ -59,15 +60,25 @@ pub fn run(pin_root: &Path, plan: &Plan, out: &Path) -> Result<()> {
         load: [before, load_average()],
         rounds: plan.packets.rounds,
     };
-    let write = |name: &str, text: &str| {
-        let path = out.join(name);
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
-    write("latest.json", &(serde_json::to_string_pretty(&report)? + "\n"))?;
-    write("README.md", &report.markdown())
+    report.write(out)?;
+    report.traffic = traffic::run(pin_root, &plan.traffic)?;
+    report.load = [before, load_average()];
+    report.write(out)?;
+    report.control = Some(control::run(&plan.control)?);
+    report.load = [before, load_average()];
+    report.write(out)
 }
 
 impl Report {
+    fn write(&self, out: &Path) -> Result<()> {
+        let write = |name: &str, text: &str| {
+            let path = out.join(name);
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        };
+        write("latest.json", &(serde_json::to_string_pretty(self)? + "\n"))?;
+        write("README.md", &self.markdown())
+    }
+
     fn markdown(&self) -> String {
         let mut text = self.head();
         self.goals(&mut text);
@@ -246,7 +257,7 @@ impl Report {
     }
 
     fn control_table(&self, text: &mut String) {
-        let Control { apply_nothing_ms, policies, attach } = &self.control;
+        let Some(Control { apply_nothing_ms, policies, attach }) = &self.control else { return };
         let _ = write!(
             text,
             "\n## Policies, endpoints, memory\n\nWall time of `cirri lab apply --wait` on one node with ten kinds of pods; {apply_nothing_ms:.0} ms of \
