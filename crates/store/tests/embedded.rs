@@ -161,6 +161,18 @@ async fn a_file_of_another_schema_is_left_alone() {
 }
 
 #[tokio::test]
+async fn keys_put_together_are_one_revision() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = open(&dir.path().join("store.redb")).await;
+    let before = store.put("t/a", b"0", false).await.expect("put");
+    let after = store.put_all(&[("t/a", b"1"), ("t/b", b"1")]).await.expect("put");
+    assert_eq!(after, before + 1);
+    let (entries, revision) = store.list("t/").await.expect("list");
+    assert_eq!(revision, after);
+    assert!(entries.iter().all(|entry| entry.value == b"1" && entry.revision == after), "{entries:?}");
+}
+
+#[tokio::test]
 async fn what_was_acknowledged_survives_kill_9() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("store.redb");

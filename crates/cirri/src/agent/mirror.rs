@@ -52,9 +52,14 @@ pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, String> {
 }
 
 async fn copy(shared: &Arc<Shared>, change: &folder::Change, all: Option<&BTreeSet<String>>) -> Result<(), StoreError> {
-    for resource in &change.upserted {
-        let key = format!("{PREFIX}{}", resource.store_key());
-        shared.store.put(&key, resource.to_json().as_bytes(), false).await?;
+    let upserted: Vec<(String, String)> = change
+        .upserted
+        .iter()
+        .map(|resource| (format!("{PREFIX}{}", resource.store_key()), resource.to_json()))
+        .collect();
+    if !upserted.is_empty() {
+        let entries: Vec<(&str, &[u8])> = upserted.iter().map(|(key, json)| (key.as_str(), json.as_bytes())).collect();
+        shared.store.put_all(&entries).await?;
     }
     for key in &change.removed {
         shared.store.delete(&format!("{PREFIX}{key}")).await?;

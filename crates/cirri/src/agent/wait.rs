@@ -12,6 +12,8 @@ use crate::api::{ApiError, Wait, Waited};
 use crate::config::StoreKind;
 
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+/// How often the files of the folder are read again while they are waited for.
+const READ_EVERY: Duration = Duration::from_secs(2);
 
 /// Waits until a revision of the store is enforced by every table.
 ///
@@ -47,8 +49,13 @@ async fn newest(shared: &Arc<Shared>) -> Result<u64, ApiError> {
     if store.kind == StoreKind::Folder {
         // The kernel reports a changed file at once, but not necessarily before this question.
         let mut progress = shared.enforced.subscribe();
+        let (mut wanted, mut read) = (in_folder(&store.folder), Instant::now());
         loop {
-            let wanted = in_folder(&store.folder);
+            // Files may change while one waits; but reading them all after each row would take longer
+            // than the rows.
+            if read.elapsed() > READ_EVERY {
+                (wanted, read) = (in_folder(&store.folder), Instant::now());
+            }
             let held = mirror::held(shared).await;
             // What a broken file said last stays.
             let all_readable = shared.core.lock().await.folder_errors.is_empty();

@@ -108,6 +108,12 @@ impl Store for Embedded {
         Ok(revision)
     }
 
+    async fn put_all(&self, entries: &[(&str, &[u8])]) -> Result<u64, StoreError> {
+        let changes = entries.iter().map(|(key, value)| Change::put(key, value, false)).collect();
+        let (revision, ()) = self.write(|_| (changes, ())).await?;
+        Ok(revision)
+    }
+
     async fn create(&self, key: &str, value: &[u8], lease: bool) -> Result<bool, StoreError> {
         self.create_changes(vec![Change::put(key, value, lease)]).await
     }
