@@ -30,7 +30,10 @@ use crate::{
 const AF_INET6: u8 = 10;
 /// Do not resolve the neighbour: `bpf_redirect_neigh` will (Linux 6.3).
 const BPF_FIB_LOOKUP_SKIP_NEIGH: u32 = 1 << 2;
-/// Bytes in the ring of events that its reader is woken for: about 1,100 events of 40,000.
+/// An event in the ring: itself and the kernel's header of 8 bytes.
+const EVENT_IN_RING: u64 = size_of::<FlowEvent>() as u64 + 8;
+/// Each time that so many bytes more have gathered in the ring of events its reader is woken: once for
+/// about 1,100 events of 40,000. Not for each event beyond: a flood would pay for every one.
 const WAKE_AT: u64 = 128 * 1024;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
@@ -237,7 +240,8 @@ impl Tables for Kernel {
         // more than the packet. It is woken when much has gathered.
         // SAFETY: the map is a ring buffer.
         let gathered = unsafe { bpf_ringbuf_query((&raw const EVENTS).cast_mut().cast(), BPF_RB_AVAIL_DATA as u64) };
-        let flags = if gathered > WAKE_AT { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
+        let crosses = gathered / WAKE_AT != (gathered + EVENT_IN_RING) / WAKE_AT;
+        let flags = if crosses { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
         if EVENTS.output_untyped::<FlowEvent>(&*event, flags as u64).is_err() {
             self.count(CounterIndex::LOST_EVENTS, 0);
         }
