@@ -161,7 +161,7 @@ fn kernel() -> Vec<Row> {
         Row::new("tcx", State::Lacking, "needs Linux 6.6; programs are attached with clsact instead")
     };
     vec![
-        Row::needed("Linux", since(5, 10), &release, format!("{release} is too old: 5.10 or newer")),
+        Row::needed("Linux", since(6, 3), &release, format!("{release} is too old: 6.3 or newer")),
         Row::needed("processor", host::architecture().is_ok(), std::env::consts::ARCH, "x86_64 or aarch64"),
         Row::needed("root", host::is_root(), "yes", "privileged commands need it: run them with sudo"),
         Row::needed("capabilities", lacking.is_empty(), "all of them", format!("lacking {}", lacking.join(", "))),

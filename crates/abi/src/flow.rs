@@ -143,8 +143,6 @@ impl Hook {
     pub const TO_WORKLOAD: u8 = 2;
     /// Coming in from the network (tcx ingress of a node's device).
     pub const FROM_NETWORK: u8 = 3;
-    /// Leaving to the network (tcx egress of a node's device).
-    pub const TO_NETWORK: u8 = 4;
     /// Coming out of the overlay (tcx ingress of the overlay device).
     pub const FROM_OVERLAY: u8 = 5;
     /// Going into the overlay from this node's stack (tcx egress of the overlay device).
@@ -156,7 +154,6 @@ impl Hook {
             Self::FROM_WORKLOAD => "from-workload",
             Self::TO_WORKLOAD => "to-workload",
             Self::FROM_NETWORK => "from-network",
-            Self::TO_NETWORK => "to-network",
             Self::FROM_OVERLAY => "from-overlay",
             Self::TO_OVERLAY => "to-overlay",
             _ => "unknown",
