@@ -248,11 +248,11 @@ fn collection_removes_ended_connections_in_pairs_and_leaves_the_living() {
     let masquerade = pair(
         4,
         proto::TCP,
-        Recipe { rewrite: Rewrite::SOURCE, address: node, port: Port::new(50_000), ..seen(20, State::CLOSING) },
+        Recipe { rewrite: Rewrite::SOURCE, source: node, source_port: Port::new(50_000), ..seen(20, State::CLOSING) },
         Recipe {
             rewrite: Rewrite::DESTINATION,
-            address: host(0x0a00_0004),
-            port: Port::new(40_000),
+            destination: host(0x0a00_0004),
+            destination_port: Port::new(40_000),
             ..seen(20, State::CLOSING)
         },
     );

@@ -34,6 +34,8 @@ pub const GATEWAY_MAC: [u8; 6] = [0x02, 0xc1, 0x44, 0x12, 0x10, 0x01];
 impl Addr {
     /// The unspecified IPv6 address, `::`.
     pub const UNSPECIFIED: Addr = Addr { words: [0; 4] };
+    /// The unspecified IPv4 address, 0.0.0.0, in mapped form.
+    pub const ANY_V4: Addr = Addr::v4([0; 4]);
 
     /// An IPv4 address from its four bytes, in the order they are written.
     #[inline(always)]

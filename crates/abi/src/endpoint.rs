@@ -61,7 +61,11 @@ plain! {
         /// Number of ports of masquerade, a power of two, minus one (a mask). Host order.
         pub masquerade_mask: u16,
         /// Zero.
-        pub _pad: [u32; 5],
+        pub _pad: u32,
+        /// Cookie of the node's network namespace: its sockets may not be bound to node ports.
+        pub netns_cookie: u64,
+        /// Zero.
+        pub _pad2: [u32; 2],
     }
 }
 
@@ -93,4 +97,7 @@ pub mod node_flag {
     pub const TUNNEL: u32 = 4;
     /// Report nothing but drops.
     pub const DROPS_ONLY: u32 = 8;
+    /// Some service has a backend in this node's own network namespace: its answers leave by the
+    /// node's stack, and have to be looked at there.
+    pub const HOST_BACKENDS: u32 = 16;
 }

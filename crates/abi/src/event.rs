@@ -47,8 +47,10 @@ plain! {
         pub action: u8,
         /// ICMP type and code, if it is ICMP.
         pub icmp: [u8; 2],
+        /// Number of the backend that a service chose, 0 for none.
+        pub backend: u32,
         /// Zero.
-        pub _pad: [u8; 8],
+        pub _pad: [u8; 4],
     }
     /// Packets and bytes.
     pub struct Counter = 16 {

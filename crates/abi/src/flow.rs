@@ -42,20 +42,21 @@ plain! {
     }
     /// What to do with the packets of one direction of a connection.
     ///
-    /// The first 64 bytes are all that an established packet without a rewrite touches.
-    pub struct Recipe = 96 {
+    /// Two cache lines; the first is all that an established packet without a rewrite touches.
+    pub struct Recipe = 128 {
         /// Sum (wrapping) of the epochs in `slots` when this was decided. An epoch only grows, so
         /// the sum is equal exactly as long as none of them moved.
         pub epoch: u32,
         /// The device that packets of this direction come through ...
         pub door: u32,
-        /// What the decision rests on: epoch slots; 0 is the node's configuration.
+        /// What the decision rests on: epoch slots of the two ends and of the service; 0 is the node's
+        /// configuration.
         pub slots: [u16; 3],
         /// ... and the [`Hook`]. A packet that comes another way is not of this connection.
         pub hook: u8,
         /// [`Action`].
         pub action: u8,
-        /// [`Rewrite`].
+        /// [`Rewrite`], a set of bits.
         pub rewrite: u8,
         /// [`recipe_flag`].
         pub flags: u8,
@@ -63,10 +64,11 @@ plain! {
         pub state: u8,
         /// TCP flags seen in this direction.
         pub tcp_flags: u8,
-        /// Ethernet address of the receiver, for [`Action::LOCAL`].
+        /// Ethernet address of the receiver, for [`Action::LOCAL`]; of the next hop, if it is known,
+        /// for [`Action::DEVICE`] and [`Action::IPIP`]. Zeroes: the kernel finds it.
         pub mac: [u8; 6],
-        /// New port, for a rewrite.
-        pub port: Port,
+        /// New source port, for [`Rewrite::SOURCE`].
+        pub source_port: Port,
         /// Device to leave by.
         pub out: u32,
         /// Node to tunnel to (IPv4, network order), for [`Action::TUNNEL`]; the neighbour to send
@@ -76,8 +78,11 @@ plain! {
         pub src_identity: Identity,
         /// When the last packet came.
         pub last_seen: Tick,
-        /// When the connection began.
-        pub since: Tick,
+        /// New destination port, for [`Rewrite::DESTINATION`].
+        pub destination_port: Port,
+        /// Longest packet that the way takes, bytes from the IP header on, for what makes packets
+        /// longer; 0: not limited.
+        pub mtu: u16,
         /// Packets in this direction. Exact for a flow that one CPU handles.
         pub packets: u64,
         /// Bytes in this direction, from the Ethernet header on.
@@ -88,10 +93,20 @@ plain! {
         pub egress_cookie: u32,
         /// The rule that allowed the connection to enter its receiver.
         pub ingress_cookie: u32,
-        /// Ones'-complement difference of the addresses, for checksums (see `bpf_csum_diff`).
+        /// When the connection began.
+        pub since: Tick,
+        /// Ones'-complement difference of all addresses, for checksums (see `bpf_csum_diff`).
         pub csum_delta: u32,
-        /// New address, for a rewrite.
-        pub address: Addr,
+        /// Number of the backend that a service chose, 0 for none.
+        pub backend: u32,
+        /// Ethernet address of the device to leave by, where [`Recipe::mac`] is a next hop's.
+        pub own_mac: [u8; 6],
+        /// Zero.
+        pub _pad: u16,
+        /// New source address, for [`Rewrite::SOURCE`].
+        pub source: Addr,
+        /// New destination address, for [`Rewrite::DESTINATION`]; the backend's, for [`Action::IPIP`].
+        pub destination: Addr,
     }
     /// Names the fragments of one datagram.
     pub struct FragmentKey = 40 {
@@ -141,8 +156,10 @@ impl Hook {
     pub const FROM_WORKLOAD: u8 = 1;
     /// Going into a workload from this node's stack (tcx egress of its device).
     pub const TO_WORKLOAD: u8 = 2;
-    /// Coming in from the network (tcx ingress of a node's device).
+    /// Coming in from the network (XDP, or tcx ingress, of a node's device).
     pub const FROM_NETWORK: u8 = 3;
+    /// Going out to the network from this node's stack (tcx egress of a node's device).
+    pub const TO_NETWORK: u8 = 4;
     /// Coming out of the overlay (tcx ingress of the overlay device).
     pub const FROM_OVERLAY: u8 = 5;
     /// Going into the overlay from this node's stack (tcx egress of the overlay device).
@@ -154,6 +171,7 @@ impl Hook {
             Self::FROM_WORKLOAD => "from-workload",
             Self::TO_WORKLOAD => "to-workload",
             Self::FROM_NETWORK => "from-network",
+            Self::TO_NETWORK => "to-network",
             Self::FROM_OVERLAY => "from-overlay",
             Self::TO_OVERLAY => "to-overlay",
             _ => "unknown",
@@ -173,6 +191,8 @@ impl Action {
     pub const DEVICE: u8 = 3;
     /// Go on to where it was going: this node's stack, or the workload behind the hook.
     pub const CONTINUE: u8 = 4;
+    /// Put into IPIP for the backend in [`Recipe::destination`], then as [`Action::DEVICE`].
+    pub const IPIP: u8 = 5;
 
     /// The name that people see.
     pub const fn name(action: u8) -> &'static str {
@@ -181,27 +201,34 @@ impl Action {
             Self::TUNNEL => "tunnel",
             Self::DEVICE => "device",
             Self::CONTINUE => "continue",
+            Self::IPIP => "ipip",
             _ => "unknown",
         }
     }
 }
 
-/// Which end of the packet a recipe rewrites.
+/// Which ends of the packet a recipe rewrites: a set of bits.
 pub struct Rewrite;
 
 impl Rewrite {
     /// Nothing.
     pub const NONE: u8 = 0;
-    /// The source becomes [`Recipe::address`] and [`Recipe::port`].
+    /// The source becomes [`Recipe::source`] and [`Recipe::source_port`].
     pub const SOURCE: u8 = 1;
-    /// The destination does.
+    /// The destination becomes [`Recipe::destination`] and [`Recipe::destination_port`].
     pub const DESTINATION: u8 = 2;
+    /// Both do.
+    pub const BOTH: u8 = 3;
 }
 
 /// Bits of [`Recipe::flags`].
 pub mod recipe_flag {
     /// This direction answers: policy was asked for the opposite one.
     pub const REPLY: u8 = 1;
+    /// The answers take another way (DSR): there is no recipe for the opposite direction.
+    pub const ONE_WAY: u8 = 2;
+    /// Until it is established its packets carry the service's address in an IP option.
+    pub const DSR_OPTION: u8 = 4;
 }
 
 /// How far a connection has come. The same in both directions' recipes, as far as each has seen.
@@ -248,16 +275,13 @@ impl Tuple {
     #[inline(always)]
     pub const fn rewritten(&self, recipe: &Recipe) -> Tuple {
         let mut out = *self;
-        match recipe.rewrite {
-            Rewrite::SOURCE => {
-                out.src = recipe.address;
-                out.sport = recipe.port;
-            }
-            Rewrite::DESTINATION => {
-                out.dst = recipe.address;
-                out.dport = recipe.port;
-            }
-            _ => {}
+        if recipe.rewrite & Rewrite::SOURCE != 0 {
+            out.src = recipe.source;
+            out.sport = recipe.source_port;
+        }
+        if recipe.rewrite & Rewrite::DESTINATION != 0 {
+            out.dst = recipe.destination;
+            out.dport = recipe.destination_port;
         }
         out
     }

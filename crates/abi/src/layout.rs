@@ -87,6 +87,17 @@ pub const fn abi_text() -> &'static [&'static str] {
         crate::PolicyKey::LAYOUT,
         crate::PolicyEntry::LAYOUT,
         crate::FlowEvent::LAYOUT,
+        crate::ServiceKey::LAYOUT,
+        crate::Service::LAYOUT,
+        crate::Backend::LAYOUT,
+        crate::ServiceSlot::LAYOUT,
+        crate::AffinityKey::LAYOUT,
+        crate::Affinity::LAYOUT,
+        crate::RangeKey::LAYOUT,
+        crate::SnatPool::LAYOUT,
+        crate::BackendCounter::LAYOUT,
+        crate::SocketService::LAYOUT,
+        crate::SocketServices::LAYOUT,
         crate::Counter::LAYOUT,
     ]
 }

@@ -22,6 +22,7 @@ mod layout;
 mod maps;
 mod policy;
 mod reason;
+mod service;
 
 pub use address::{Addr, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Port};
 pub use endpoint::{Endpoint, Ipcache, IpcacheKey, NodeConfig, endpoint_flag, ipcache_flag, node_flag};
@@ -32,6 +33,10 @@ pub use layout::{ABI_HASH, Plain, abi_text};
 pub use maps::{Map, MapKind, epoch_slot, map};
 pub use policy::{Cookie, PolicyEntry, PolicyKey, RulesetSlot, Verdict, policy_flag, precedence};
 pub use reason::DropReason;
+pub use service::{
+    Affinity, AffinityKey, Algorithm, Backend, BackendCounter, BackendState, Forwarding, RangeKey, Service, ServiceKey,
+    ServiceSlot, SnatPool, SocketService, SocketServices, dsr, service_flag,
+};
 
 /// IP protocol numbers (IANA) that the packet path tells apart.
 pub mod proto {

@@ -3,8 +3,9 @@
 use core::mem::size_of;
 
 use crate::{
-    Addr, Counter, Endpoint, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey, NodeConfig, PolicyEntry,
-    PolicyKey, Recipe, Tuple,
+    Addr, Affinity, AffinityKey, Backend, BackendCounter, Counter, Endpoint, FlowKey4, FragmentKey, FragmentPorts,
+    Ipcache, IpcacheKey, NodeConfig, PolicyEntry, PolicyKey, RangeKey, Recipe, Service, ServiceKey, ServiceSlot,
+    SnatPool, SocketServices, Tuple,
 };
 
 /// Kinds of map, by what they promise.
@@ -22,6 +23,8 @@ pub enum MapKind {
     LpmTrie = 11,
     /// `BPF_MAP_TYPE_ARRAY_OF_MAPS` or `HASH_OF_MAPS`; values are rule sets.
     HashOfMaps = 13,
+    /// `BPF_MAP_TYPE_SK_STORAGE`: a value in every socket that asked for one.
+    SkStorage = 24,
     /// `BPF_MAP_TYPE_RINGBUF`.
     RingBuf = 27,
 }
@@ -101,6 +104,56 @@ pub mod map {
         new::<PolicyKey, PolicyEntry>("ruleset", MapKind::LpmTrie, 65_536, NO_PREALLOC, "one compiled rule set");
     /// The node's configuration.
     pub const NODE: Map = new::<u32, NodeConfig>("NODE", MapKind::Array, 1, 0, "this node");
+    /// Addresses that are served.
+    pub const SERVICES: Map =
+        new::<ServiceKey, Service>("SERVICES", MapKind::Hash, 131_072, NO_PREALLOC, "addresses that are served");
+    /// Who serves, by number; 0 is nobody.
+    pub const BACKENDS: Map = new::<u32, Backend>("BACKENDS", MapKind::Array, 131_072, 0, "backends by number");
+    /// Sets of backends, one after the other.
+    pub const SERVICE_SLOTS: Map =
+        new::<u32, ServiceSlot>("SERVICE_SLOTS", MapKind::Array, 2_097_152, 0, "sets of backends to choose from");
+    /// Clients that keep their backend.
+    pub const AFFINITY: Map =
+        new::<AffinityKey, Affinity>("AFFINITY", MapKind::LruHash, 65_536, 0, "clients that keep their backend");
+    /// Ranges of clients that services name; the value says nothing.
+    pub const SOURCE_RANGES: Map = new::<RangeKey, u32>(
+        "SOURCE_RANGES",
+        MapKind::LpmTrie,
+        65_536,
+        NO_PREALLOC,
+        "ranges of clients that services name",
+    );
+    /// Sources for translated connections, by number; 0 is not used.
+    pub const SNAT_POOLS: Map =
+        new::<u32, SnatPool>("SNAT_POOLS", MapKind::Array, 1024, 0, "sources for translated connections");
+    /// A bit for each port of the node's own addresses that a service may be behind: word `port / 64`,
+    /// bit `port % 64`.
+    pub const NODE_PORTS: Map =
+        new::<u32, u64>("NODE_PORTS", MapKind::Array, 1024, 0, "ports of the node that services are behind (bits)");
+    /// What backends have been given.
+    pub const BACKEND_COUNTERS: Map = new::<u32, BackendCounter>(
+        "BACKEND_COUNTERS",
+        MapKind::PerCpuArray,
+        131_072,
+        0,
+        "connections, packets and bytes by backend",
+    );
+    /// Network namespaces (by cookie) whose sockets are not translated: their packets are.
+    pub const PER_PACKET: Map = new::<u64, u32>(
+        "PER_PACKET",
+        MapKind::Hash,
+        8192,
+        NO_PREALLOC,
+        "network namespaces translated per packet (by cookie)",
+    );
+    /// What a socket has been translated for.
+    pub const SOCKETS: Map = new::<u32, SocketServices>(
+        "SOCKETS",
+        MapKind::SkStorage,
+        0,
+        NO_PREALLOC,
+        "services of a socket, in the socket",
+    );
     /// Counters.
     pub const COUNTERS: Map = new::<u32, Counter>(
         "COUNTERS",
@@ -122,7 +175,28 @@ pub mod map {
 
     /// All of them, [`RULESET`] left out: it has no name of its own in the kernel.
     pub const ALL: &[Map] = &[
-        FLOWS4, FLOWS6, PENDING4, PENDING6, FRAGMENTS, ENDPOINTS, DEVICES, IPCACHE, EPOCHS, RULESETS, NODE, COUNTERS,
+        FLOWS4,
+        FLOWS6,
+        PENDING4,
+        PENDING6,
+        FRAGMENTS,
+        ENDPOINTS,
+        DEVICES,
+        IPCACHE,
+        EPOCHS,
+        RULESETS,
+        NODE,
+        SERVICES,
+        BACKENDS,
+        SERVICE_SLOTS,
+        AFFINITY,
+        SOURCE_RANGES,
+        SNAT_POOLS,
+        NODE_PORTS,
+        BACKEND_COUNTERS,
+        PER_PACKET,
+        SOCKETS,
+        COUNTERS,
         EVENTS,
     ];
 }
@@ -143,4 +217,8 @@ pub mod epoch_slot {
     /// change concerns. No recipe rests on it: the packet path asks it at the beginning and at the end
     /// of a decision, to see whether what it found in between still led to the right slots.
     pub const PLACES: u16 = 20_480;
+    /// First slot of services. With more services than slots, several share one.
+    pub const FIRST_SERVICE: u16 = 20_481;
+    /// Last slot of services.
+    pub const LAST_SERVICE: u16 = 65_535;
 }

@@ -53,6 +53,8 @@ impl DropReason {
     pub const INVALID_EXTENSION_HEADER: DropReason = DropReason { code: 156 };
     /// IP fragmentation not supported.
     pub const FRAGMENT_UNSUPPORTED: DropReason = DropReason { code: 157 };
+    /// Service backend not found.
+    pub const NO_BACKEND: DropReason = DropReason { code: 158 };
     /// No tunnel/encapsulation endpoint (datapath BUG!).
     pub const NO_TUNNEL_PEER: DropReason = DropReason { code: 160 };
     /// Unknown connection tracking state.
@@ -73,12 +75,18 @@ impl DropReason {
     pub const INVALID_IDENTITY: DropReason = DropReason { code: 171 };
     /// Unknown sender.
     pub const UNKNOWN_SENDER: DropReason = DropReason { code: 172 };
+    /// Is a ClusterIP.
+    pub const CLUSTER_IP: DropReason = DropReason { code: 174 };
     /// First logical datagram fragment not found.
     pub const FIRST_FRAGMENT_MISSING: DropReason = DropReason { code: 175 };
     /// Forbidden ICMPv6 message.
     pub const FORBIDDEN_ICMPV6: DropReason = DropReason { code: 176 };
+    /// Denied by LB src range check.
+    pub const SOURCE_RANGE: DropReason = DropReason { code: 177 };
     /// Policy denied by denylist.
     pub const POLICY_DENIED_BY_RULE: DropReason = DropReason { code: 181 };
+    /// Unsupported packet for DSR.
+    pub const UNSUPPORTED_DSR: DropReason = DropReason { code: 193 };
     /// TTL exceeded.
     pub const TTL_EXCEEDED: DropReason = DropReason { code: 196 };
     /// Host datapath not ready.
@@ -109,6 +117,7 @@ impl DropReason {
         Self::FLOW_INSERT_FAILED,
         Self::INVALID_EXTENSION_HEADER,
         Self::FRAGMENT_UNSUPPORTED,
+        Self::NO_BACKEND,
         Self::NO_TUNNEL_PEER,
         Self::UNKNOWN_STATE,
         Self::NO_CONFIG,
@@ -119,9 +128,12 @@ impl DropReason {
         Self::ENCAPSULATION_PROHIBITED,
         Self::INVALID_IDENTITY,
         Self::UNKNOWN_SENDER,
+        Self::CLUSTER_IP,
         Self::FIRST_FRAGMENT_MISSING,
         Self::FORBIDDEN_ICMPV6,
+        Self::SOURCE_RANGE,
         Self::POLICY_DENIED_BY_RULE,
+        Self::UNSUPPORTED_DSR,
         Self::TTL_EXCEEDED,
         Self::NOT_READY,
         Self::NO_POLICY,
@@ -151,6 +163,7 @@ impl DropReason {
             155 => "CT: Map insertion failed",
             156 => "Invalid IPv6 extension header",
             157 => "IP fragmentation not supported",
+            158 => "Service backend not found",
             160 => "No tunnel/encapsulation endpoint (datapath BUG!)",
             163 => "Unknown connection tracking state",
             165 => "No configuration available to perform policy decision",
@@ -161,8 +174,10 @@ impl DropReason {
             170 => "Encapsulation traffic is prohibited",
             171 => "Invalid identity",
             172 => "Unknown sender",
+            174 => "Is a ClusterIP",
             175 => "First logical datagram fragment not found",
             176 => "Forbidden ICMPv6 message",
+            177 => "Denied by LB src range check",
             181 => "Policy denied by denylist",
             196 => "TTL exceeded",
             202 => "Host datapath not ready",
@@ -195,6 +210,7 @@ impl DropReason {
             155 => "FLOW_INSERT_FAILED",
             156 => "INVALID_EXTENSION_HEADER",
             157 => "FRAGMENT_UNSUPPORTED",
+            158 => "NO_BACKEND",
             160 => "NO_TUNNEL_PEER",
             163 => "UNKNOWN_STATE",
             165 => "NO_CONFIG",
@@ -205,9 +221,12 @@ impl DropReason {
             170 => "ENCAPSULATION_PROHIBITED",
             171 => "INVALID_IDENTITY",
             172 => "UNKNOWN_SENDER",
+            174 => "CLUSTER_IP",
             175 => "FIRST_FRAGMENT_MISSING",
             176 => "FORBIDDEN_ICMPV6",
+            177 => "SOURCE_RANGE",
             181 => "POLICY_DENIED_BY_RULE",
+            193 => "UNSUPPORTED_DSR",
             196 => "TTL_EXCEEDED",
             202 => "NOT_READY",
             203 => "NO_POLICY",

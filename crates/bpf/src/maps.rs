@@ -1,18 +1,23 @@
 //! The maps, sized and named by the ABI.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use cirri_abi::{
-    Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache, NodeConfig,
-    PolicyEntry, Recipe, Tuple, map,
+    Addr, Affinity, AffinityKey, Backend, BackendCounter, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4,
+    FragmentKey, FragmentPorts, Ipcache, NodeConfig, PolicyEntry, Recipe, Service, ServiceKey, ServiceSlot, SnatPool,
+    SocketServices, Tuple, map,
 };
 use cirri_datapath::Scratch;
 
 /// The bytes of `cirri_abi::PolicyKey` after its prefix length.
 #[repr(C)]
 pub struct PolicyData([u32; 2]);
+
+/// The bytes of `cirri_abi::RangeKey` after its prefix length.
+#[repr(C)]
+pub struct RangeData([u32; 5]);
 
 const fn entries(map: &cirri_abi::Map) -> usize {
     map.max_entries as usize
@@ -49,6 +54,28 @@ pub static RULESETS: HashOfMaps<
 > = HashOfMaps::new();
 #[btf_map]
 pub static NODE: Array<NodeConfig, { entries(&map::NODE) }> = Array::new();
+#[btf_map]
+pub static SERVICES: HashMap<ServiceKey, Service, { entries(&map::SERVICES) }, { flags(&map::SERVICES) }> =
+    HashMap::new();
+#[btf_map]
+pub static BACKENDS: Array<Backend, { entries(&map::BACKENDS) }> = Array::new();
+#[btf_map]
+pub static SERVICE_SLOTS: Array<ServiceSlot, { entries(&map::SERVICE_SLOTS) }> = Array::new();
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { entries(&map::AFFINITY) }> = LruHashMap::new();
+#[btf_map]
+pub static SOURCE_RANGES: LpmTrie<RangeData, u32, { entries(&map::SOURCE_RANGES) }, { flags(&map::SOURCE_RANGES) }> =
+    LpmTrie::new();
+#[btf_map]
+pub static SNAT_POOLS: Array<SnatPool, { entries(&map::SNAT_POOLS) }> = Array::new();
+#[btf_map]
+pub static NODE_PORTS: Array<u64, { entries(&map::NODE_PORTS) }> = Array::new();
+#[btf_map]
+pub static BACKEND_COUNTERS: PerCpuArray<BackendCounter, { entries(&map::BACKEND_COUNTERS) }> = PerCpuArray::new();
+#[btf_map]
+pub static PER_PACKET: HashMap<u64, u32, { entries(&map::PER_PACKET) }, { flags(&map::PER_PACKET) }> = HashMap::new();
+#[btf_map]
+pub static SOCKETS: SkStorage<SocketServices> = SkStorage::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<Counter, { CounterIndex::COUNT as usize }> = PerCpuArray::new();
 #[btf_map]

@@ -74,14 +74,16 @@ fn refuse<P: Packet, T: Tables>(tables: &T, packet: &P, reason: DropReason) -> V
     Verdict::Drop(reason)
 }
 
-/// Replaces one end's address and port, checksums included.
+/// Replaces the ends' addresses and ports, checksums included.
 #[inline(always)]
 fn rewrite<P: Packet>(packet: &mut P, recipe: &Recipe, headers: &Headers) -> bool {
-    let source = recipe.rewrite == Rewrite::SOURCE;
+    let (source, destination) = (recipe.rewrite & Rewrite::SOURCE != 0, recipe.rewrite & Rewrite::DESTINATION != 0);
     let addressed = if headers.v6 {
-        packet.store(L3 + if source { 8 } else { 24 }, &recipe.address.words)
+        (!source || packet.store(L3 + 8, &recipe.source.words))
+            && (!destination || packet.store(L3 + 24, &recipe.destination.words))
     } else {
-        packet.store(L3 + if source { 12 } else { 16 }, &recipe.address.word())
+        (!source || packet.store(L3 + 12, &recipe.source.word()))
+            && (!destination || packet.store(L3 + 16, &recipe.destination.word()))
             && packet.update_l3_checksum(L3 + 10, recipe.csum_delta)
     };
     if !addressed {
@@ -98,17 +100,23 @@ fn rewrite<P: Packet>(packet: &mut P, recipe: &Recipe, headers: &Headers) -> boo
     if headers.proto != proto::ICMP && !packet.update_l4_checksum(checksum, recipe.csum_delta, true, udp, headers.v6) {
         return false;
     }
-    let old = if source { headers.sport } else { headers.dport };
-    if old == recipe.port {
-        return true;
+    let echo = matches!(headers.proto, proto::ICMP | proto::ICMPV6);
+    let mut delta = 0;
+    if source && headers.sport != recipe.source_port {
+        let at = if echo { headers.l4 + 4 } else { headers.l4 };
+        if !packet.store(at, &recipe.source_port.be) {
+            return false;
+        }
+        delta = difference(headers.sport.be as u32, recipe.source_port.be as u32);
     }
-    let at = match headers.proto {
-        proto::ICMP | proto::ICMPV6 => headers.l4 + 4,
-        _ if source => headers.l4,
-        _ => headers.l4 + 2,
-    };
-    packet.store(at, &recipe.port.be)
-        && packet.update_l4_checksum(checksum, difference(old.be as u32, recipe.port.be as u32), false, udp, headers.v6)
+    if destination && headers.dport != recipe.destination_port {
+        let at = if echo { headers.l4 + 4 } else { headers.l4 + 2 };
+        if !packet.store(at, &recipe.destination_port.be) {
+            return false;
+        }
+        delta = fold(delta as u64 + difference(headers.dport.be as u32, recipe.destination_port.be as u32) as u64);
+    }
+    delta == 0 || packet.update_l4_checksum(checksum, delta, false, udp, headers.v6)
 }
 
 /// Ones'-complement difference of one word, as `bpf_csum_diff` forms it.

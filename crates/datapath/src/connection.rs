@@ -155,8 +155,11 @@ fn through(recipe: &mut Recipe, hook: u8, door: u32) {
 #[inline(always)]
 fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
     new.rewrite = old.rewrite;
-    new.address = old.address;
-    new.port = old.port;
+    new.source = old.source;
+    new.source_port = old.source_port;
+    new.destination = old.destination;
+    new.destination_port = old.destination_port;
+    new.backend = old.backend;
     new.csum_delta = old.csum_delta;
     new.state = old.state;
     if reopened {

@@ -144,36 +144,42 @@ fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Resul
 #[inline(always)]
 fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, l4: u32, v6: bool) -> bool {
     let recipe = &s.forward;
-    let source = recipe.rewrite == Rewrite::SOURCE;
+    let (source, destination) = (recipe.rewrite & Rewrite::SOURCE != 0, recipe.rewrite & Rewrite::DESTINATION != 0);
     let checksum = s.parsed.l4 + 2;
     let echo = matches!(s.opener.proto, proto::ICMP | proto::ICMPV6);
     // Quoted the other way round: where the flow's source changes, the quotation's destination does.
-    let old = if source { s.opener.dport } else { s.opener.sport };
     let addressed = if v6 {
-        packet.store(L3 + if source { 8 } else { 24 }, &recipe.address.words)
-            && packet.store(inner + if source { 24 } else { 8 }, &recipe.address.words)
+        (!source || packet.store(L3 + 8, &recipe.source.words) && packet.store(inner + 24, &recipe.source.words))
+            && (!destination
+                || packet.store(L3 + 24, &recipe.destination.words)
+                    && packet.store(inner + 8, &recipe.destination.words))
             && packet.update_l4_checksum(checksum, recipe.csum_delta, true, false, true)
             && packet.update_l4_checksum(checksum, recipe.csum_delta, false, false, true)
     } else {
-        packet.store(L3 + if source { 12 } else { 16 }, &recipe.address.word())
+        (!source || packet.store(L3 + 12, &recipe.source.word()) && packet.store(inner + 16, &recipe.source.word()))
+            && (!destination
+                || packet.store(L3 + 16, &recipe.destination.word())
+                    && packet.store(inner + 12, &recipe.destination.word()))
             && packet.update_l3_checksum(L3 + 10, recipe.csum_delta)
-            && packet.store(inner + if source { 16 } else { 12 }, &recipe.address.word())
             && packet.update_l3_checksum(inner + 10, recipe.csum_delta)
     };
-    if !addressed {
-        return false;
-    }
-    if old == recipe.port {
-        return true;
-    }
-    let at = l4
-        + if echo {
-            4
-        } else if source {
-            2
-        } else {
-            0
-        };
-    packet.store(at, &recipe.port.be)
-        && packet.update_l4_checksum(checksum, difference(old.be as u32, recipe.port.be as u32), false, false, v6)
+    addressed
+        && (!source
+            || translate_port(packet, checksum, l4 + if echo { 4 } else { 2 }, s.opener.dport, recipe.source_port, v6))
+        && (!destination
+            || translate_port(
+                packet,
+                checksum,
+                l4 + if echo { 4 } else { 0 },
+                s.opener.sport,
+                recipe.destination_port,
+                v6,
+            ))
+}
+
+#[inline(always)]
+fn translate_port<P: Packet>(packet: &mut P, checksum: u32, at: u32, old: Port, new: Port, v6: bool) -> bool {
+    old == new
+        || packet.store(at, &new.be)
+            && packet.update_l4_checksum(checksum, difference(old.be as u32, new.be as u32), false, false, v6)
 }

@@ -185,4 +185,4 @@ pub const fn stale(last_seen: Tick, now: Tick) -> bool {
     last_seen.count != now.count
 }
 
-const _: () = assert!(core::mem::size_of::<Recipe>() == 96);
+const _: () = assert!(core::mem::size_of::<Recipe>() == 128);

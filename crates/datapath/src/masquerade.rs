@@ -64,11 +64,11 @@ pub(crate) fn bind<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRea
     }
     let (first, mask) = (node.masquerade_first.number(), node.masquerade_mask);
     s.forward.rewrite = Rewrite::SOURCE;
-    s.forward.address = address;
+    s.forward.source = address;
     s.forward.csum_delta = address_difference(&s.opener.src, &address);
     s.reverse.rewrite = Rewrite::DESTINATION;
-    s.reverse.address = s.opener.src;
-    s.reverse.port = s.opener.sport;
+    s.reverse.destination = s.opener.src;
+    s.reverse.destination_port = s.opener.sport;
     s.reverse.csum_delta = address_difference(&address, &s.opener.src);
 
     // The workload's own port if it is in the range: easier to follow for people.
@@ -76,7 +76,7 @@ pub(crate) fn bind<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRea
     let start = if own <= mask { own } else { tables.random() as u16 };
     for i in 0..ATTEMPTS {
         let port = Port::new(first.wrapping_add(start.wrapping_add(i) & mask));
-        s.forward.port = port;
+        s.forward.source_port = port;
         s.answer.dst = address;
         s.answer.dport = port;
         if !tables.insert(Table::Pending, &s.answer, &s.reverse, true) {

@@ -303,9 +303,14 @@ mod tests {
 
     #[test]
     fn with_masquerade_each_direction_leads_to_the_other() {
-        let out = Recipe { rewrite: Rewrite::SOURCE, address: NODE, port: Port::new(50_000), ..Recipe::default() };
-        let back =
-            Recipe { rewrite: Rewrite::DESTINATION, address: CLIENT, port: Port::new(40_000), ..Recipe::default() };
+        let out =
+            Recipe { rewrite: Rewrite::SOURCE, source: NODE, source_port: Port::new(50_000), ..Recipe::default() };
+        let back = Recipe {
+            rewrite: Rewrite::DESTINATION,
+            destination: CLIENT,
+            destination_port: Port::new(40_000),
+            ..Recipe::default()
+        };
         let forward = tuple(proto::TCP);
         let reverse = opposite_of(&forward, &out);
         assert_eq!((reverse.src, reverse.dst, reverse.dport), (SERVER, NODE, Port::new(50_000)));

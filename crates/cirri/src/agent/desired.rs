@@ -47,7 +47,7 @@ impl Core {
             v6: self.node.v6.map_or(Addr::UNSPECIFIED, |v6| Addr::v6(v6.octets())),
             masquerade_first: Port::new(masquerade.ports.first),
             masquerade_mask: (masquerade.ports.count() - 1) as u16,
-            _pad: [0; 5],
+            ..NodeConfig::default()
         }
     }
 

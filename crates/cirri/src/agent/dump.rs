@@ -149,10 +149,14 @@ fn recipe(recipe: &Recipe) -> String {
     if recipe.flags & recipe_flag::REPLY != 0 {
         text.push_str(", reply");
     }
-    match recipe.rewrite {
-        Rewrite::SOURCE => text.push_str(&format!(", source := {} {}", recipe.address, recipe.port.number())),
-        Rewrite::DESTINATION => text.push_str(&format!(", destination := {} {}", recipe.address, recipe.port.number())),
-        _ => {}
+    if recipe.rewrite & Rewrite::SOURCE != 0 {
+        text.push_str(&format!(", source := {} {}", recipe.source, recipe.source_port.number()));
+    }
+    if recipe.rewrite & Rewrite::DESTINATION != 0 {
+        text.push_str(&format!(", destination := {} {}", recipe.destination, recipe.destination_port.number()));
+    }
+    if recipe.backend != 0 {
+        text.push_str(&format!(", backend {}", recipe.backend));
     }
     text
 }
