@@ -16,13 +16,14 @@ use aya::{
         tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
     },
 };
-use cirri_abi::{Map, MapKind, map};
+use cirri_abi::map;
 
 use crate::{
     error::{LoadError, MapError, VerifierLog, telling_lines},
     events::Events,
     features::{self, Hooking},
     pins::{Found, Pins, at, open_set},
+    sizes::sizes,
     sys,
     tables::Tables,
     trial::Trial,
@@ -443,52 +444,9 @@ fn probe_socket() -> io::Result<std::net::UdpSocket> {
     std::net::UdpSocket::bind("0.0.0.0:0")
 }
 
-/// The size of every map: the ABI's, or what the configuration asks for.
-fn sizes(wanted: &BTreeMap<String, u32>) -> Result<BTreeMap<&'static str, u32>, LoadError> {
-    let adjustable =
-        |map: &&Map| matches!(map.kind, MapKind::LruHash | MapKind::Hash | MapKind::LpmTrie | MapKind::RingBuf);
-    let mut sizes: BTreeMap<&'static str, u32> = map::ALL.iter().map(|map| (map.name, map.max_entries)).collect();
-    for (name, size) in wanted {
-        let Some(map) = map::ALL.iter().filter(adjustable).find(|map| map.name == name) else {
-            let names: Vec<_> = map::ALL.iter().filter(adjustable).map(|map| map.name).collect();
-            return Err(LoadError::Sizes(format!("{name} has no size to choose; these have: {}", names.join(", "))));
-        };
-        let ring = map.kind == MapKind::RingBuf;
-        if ring && (!size.is_power_of_two() || *size < 4096) || *size == 0 {
-            let rule = if ring { "a power of two of at least 4096 bytes" } else { "at least 1" };
-            return Err(LoadError::Sizes(format!("{name}: {size} must be {rule}")));
-        }
-        sizes.insert(map.name, *size);
-    }
-    Ok(sizes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn wanted(name: &str, size: u32) -> Result<BTreeMap<&'static str, u32>, String> {
-        sizes(&BTreeMap::from([(name.to_owned(), size)])).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn a_size_in_the_configuration_overrides_the_one_of_the_abi() {
-        let sizes = wanted("FLOWS4", 1000).expect("a good size");
-        assert_eq!((sizes["FLOWS4"], sizes["FLOWS6"]), (1000, map::FLOWS6.max_entries));
-    }
-
-    #[test]
-    fn sizes_that_cannot_be_are_refused_by_name() {
-        for (name, size, says) in [
-            ("FLOWS5", 1, "FLOWS4"),
-            ("EPOCHS", 9, "FLOWS4"),
-            ("FLOWS4", 0, "at least 1"),
-            ("EVENTS", 5000, "power of two"),
-        ] {
-            let error = wanted(name, size).expect_err("must be refused");
-            assert!(error.contains(name) && error.contains(says), "{error}");
-        }
-    }
 
     #[test]
     fn a_pinned_link_names_its_program_and_its_device() {

@@ -147,10 +147,12 @@ pub enum MapError {
         wanted: usize,
     },
     /// The map holds no entries that could be listed.
-    #[error("map {map} holds events, not entries")]
+    #[error("map {map} holds {holds}, not entries that could be listed")]
     NoEntries {
         /// The map.
         map: String,
+        /// What it holds.
+        holds: &'static str,
     },
 }
 

@@ -35,6 +35,7 @@ pub(crate) fn check(pin_root: &Path) -> Result<Hooking, LoadError> {
         (MapType::LpmTrie, "longest-prefix maps"),
         (MapType::HashOfMaps, "maps of maps"),
         (MapType::RingBuf, "ring buffers"),
+        (MapType::SkStorage, "storage in sockets"),
     ];
     for (kind, name) in kinds {
         if !matches!(aya::sys::is_map_supported(kind), Ok(true)) {

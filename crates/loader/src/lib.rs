@@ -19,6 +19,7 @@ pub mod gc;
 pub mod net;
 mod pins;
 mod plain;
+mod sizes;
 mod sys;
 mod table;
 mod tables;

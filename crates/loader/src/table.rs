@@ -175,6 +175,7 @@ fn shape(info: &MapInfo) -> String {
         MapKind::LruHash,
         MapKind::LpmTrie,
         MapKind::HashOfMaps,
+        MapKind::SkStorage,
         MapKind::RingBuf,
     ];
     let kind = kinds.into_iter().find(|kind| *kind as u32 == info.kind);

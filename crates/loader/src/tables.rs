@@ -3,8 +3,9 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use cirri_abi::{
-    Addr, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey, Map, NodeConfig,
-    PolicyEntry, PolicyKey, Recipe, RulesetSlot, Tuple, epoch_slot, map,
+    Addr, Affinity, AffinityKey, Backend, BackendCounter, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey,
+    FragmentPorts, Ipcache, IpcacheKey, Map, MapKind, NodeConfig, Plain, PolicyEntry, PolicyKey, RangeKey, Recipe,
+    RulesetSlot, Service, ServiceKey, ServiceSlot, SnatPool, Tuple, epoch_slot, map,
 };
 
 use crate::{
@@ -37,6 +38,24 @@ pub struct Tables {
     pub devices: Table<u32, Endpoint>,
     /// Identity, block and peer of addresses. [`Table::get`] matches the longest prefix.
     pub ipcache: Table<IpcacheKey, Ipcache>,
+    /// Addresses that are served.
+    pub services: Table<ServiceKey, Service>,
+    /// Who serves, by number; 0 is nobody.
+    pub backends: Table<u32, Backend>,
+    /// Sets of backends, one after the other; [`Service::inside_first`] and its like count here.
+    pub slots: Table<u32, ServiceSlot>,
+    /// Clients that keep their backend.
+    pub affinity: Table<AffinityKey, Affinity>,
+    /// Ranges of clients that services name. [`Table::get`] matches the longest prefix.
+    pub source_ranges: Table<RangeKey, u32>,
+    /// Sources for translated connections, by number; 0 is not used.
+    pub snat_pools: Table<u32, SnatPool>,
+    /// Ports of the node's own addresses that a service may be behind: bit `port % 64` of word
+    /// `port / 64`.
+    pub node_ports: Table<u32, u64>,
+    /// Network namespaces (by [`crate::net::Namespace::cookie`]) whose packets are translated, not
+    /// their sockets. The value says nothing.
+    pub per_packet: Table<u64, u32>,
     epochs: Table<u32, u32>,
     node: Table<u32, NodeConfig>,
     rulesets: Arc<RawMap>,
@@ -79,6 +98,14 @@ impl Tables {
             endpoints: Table::new(raw(&map::ENDPOINTS)?, &map::ENDPOINTS)?,
             devices: Table::new(raw(&map::DEVICES)?, &map::DEVICES)?,
             ipcache: Table::new(raw(&map::IPCACHE)?, &map::IPCACHE)?,
+            services: Table::new(raw(&map::SERVICES)?, &map::SERVICES)?,
+            backends: Table::new(raw(&map::BACKENDS)?, &map::BACKENDS)?,
+            slots: Table::new(raw(&map::SERVICE_SLOTS)?, &map::SERVICE_SLOTS)?,
+            affinity: Table::new(raw(&map::AFFINITY)?, &map::AFFINITY)?,
+            source_ranges: Table::new(raw(&map::SOURCE_RANGES)?, &map::SOURCE_RANGES)?,
+            snat_pools: Table::new(raw(&map::SNAT_POOLS)?, &map::SNAT_POOLS)?,
+            node_ports: Table::new(raw(&map::NODE_PORTS)?, &map::NODE_PORTS)?,
+            per_packet: Table::new(raw(&map::PER_PACKET)?, &map::PER_PACKET)?,
             epochs: Table::new(raw(&map::EPOCHS)?, &map::EPOCHS)?,
             node: Table::new(raw(&map::NODE)?, &map::NODE)?,
             rulesets: raw(&map::RULESETS)?,
@@ -227,6 +254,33 @@ impl Tables {
         Ok(summed(&per_cpu))
     }
 
+    /// What these backends have been given, summed over the CPUs; numbers outside the table are left out.
+    pub fn backend_counters(
+        &self,
+        numbers: impl IntoIterator<Item = u32>,
+    ) -> Result<Vec<(u32, BackendCounter)>, MapError> {
+        let raw = find(&self.all, map::BACKEND_COUNTERS.name)?;
+        let mut per_cpu = vec![0; raw.value_bytes()];
+        let mut counters = Vec::new();
+        for number in numbers {
+            let found = raw
+                .lookup(bytes(&number), &mut per_cpu)
+                .map_err(|error| table::failed(map::BACKEND_COUNTERS.name, raw.info(), "lookup", error))?;
+            if found {
+                counters.push((number, summed_backend(&per_cpu)));
+            }
+        }
+        Ok(counters)
+    }
+
+    /// Begins to count a backend from zero, as is due when its number goes to another. What another CPU
+    /// counts meanwhile may survive.
+    pub fn clear_backend_counter(&self, number: u32) -> Result<(), MapError> {
+        let raw = find(&self.all, map::BACKEND_COUNTERS.name)?;
+        raw.update(bytes(&number), &vec![0; raw.value_bytes()])
+            .map_err(|error| table::failed(map::BACKEND_COUNTERS.name, raw.info(), "update", error))
+    }
+
     // === Any map ===
 
     /// Every map with its size and the kernel memory it takes.
@@ -256,8 +310,10 @@ impl Tables {
     /// possible CPU.
     pub fn dump(&self, name: &str, limit: usize) -> Result<Vec<RawEntry>, MapError> {
         let raw = find(&self.all, name)?;
-        if raw.info().key_size == 0 {
-            return Err(MapError::NoEntries { map: name.into() });
+        for (kind, holds) in [(MapKind::RingBuf, "events"), (MapKind::SkStorage, "values inside sockets")] {
+            if raw.info().kind == kind as u32 {
+                return Err(MapError::NoEntries { map: name.into(), holds });
+            }
         }
         let mut entries = Vec::new();
         if limit == 0 {
@@ -296,9 +352,24 @@ fn walk(raw: &RawMap, name: &str, mut each: impl FnMut(&[u8], &[u8]) -> bool) ->
 }
 
 fn summed(per_cpu: &[u8]) -> Counter {
-    per_cpu.chunks_exact(size_of::<Counter>()).filter_map(read::<Counter>).fold(Counter::default(), |sum, one| {
-        Counter { packets: sum.packets.wrapping_add(one.packets), bytes: sum.bytes.wrapping_add(one.bytes) }
+    parts(per_cpu).fold(Counter::default(), |sum, one: Counter| Counter {
+        packets: sum.packets.wrapping_add(one.packets),
+        bytes: sum.bytes.wrapping_add(one.bytes),
     })
+}
+
+fn summed_backend(per_cpu: &[u8]) -> BackendCounter {
+    parts(per_cpu).fold(BackendCounter::default(), |sum, one: BackendCounter| BackendCounter {
+        connections: sum.connections.wrapping_add(one.connections),
+        packets: sum.packets.wrapping_add(one.packets),
+        bytes: sum.bytes.wrapping_add(one.bytes),
+        answers: sum.answers.wrapping_add(one.answers),
+    })
+}
+
+/// The values of the CPUs; each begins at a multiple of eight bytes.
+fn parts<T: Plain>(per_cpu: &[u8]) -> impl Iterator<Item = T> {
+    per_cpu.chunks_exact(size_of::<T>().next_multiple_of(8)).filter_map(read)
 }
 
 fn find<'a>(all: &'a BTreeMap<&'static str, Arc<RawMap>>, name: &str) -> Result<&'a Arc<RawMap>, MapError> {
