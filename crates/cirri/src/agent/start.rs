@@ -149,6 +149,10 @@ fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
         ("PENDING4", maps.pending),
         ("PENDING6", maps.pending),
         ("IPCACHE", maps.ipcache),
+        ("SERVICES", maps.services),
+        ("BACKENDS", maps.backends),
+        ("BACKEND_COUNTERS", maps.backends),
+        ("SERVICE_SLOTS", maps.slots),
     ];
     all.into_iter().filter(|(_, size)| *size > 0).map(|(name, size)| (name.to_owned(), size)).collect()
 }

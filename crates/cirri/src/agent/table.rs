@@ -1,6 +1,6 @@
 //! Desired rows, what the kernel (or the store) really holds, and how far apart they are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ use crate::api::{RowError, TableStatus};
 pub struct Table<K, V> {
     name: &'static str,
     rows: BTreeMap<K, Row<V>>,
+    /// Keys of the rows that are not [`State::Done`]: questions about what is left to do must not cost
+    /// a walk over everything that is done.
+    open: BTreeSet<K>,
 }
 
 #[derive(Clone, Debug)]
@@ -54,7 +57,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
     /// Empty.
     pub fn new(name: &'static str) -> Table<K, V> {
-        Table { name, rows: BTreeMap::new() }
+        Table { name, rows: BTreeMap::new(), open: BTreeSet::new() }
     }
 
     /// The row should be like this.
@@ -82,9 +85,11 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
 
     /// The world holds this row already. Without a later [`Table::set`] it is removed.
     pub fn adopt(&mut self, key: K, value: V) {
-        let row = self.rows.entry(key).or_insert(Row { desired: None, actual: None, state: State::Pending });
-        row.state = if row.desired.as_ref() == Some(&value) { State::Done } else { State::Pending };
+        let row = self.rows.entry(key.clone()).or_insert(Row { desired: None, actual: None, state: State::Pending });
+        let done = row.desired.as_ref() == Some(&value);
+        row.state = if done { State::Done } else { State::Pending };
         row.actual = Some(value);
+        self.note(key);
     }
 
     /// The world is not what it was written to be: this row must be looked at again.
@@ -92,6 +97,7 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
         if let Some(row) = self.rows.get_mut(key) {
             row.actual = None;
             row.state = State::Pending;
+            self.note(key.clone());
         }
     }
 
@@ -102,8 +108,7 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
             State::Done => false,
             State::Failed { next, .. } => *next <= now,
         };
-        self.rows
-            .iter()
+        self.open_rows()
             .filter(|(_, row)| is_due(row))
             .map(|(key, row)| Due { key: key.clone(), desired: row.desired.clone(), actual: row.actual.clone() })
             .collect()
@@ -133,13 +138,13 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
                 row.state = State::Failed { why: error.to_string(), attempts, next: now + pause };
             }
         }
+        self.note(key.clone());
     }
 
     /// When the next row that failed is due; `None` if none failed.
     pub fn next_due(&self) -> Option<Instant> {
-        self.rows
-            .values()
-            .filter_map(|row| match &row.state {
+        self.open_rows()
+            .filter_map(|(_, row)| match &row.state {
                 State::Failed { next, .. } => Some(*next),
                 State::Pending | State::Done => None,
             })
@@ -148,7 +153,7 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
 
     /// Whether every row is as desired.
     pub fn is_done(&self) -> bool {
-        self.rows.values().all(|row| matches!(row.state, State::Done))
+        self.open.is_empty()
     }
 
     /// `pending`, `done`, `error: why`, or nothing if there is no such row.
@@ -172,10 +177,11 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
 
     /// For `cirri status`.
     pub fn status(&self) -> TableStatus {
-        let mut status = TableStatus { name: self.name.to_owned(), done: 0, pending: 0, errors: Vec::new() };
-        for (key, row) in &self.rows {
+        let done = self.rows.len() - self.open.len();
+        let mut status = TableStatus { name: self.name.to_owned(), done, pending: 0, errors: Vec::new() };
+        for (key, row) in self.open_rows() {
             match &row.state {
-                State::Done => status.done += 1,
+                State::Done => {}
                 State::Pending => status.pending += 1,
                 State::Failed { why, attempts, .. } => {
                     status.errors.push(RowError { key: key.to_string(), error: why.clone(), attempts: *attempts });
@@ -189,6 +195,7 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
         let row = self.rows.entry(key.clone()).or_insert(Row { desired: None, actual: None, state: State::Pending });
         if desired.is_none() && row.actual.is_none() && matches!(row.state, State::Pending) {
             self.rows.remove(&key);
+            self.open.remove(&key);
             return;
         }
         if row.desired != desired {
@@ -197,6 +204,23 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
         } else if row.actual == row.desired {
             row.state = State::Done;
         }
+        self.note(key);
+    }
+
+    /// Keeps [`Table::open`] right for a row that may have changed its state.
+    fn note(&mut self, key: K) {
+        match self.rows.get(&key) {
+            Some(row) if !matches!(row.state, State::Done) => {
+                self.open.insert(key);
+            }
+            _ => {
+                self.open.remove(&key);
+            }
+        }
+    }
+
+    fn open_rows(&self) -> impl Iterator<Item = (&K, &Row<V>)> {
+        self.open.iter().filter_map(|key| Some((key, self.rows.get(key)?)))
     }
 }
 

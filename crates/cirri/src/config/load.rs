@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Config, StoreKind};
+use super::{Config, Dispatch, Forwarding, RoutingMode, StoreKind};
 use crate::api::ConfigValue;
 
 /// A configuration and where its values came from.
@@ -177,10 +177,31 @@ fn check(config: &Config) -> Result<(), ConfigError> {
     if config.store.kind == StoreKind::Etcd && config.store.etcd.endpoints.is_empty() {
         return refuse("store.kind is etcd but store.etcd.endpoints is empty; name its members".to_owned());
     }
+    check_services(config)?;
     let instance = &config.bpf.instance;
     let simple = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if instance.is_empty() || instance.len() > 64 || !instance.chars().all(simple) {
         return refuse(format!("bpf.instance is `{instance}`; use up to 64 letters, digits, `-` and `_`"));
+    }
+    Ok(())
+}
+
+fn check_services(config: &Config) -> Result<(), ConfigError> {
+    let refuse = |text: String| Err(ConfigError::Contradiction(text));
+    let (services, masquerade) = (&config.services, &config.masquerade);
+    let (ports, taken) = (services.node_ports, masquerade.ports);
+    if ports.first <= taken.last && taken.first <= ports.last {
+        return refuse(format!(
+            "services.nodePorts {} and masquerade.ports {} overlap; a port can be one or the other",
+            String::from(ports),
+            String::from(taken)
+        ));
+    }
+    let returns_directly = services.forwarding != Forwarding::Snat;
+    if returns_directly && services.dispatch == Dispatch::Ipip && config.routing.mode != RoutingMode::Direct {
+        return refuse(
+            "services.dispatch ipip needs routing.mode direct; take dispatch option with the overlay".to_owned(),
+        );
     }
     Ok(())
 }
@@ -232,7 +253,6 @@ fn put(tree: &mut Value, key: &str, value: Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::RoutingMode;
 
     fn load_text(text: &str, env: &[(&str, &str)], flags: &[&str]) -> Result<Loaded, ConfigError> {
         let dir =
@@ -287,6 +307,11 @@ mod tests {
             ("cluster: {podCidrV4PerNode: 8}", "/16 and /30"),
             ("bpf: {instance: ../x}", "letters, digits"),
             ("routing: {mode: magic}", "overlay"),
+            ("services: {nodePorts: 40000-50000}", "masquerade.ports 49152-65535 overlap"),
+            ("services: {nodePorts: 32767-30000}", "FIRST-LAST"),
+            ("services: {forwarding: dsr, dispatch: ipip}", "routing.mode direct"),
+            ("services: {acceleration: fast}", "best-effort"),
+            ("services: {socket: {mode: some}}", "host"),
         ] {
             let error = load_text(&format!("{FOLDER}{text}\n"), &[], &[]).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");

@@ -5,6 +5,7 @@
 //! it stands in (environment variables are looked up by name, so a misspelt one is never read).
 
 mod load;
+mod services;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 pub use load::{Loaded, load};
+pub use services::{Acceleration, Algorithm, Dispatch, Forwarding, NodePorts, Services, Socket, SocketMode};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,6 +28,8 @@ pub struct Config {
     pub routing: Routing,
     /// What leaves the cluster under the node's address.
     pub masquerade: Masquerade,
+    /// Services.
+    pub services: Services,
     /// Where the cluster's state lives.
     pub store: Store,
     /// Directory for the agent's socket and what survives a restart.
@@ -170,6 +174,12 @@ pub struct MapSizes {
     pub pending: u32,
     /// Addresses of the whole cluster.
     pub ipcache: u32,
+    /// Addresses and ports that are served.
+    pub services: u32,
+    /// Backends of all services.
+    pub backends: u32,
+    /// Places of all services' sets of backends; Maglev takes at least 100 for each backend.
+    pub slots: u32,
 }
 
 /// The flow log.
