@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, os::fd::AsFd};
 
-use crate::{Datapath, LoadError, datapath::classifier, sys};
+use crate::{Datapath, LoadError, datapath::program_fd, sys};
 
 /// One program's bill.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -25,10 +25,9 @@ impl Datapath {
     pub fn bills(&mut self) -> Result<Vec<Bill>, LoadError> {
         let mut bills = Vec::new();
         for status in self.programs()? {
-            let program = classifier(self.ebpf(), &status.name)?;
-            let failed = |error: String| LoadError::Object(format!("{}: {error}", status.name));
-            let fd = program.fd().map_err(|error| failed(error.to_string()))?;
-            let code = sys::program_code(fd.as_fd()).map_err(|error| failed(error.to_string()))?;
+            let program = program_fd(&mut self.ebpf, &status.name)?;
+            let code = sys::program_code(program.as_fd())
+                .map_err(|error| LoadError::Object(format!("{}: {error}", status.name)))?;
             bills.push(Bill {
                 verified: status.verified_instructions,
                 stack: deepest_chain(&code.instructions),

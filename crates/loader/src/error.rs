@@ -59,10 +59,21 @@ pub enum LoadError {
     Attach {
         /// The program.
         program: &'static str,
-        /// The device.
+        /// The device, or the cgroup's directory.
         device: String,
-        /// What aya says.
+        /// What aya or the kernel says.
         error: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A directory is not, or is no longer, a cgroup that programs can be put on.
+    #[error(
+        "cgroup {path}: {problem}; set services.socket.cgroup to a directory of a cgroup2 mount, such as the mount \
+         itself for all processes"
+    )]
+    Cgroup {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
     },
     /// Another agent uses the same instance name in another network namespace.
     #[error(

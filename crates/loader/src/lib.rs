@@ -10,8 +10,10 @@
 
 #![deny(missing_docs)]
 
+mod attach;
 mod bill;
 mod datapath;
+mod edge;
 mod error;
 mod events;
 mod features;
@@ -20,17 +22,21 @@ pub mod net;
 mod pins;
 mod plain;
 mod sizes;
+mod socket_hooks;
 mod sys;
 mod table;
 mod tables;
 pub mod trial;
 mod warnings;
 
+pub use attach::Attachment;
 pub use bill::Bill;
-pub use datapath::{Attachment, Datapath, LoadOptions, ProgramStatus, Retired};
+pub use datapath::{Datapath, LoadOptions, ProgramStatus, Retired};
+pub use edge::{EdgeMode, EdgeStatus, EdgeWanted};
 pub use error::{LoadError, MapError, VerifierLog};
 pub use events::{Batch, Events};
 pub use features::Hooking;
+pub use socket_hooks::cgroup_root;
 pub use table::{Chunk, Cursor, Table};
 pub use tables::{MapStatus, RawEntry, Tables};
 pub use trial::Trial;

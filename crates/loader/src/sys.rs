@@ -1,4 +1,5 @@
-//! The bpf(2) commands that aya does not wrap, or wraps one entry at a time.
+//! The bpf(2) commands that aya does not wrap, or wraps one entry at a time, and a socket option that
+//! nobody wraps.
 //!
 //! Every function takes buffers as slices and checks their lengths against the sizes that the
 //! kernel will use, which [`RawMap`] reads from the kernel itself. That is what makes them safe.
@@ -33,7 +34,7 @@ pub(crate) struct MapInfo {
     pub flags: u32,
 }
 
-/// What a link is, from the kernel (`struct bpf_link_info`, as far as tcx needs it).
+/// What a link is, from the kernel (`struct bpf_link_info`, as far as tcx, XDP and cgroups need it).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct LinkInfo {
@@ -41,9 +42,31 @@ pub(crate) struct LinkInfo {
     pub id: u32,
     pub program: u32,
     _align: u32,
-    /// Device of a tcx link, 0 once it is gone.
-    pub ifindex: u32,
-    pub attach_type: u32,
+    /// A device's number and, for tcx, the direction; or a cgroup's number.
+    object: [u32; 2],
+}
+
+impl LinkInfo {
+    /// Device of a tcx or XDP link, 0 once it is gone.
+    pub fn ifindex(&self) -> u32 {
+        self.object[0]
+    }
+
+    /// Cgroup of a link to one, 0 once it is gone.
+    pub fn cgroup(&self) -> u64 {
+        let [first, second] = self.object;
+        if cfg!(target_endian = "little") {
+            u64::from(second) << 32 | u64::from(first)
+        } else {
+            u64::from(first) << 32 | u64::from(second)
+        }
+    }
+
+    /// Whether what the link was attached to is gone.
+    pub fn is_loose(&self) -> bool {
+        const CGROUP: u32 = 3;
+        if self.kind == CGROUP { self.cgroup() == 0 } else { self.ifindex() == 0 }
+    }
 }
 
 /// Where a batch lookup goes on.
@@ -237,11 +260,15 @@ impl RawMap {
 
 /// Opens a pinned map or link.
 pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
-    use std::os::unix::ffi::OsStrExt as _;
-    let name = CString::new(path.as_os_str().as_bytes())?;
+    let name = c_path(path)?;
     let attr = ObjectPath { path: name.as_ptr() as u64, ..ObjectPath::default() };
     // SAFETY: the path is a C string that outlives the call.
     unsafe { bpf(Command::ObjectGet, &attr) }.map(own)
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    use std::os::unix::ffi::OsStrExt as _;
+    Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 /// What the kernel says about a link.
@@ -249,6 +276,32 @@ pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = LinkInfo::default();
     object_info(fd, &mut info)?;
     Ok(info)
+}
+
+/// Attaches an XDP program to a device, the flags saying how (`XDP_FLAGS_*`).
+///
+/// aya would try the older way too when the kernel refuses; what that attaches cannot be kept by a pin.
+pub(crate) fn link_xdp(program: BorrowedFd<'_>, ifindex: u32, flags: u32) -> io::Result<OwnedFd> {
+    const XDP: u32 = 37;
+    let attr = LinkCreate { program: program.as_raw_fd() as u32, target: ifindex, attach_type: XDP, flags };
+    // SAFETY: `attr` is the whole argument and outlives the call.
+    unsafe { bpf(Command::LinkCreate, &attr) }.map(own)
+}
+
+/// Puts another program in the place of the link's, atomically.
+pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let attr =
+        LinkUpdate { link: link.as_raw_fd() as u32, program: program.as_raw_fd() as u32, ..LinkUpdate::default() };
+    // SAFETY: `attr` is the whole argument and outlives the call.
+    unsafe { bpf(Command::LinkUpdate, &attr) }.map(drop)
+}
+
+/// Keeps a link by a file on the BPF file system.
+pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let name = c_path(path)?;
+    let attr = ObjectPath { path: name.as_ptr() as u64, fd: fd.as_raw_fd() as u32, ..ObjectPath::default() };
+    // SAFETY: the path is a C string that outlives the call.
+    unsafe { bpf(Command::ObjectPin, &attr) }.map(drop)
 }
 
 /// Takes a link's program off its device at once. Removing the last pin does it too, but later.
@@ -329,6 +382,26 @@ fn own(fd: i64) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd as i32) }
 }
 
+// === Sockets ===
+
+/// The cookie of the network namespace that a socket is in (Linux 5.14).
+pub(crate) fn namespace_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the cookie, its size, and the length that it
+    // used; both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
 // === bpf(2) ===
 
 /// `enum bpf_cmd`.
@@ -338,12 +411,15 @@ enum Command {
     Lookup = 1,
     Update = 2,
     Delete = 3,
+    ObjectPin = 6,
     ObjectGet = 7,
     MapGetFdById = 14,
     InfoByFd = 15,
     Freeze = 22,
     LookupBatch = 24,
     UpdateBatch = 26,
+    LinkCreate = 28,
+    LinkUpdate = 29,
     LinkDetach = 34,
 }
 
@@ -389,6 +465,23 @@ struct ObjectPath {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+#[repr(C)]
+struct LinkCreate {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
 }
 
 #[repr(C)]

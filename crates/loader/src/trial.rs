@@ -8,11 +8,15 @@ use aya::{
     programs::{TestRun, TestRunOptions},
 };
 
-use crate::{LoadError, MapError, datapath::classifier};
+use crate::{
+    LoadError, MapError,
+    datapath::{classifier, program_fd, xdp},
+    edge,
+};
 
 /// Runs loaded programs on packets of the caller's making.
 ///
-/// A run goes through the program `wrap`, which puts the packet's first [`Trial::HEADERS`] bytes
+/// A run goes through the program `wrap` (for XDP `wrap_edge`), which puts the packet's first [`Trial::HEADERS`] bytes
 /// and its metadata back before each repetition and jumps to the program under test: the kernel
 /// itself would hand the rewritten packet to the next repetition. What the way there costs is what
 /// the program `floor` costs in the same kind of run.
@@ -22,6 +26,7 @@ pub struct Trial<'a> {
     ebpf: &'a mut Ebpf,
     template: Array<MapData, [u64; 16]>,
     measured: ProgramArray<MapData>,
+    measured_edge: ProgramArray<MapData>,
 }
 
 /// A packet, how it is met, and how often.
@@ -31,9 +36,9 @@ pub struct Shot<'a> {
     pub packet: &'a [u8],
     /// The device it is met on, in the network namespace of the calling thread.
     pub ifindex: u32,
-    /// Its mark.
+    /// Its mark; frames at the edge have none.
     pub mark: u32,
-    /// Out of the overlay: the sender's identity, and the node it came from (IPv4, host order).
+    /// Out of the overlay, not at the edge: the sender's identity, and the node it came from (IPv4, host order).
     pub tunnel: Option<(u32, u32)>,
     /// How many flows: 0 leaves ports as they are, else a power of two. The source port of flow
     /// `n` is 10000 + n % 16384, and n / 16384 is added to the destination port.
@@ -47,7 +52,7 @@ pub struct Shot<'a> {
 /// What came of a run.
 #[derive(Clone, Debug)]
 pub struct Landing {
-    /// What the last repetition answered (`TC_ACT_*`).
+    /// What the last repetition answered: an [`action`], of `edge` an [`edge_action`].
     pub action: u32,
     /// The packet after it.
     pub packet: Vec<u8>,
@@ -65,6 +70,20 @@ pub mod action {
     pub const REDIRECT: u32 = 7;
 }
 
+/// `XDP_*` as the program `edge` answers.
+pub mod edge_action {
+    /// The program failed.
+    pub const ABORTED: u32 = 0;
+    /// Drop.
+    pub const DROP: u32 = 1;
+    /// Go on.
+    pub const PASS: u32 = 2;
+    /// Back out of the device it came in by.
+    pub const TX: u32 = 3;
+    /// To another device.
+    pub const REDIRECT: u32 = 4;
+}
+
 impl<'a> Trial<'a> {
     /// Bytes of a packet that are restored before each repetition.
     pub const HEADERS: usize = 80;
@@ -72,7 +91,8 @@ impl<'a> Trial<'a> {
     pub(crate) fn new(ebpf: &'a mut Ebpf) -> Result<Trial<'a>, LoadError> {
         let template = taken(ebpf, TEMPLATE, Array::try_from)?;
         let measured = taken(ebpf, MEASURED, ProgramArray::try_from)?;
-        Ok(Trial { ebpf, template, measured })
+        let measured_edge = taken(ebpf, MEASURED_EDGE, ProgramArray::try_from)?;
+        Ok(Trial { ebpf, template, measured, measured_edge })
     }
 
     /// Runs a program.
@@ -84,27 +104,36 @@ impl<'a> Trial<'a> {
                 Self::HEADERS
             )));
         }
-        let target = classifier(self.ebpf, program)?;
-        let target = target.fd().map_err(failed(program))?;
-        self.measured.set(0, target, 0).map_err(|error| in_map(MEASURED, "update", error))?;
+        let at_edge = program == edge::PROGRAM;
+        let (measured, map) =
+            if at_edge { (&mut self.measured_edge, MEASURED_EDGE) } else { (&mut self.measured, MEASURED) };
+        let target = program_fd(self.ebpf, program)?;
+        measured.set(0, target, 0).map_err(|error| in_map(map, "update", error))?;
         self.template.set(0, template(shot), 0).map_err(|error| in_map(TEMPLATE, "update", error))?;
         let mut out = vec![0; shot.packet.len() + 256];
+        let (skb, frame) = (skb_context(shot.ifindex), frame_context(shot));
         let options = TestRunOptions {
             data_in: Some(shot.packet),
             data_out: Some(&mut out),
-            ctx_in: Some(&context(shot.ifindex)),
+            ctx_in: Some(if at_edge { &frame } else { &skb }),
             repeat: shot.repeat,
             ..TestRunOptions::default()
         };
-        let result = classifier(self.ebpf, WRAP)?.test_run(options).map_err(failed(program))?;
+        let result = match at_edge {
+            true => xdp(self.ebpf, WRAP_EDGE)?.test_run(options),
+            false => classifier(self.ebpf, WRAP)?.test_run(options),
+        };
+        let result = result.map_err(failed(program))?;
         out.truncate(result.data_size_out as usize);
         Ok(Landing { action: result.return_value, packet: out, each: result.duration })
     }
 }
 
-const WRAP: &str = "wrap";
+pub(crate) const WRAP: &str = "wrap";
+pub(crate) const WRAP_EDGE: &str = "wrap_edge";
 const TEMPLATE: &str = "TEMPLATE";
 const MEASURED: &str = "MEASURED";
+const MEASURED_EDGE: &str = "MEASURED_EDGE";
 
 /// The words that `wrap` works from (`crates/bpf/src/wrap.rs`).
 fn template(shot: &Shot<'_>) -> [u64; 16] {
@@ -122,11 +151,21 @@ fn template(shot: &Shot<'_>) -> [u64; 16] {
 }
 
 /// `struct __sk_buff` up to its `ifindex`; all else must be zero.
-fn context(ifindex: u32) -> [u8; 192] {
+fn skb_context(ifindex: u32) -> [u8; 192] {
     const IFINDEX: usize = 40;
     let mut context = [0; 192];
     for (byte, value) in context.iter_mut().skip(IFINDEX).zip(ifindex.to_ne_bytes()) {
         *byte = value;
+    }
+    context
+}
+
+/// `struct xdp_md`: the frame from 0 to its length, the device it came in by, the first queue.
+fn frame_context(shot: &Shot<'_>) -> [u8; 24] {
+    let mut context = [0; 24];
+    let words = [0, shot.packet.len() as u32, 0, shot.ifindex, 0, 0];
+    for (bytes, word) in context.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+        *bytes = word.to_ne_bytes();
     }
     context
 }
@@ -152,6 +191,14 @@ fn failed(program: &str) -> impl FnOnce(aya::programs::ProgramError) -> LoadErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_frame_at_the_edge_tells_its_length_and_its_device() {
+        let shot = Shot { packet: &[0; 90], ifindex: 3, mark: 0, tunnel: None, flows: 0, first: 0, repeat: 1 };
+        let words: Vec<u32> =
+            frame_context(&shot).as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word)).collect();
+        assert_eq!(words, [0, 90, 0, 3, 0, 0]);
+    }
 
     #[test]
     fn the_template_holds_the_headers_and_then_the_settings() {

@@ -6,14 +6,18 @@
 mod link;
 mod namespace;
 mod route;
+pub mod sockets;
 mod watch;
+mod wire;
+mod xdp;
 
 use std::{io, net::IpAddr, path::PathBuf};
 
 pub use link::{Link, VethEnd};
 pub use namespace::{Namespace, in_netns};
 pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
-pub use watch::ForeignRoutes;
+pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};
+pub(crate) use xdp::xdp_on;
 
 /// The network of one namespace. Cheap to clone.
 ///
@@ -38,6 +42,18 @@ pub enum NetError {
         /// What was tried.
         action: &'static str,
         /// Why it failed.
+        error: io::Error,
+    },
+    /// The kernel was built without something, and goes on without it.
+    #[error("{what} in {namespace}: {error}; {hint}", namespace = .namespace.display())]
+    Unsupported {
+        /// The namespace's file.
+        namespace: PathBuf,
+        /// What cannot be done.
+        what: &'static str,
+        /// What it needs, and what happens without.
+        hint: &'static str,
+        /// What the kernel said.
         error: io::Error,
     },
     /// There is no such device.

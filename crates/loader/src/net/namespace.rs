@@ -12,10 +12,12 @@ use std::{
 use rustix::{
     fs::fstatfs,
     mount::{UnmountFlags, mount_bind, unmount},
+    net::{AddressFamily, SocketType},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
 
 use super::NetError;
+use crate::sys;
 
 /// A network namespace, kept alive as long as this is.
 ///
@@ -114,6 +116,15 @@ impl Namespace {
     /// The open file, for handing the namespace to the kernel.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The number by which packet programs know it: unique while the machine runs. Needs Linux 5.14.
+    pub fn cookie(&self) -> Result<u64, NetError> {
+        let asked = self.run(|| {
+            let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+            sys::namespace_cookie(socket.as_fd())
+        })?;
+        asked.map_err(|error| self.failed("ask the cookie of", error))
     }
 
     /// Runs code inside, on a thread of its own, and waits for it.

@@ -1,4 +1,6 @@
-//! News of routes that others change.
+//! News of routes and neighbours.
+
+use std::{collections::HashMap, net::IpAddr};
 
 use futures::{StreamExt, channel::mpsc::UnboundedReceiver};
 use rtnetlink::{
@@ -6,6 +8,7 @@ use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol},
     },
     sys::SocketAddr,
@@ -17,22 +20,16 @@ use super::{Namespace, NetError, ROUTE_PROTOCOL};
 ///
 /// Recipes hold the neighbour that a route led to, so whoever keeps them must know.
 pub struct ForeignRoutes {
-    messages: UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>,
+    messages: Messages,
 }
+
+type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
 
 impl ForeignRoutes {
     /// Listens in the calling thread's namespace. Must be called on a tokio runtime.
     pub fn here() -> Result<ForeignRoutes, NetError> {
         let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
-        let (connection, _, messages) =
-            new_multicast_connection(&groups).map_err(|error| match Namespace::current() {
-                Ok(namespace) => {
-                    NetError::Namespace { path: namespace.path().into(), action: "listen for routes in", error }
-                }
-                Err(unknown) => unknown,
-            })?;
-        tokio::spawn(connection);
-        Ok(ForeignRoutes { messages })
+        Ok(ForeignRoutes { messages: listen(&groups, "listen for routes in")? })
     }
 
     /// Waits for the next change. `false`: there will be none any more.
@@ -50,6 +47,88 @@ impl ForeignRoutes {
     }
 }
 
+/// Hears of every neighbour that the kernel finds, loses or finds elsewhere. Those that somebody made known
+/// for good are not among them.
+pub struct Neighbours {
+    messages: Messages,
+    known: HashMap<(u32, IpAddr), [u8; 6]>,
+}
+
+/// What became of a neighbour.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NeighbourChange {
+    /// Its address.
+    pub ip: IpAddr,
+    /// The device.
+    pub device: u32,
+    /// Its Ethernet address; `None`: it does not answer, or the kernel forgot it.
+    pub mac: Option<[u8; 6]>,
+}
+
+impl Neighbours {
+    /// Listens in the calling thread's namespace. Must be called on a tokio runtime.
+    ///
+    /// Of neighbours that are known already one hears when the kernel makes sure of them again.
+    pub fn here() -> Result<Neighbours, NetError> {
+        let messages = listen(&[MulticastGroup::Neigh], "listen for neighbours in")?;
+        Ok(Neighbours { messages, known: HashMap::new() })
+    }
+
+    /// Waits for the next change. `None`: there will be none any more.
+    pub async fn changed(&mut self) -> Option<NeighbourChange> {
+        while let Some((message, _)) = self.messages.next().await {
+            let change = match message.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(neighbour)) => told(&neighbour),
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelNeighbour(neighbour)) => {
+                    told(&neighbour).map(|change| NeighbourChange { mac: None, ..change })
+                }
+                _ => None,
+            };
+            if let Some(change) = change.filter(|change| self.is_news(change)) {
+                return Some(change);
+            }
+        }
+        None
+    }
+
+    /// The kernel tells of every step of a neighbour's life; few change what its frames are sent to.
+    fn is_news(&mut self, change: &NeighbourChange) -> bool {
+        let key = (change.device, change.ip);
+        match change.mac {
+            Some(mac) => self.known.insert(key, mac) != Some(mac),
+            None => self.known.remove(&key).is_some(),
+        }
+    }
+}
+
+fn listen(groups: &[MulticastGroup], action: &'static str) -> Result<Messages, NetError> {
+    let (connection, _, messages) = new_multicast_connection(groups).map_err(|error| match Namespace::current() {
+        Ok(namespace) => NetError::Namespace { path: namespace.path().into(), action, error },
+        Err(unknown) => unknown,
+    })?;
+    tokio::spawn(connection);
+    Ok(messages)
+}
+
+/// What a message says, if it is about one that the kernel looks after.
+fn told(message: &NeighbourMessage) -> Option<NeighbourChange> {
+    let ip = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    })?;
+    let mac = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(mac) => mac.as_slice().try_into().ok(),
+        _ => None,
+    });
+    let mac = match message.header.state {
+        NeighbourState::Permanent | NeighbourState::Noarp => return None,
+        NeighbourState::Failed | NeighbourState::Incomplete | NeighbourState::None => None,
+        _ => mac,
+    };
+    Some(NeighbourChange { ip, device: message.header.ifindex, mac })
+}
+
 /// Not ours, of the main table, and not a device's own link-local network.
 fn concerns(route: &RouteMessage) -> bool {
     let link_local = route.attributes.iter().any(|attribute| {
@@ -62,8 +141,6 @@ fn concerns(route: &RouteMessage) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use super::*;
 
     /// `RT_TABLE_LOCAL`.
@@ -80,6 +157,37 @@ mod tests {
             }));
         }
         message
+    }
+
+    fn neighbour(state: NeighbourState, mac: u8) -> NeighbourMessage {
+        let mut message = NeighbourMessage::default();
+        message.header.ifindex = 7;
+        message.header.state = state;
+        let ip = NeighbourAddress::Inet([192, 0, 2, 1].into());
+        message.attributes =
+            vec![NeighbourAttribute::Destination(ip), NeighbourAttribute::LinkLayerAddress(vec![2, 0, 0, 0, 0, mac])];
+        message
+    }
+
+    #[test]
+    fn a_neighbour_is_news_when_it_is_found_found_elsewhere_and_lost() {
+        let (_, messages) = futures::channel::mpsc::unbounded();
+        let mut neighbours = Neighbours { messages, known: HashMap::new() };
+        let steps = [
+            (NeighbourState::Incomplete, 0, false),
+            (NeighbourState::Reachable, 1, true),
+            (NeighbourState::Stale, 1, false),
+            (NeighbourState::Probe, 1, false),
+            (NeighbourState::Reachable, 2, true),
+            (NeighbourState::Failed, 2, true),
+            (NeighbourState::Failed, 2, false),
+        ];
+        for (state, mac, news) in steps {
+            let change = told(&neighbour(state, mac)).expect("the kernel's own");
+            assert_eq!(neighbours.is_news(&change), news, "{change:?}");
+        }
+        assert_eq!(told(&neighbour(NeighbourState::Permanent, 1)), None);
+        assert_eq!(told(&neighbour(NeighbourState::Noarp, 1)), None);
     }
 
     #[test]

@@ -1,0 +1,250 @@
+//! Programs on devices: attached, replaced by an upgrade, taken off.
+
+use std::{
+    io,
+    mem::ManuallyDrop,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    links::{FdLink, LinkError},
+    tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
+};
+
+use crate::{
+    datapath::{Datapath, classifier},
+    edge,
+    error::LoadError,
+    features::Hooking,
+    pins::at,
+    sys::{self, LinkInfo},
+};
+
+/// A program on a device, or on the sockets of a cgroup.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Attachment {
+    /// The program's name, also that of its hook.
+    pub program: String,
+    /// The device; 0 for a cgroup.
+    pub ifindex: u32,
+}
+
+const WORKLOAD: &[(&str, TcAttachType)] =
+    &[("from_workload", TcAttachType::Ingress), ("to_workload", TcAttachType::Egress)];
+const NETWORK: &[(&str, TcAttachType)] =
+    &[("from_network", TcAttachType::Ingress), ("to_network", TcAttachType::Egress)];
+const OVERLAY: &[(&str, TcAttachType)] =
+    &[("from_overlay", TcAttachType::Ingress), ("to_overlay", TcAttachType::Egress)];
+const UNWRAP: &[(&str, TcAttachType)] = &[("unwrap", TcAttachType::Ingress)];
+
+/// The names of the programs that are attached here.
+pub(crate) fn programs() -> impl Iterator<Item = &'static str> {
+    [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten().map(|(name, _)| *name)
+}
+
+/// Our place among the filters of a clsact qdisc: first, and a handle that nobody else picks.
+const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0xc144, 1), classid: None };
+
+impl Datapath {
+    // === Attaching ===
+
+    /// Puts the programs on the node's side of a workload's device, replacing those of an earlier
+    /// run atomically. Answers the device's number.
+    pub fn attach_workload(&mut self, device: &str) -> Result<u32, LoadError> {
+        self.attach(device, WORKLOAD)
+    }
+
+    /// The same for a device of the node. What [`Datapath::attach_edge`] put there stays.
+    pub fn attach_network(&mut self, device: &str) -> Result<u32, LoadError> {
+        self.attach(device, NETWORK)
+    }
+
+    /// The same for the overlay device.
+    pub fn attach_overlay(&mut self, device: &str) -> Result<u32, LoadError> {
+        self.attach(device, OVERLAY)
+    }
+
+    /// The same for a device of a host that only serves: takes the packets that a load balancer sent it
+    /// in IPIP out of their wrapping.
+    pub fn attach_unwrap(&mut self, device: &str) -> Result<u32, LoadError> {
+        self.attach(device, UNWRAP)
+    }
+
+    /// Takes all programs off a device. Nothing happens if there are none, or if it is gone.
+    pub fn detach(&mut self, ifindex: u32) -> Result<(), LoadError> {
+        if ifindex == 0 {
+            return Ok(());
+        }
+        for (path, _) in self.pins.links_now()? {
+            if attachment(&path).is_some_and(|it| it.ifindex == ifindex) {
+                self.pins.drop_link(&path)?;
+            }
+        }
+        if self.hooking == Hooking::Clsact
+            && let Ok(device) = device_name(ifindex)
+        {
+            for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+                if let Ok(link) =
+                    SchedClassifierLink::attached(&device, direction, FILTER.priority, FILTER.handle, FILTER.classid)
+                {
+                    // Dropping it removes the filter, if there is one.
+                    drop(link);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that is attached by a pinned link, device gone or not.
+    pub fn attachments(&self) -> Result<Vec<Attachment>, LoadError> {
+        let mut all: Vec<_> = self.pins.links_now()?.iter().filter_map(|(path, _)| attachment(path)).collect();
+        all.sort();
+        Ok(all)
+    }
+
+    /// Removes the links whose device or cgroup is gone.
+    pub fn collect_links(&mut self) -> Result<Vec<Attachment>, LoadError> {
+        let mut collected = Vec::new();
+        for (path, info) in self.pins.links_now()? {
+            if info.is_loose() {
+                self.pins.drop_link(&path)?;
+                collected.extend(attachment(&path));
+            }
+        }
+        Ok(collected)
+    }
+
+    fn attach(&mut self, device: &str, programs: &[(&'static str, TcAttachType)]) -> Result<u32, LoadError> {
+        let ifindex = device_number(device)?;
+        for &(program, direction) in programs {
+            let pin = self.pins.link(program, ifindex);
+            let classifier = classifier(&mut self.ebpf, program)?;
+            match self.hooking {
+                Hooking::Tcx => attach_tcx(classifier, program, direction, device, ifindex, &pin)?,
+                Hooking::Clsact => attach_clsact(classifier, direction, device).map_err(attaching(program, device))?,
+            }
+        }
+        // What another version attached here and this one does not. The edge is the network's companion.
+        let belongs = |program: &str| {
+            programs.iter().any(|(name, _)| *name == program) || programs == NETWORK && program == edge::PROGRAM
+        };
+        for (path, _) in self.pins.links_now()? {
+            if attachment(&path).is_some_and(|it| it.ifindex == ifindex && !belongs(&it.program)) {
+                self.pins.drop_link(&path)?;
+            }
+        }
+        Ok(ifindex)
+    }
+}
+
+/// Replaces the program of the pinned link, or makes the link and pins it.
+fn attach_tcx(
+    classifier: &mut SchedClassifier,
+    program: &'static str,
+    direction: TcAttachType,
+    device: &str,
+    ifindex: u32,
+    pin: &Path,
+) -> Result<(), LoadError> {
+    if let Some((link, info)) = pinned_on(pin, ifindex)? {
+        // The number alone does not name a device: another namespace may have it too.
+        let (_, here) = SchedClassifier::query_tcx(device, direction).map_err(attaching(program, device))?;
+        if !here.iter().any(|other| other.id() == info.program) {
+            return Err(LoadError::ForeignLink { path: pin.to_owned(), ifindex });
+        }
+        let new = classifier.fd().map_err(attaching(program, device))?;
+        return sys::update_link(link.as_fd(), new.as_fd()).map_err(attaching(program, device));
+    }
+    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = classifier.attach_with_options(device, direction, options).map_err(attaching(program, device))?;
+    let link = classifier.take_link(id).map_err(attaching(program, device))?;
+    let link: FdLink = link.try_into().map_err(|error: LinkError| attaching(program, device)(error))?;
+    link.pin(pin).map_err(attaching(program, device))?;
+    Ok(())
+}
+
+/// Replaces our filter, or makes it.
+fn attach_clsact(
+    classifier: &mut SchedClassifier,
+    direction: TcAttachType,
+    device: &str,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let ours = SchedClassifierLink::attached(device, direction, FILTER.priority, FILTER.handle, FILTER.classid)?;
+    let id = match classifier.attach_to_link(ours) {
+        Ok(id) => id,
+        Err(_) => {
+            // There is no such filter yet. The qdisc may be there already, from others; if adding
+            // it fails for another reason, attaching fails too and says so.
+            let qdisc = qdisc_add_clsact(device);
+            let options = TcAttachOptions::Netlink(FILTER);
+            classifier.attach_with_options(device, direction, options).map_err(|error| match qdisc {
+                Ok(()) => error.to_string(),
+                Err(qdisc) => format!("{error} (adding clsact: {qdisc})"),
+            })?
+        }
+    };
+    // The filter shall stay when this process ends; dropping the link would remove it.
+    let _kept = ManuallyDrop::new(classifier.take_link(id)?);
+    Ok(())
+}
+
+/// The pinned link, if it is on this device. One that is not is of a device that is gone: its pin is
+/// removed.
+pub(crate) fn pinned_on(pin: &Path, ifindex: u32) -> Result<Option<(OwnedFd, LinkInfo)>, LoadError> {
+    let Some((link, info)) = pinned(pin)? else { return Ok(None) };
+    if info.ifindex() == ifindex {
+        return Ok(Some((link, info)));
+    }
+    std::fs::remove_file(pin).map_err(at(pin, "unpin"))?;
+    Ok(None)
+}
+
+/// The pinned link, if there is one.
+pub(crate) fn pinned(pin: &Path) -> Result<Option<(OwnedFd, LinkInfo)>, LoadError> {
+    let link = match sys::open_pin(pin) {
+        Ok(link) => link,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(at(pin, "open")(error)),
+    };
+    let info = sys::link_info(link.as_fd()).map_err(at(pin, "ask for its link"))?;
+    Ok(Some((link, info)))
+}
+
+pub(crate) fn attaching<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    program: &'static str,
+    device: &str,
+) -> impl FnOnce(E) -> LoadError {
+    let device = device.to_owned();
+    move |error| LoadError::Attach { program, device, error: error.into() }
+}
+
+fn attachment(pin: &Path) -> Option<Attachment> {
+    let (program, ifindex) = pin.file_name()?.to_str()?.rsplit_once('-')?;
+    Some(Attachment { program: program.to_owned(), ifindex: ifindex.parse().ok()? })
+}
+
+pub(crate) fn device_number(device: &str) -> Result<u32, LoadError> {
+    let number = probe_socket().and_then(|socket| Ok(rustix::net::netdevice::name_to_index(socket, device)?));
+    number.map_err(|_| LoadError::NoDevice { device: device.into() })
+}
+
+fn device_name(ifindex: u32) -> io::Result<String> {
+    Ok(rustix::net::netdevice::index_to_name(probe_socket()?, ifindex)?)
+}
+
+fn probe_socket() -> io::Result<std::net::UdpSocket> {
+    std::net::UdpSocket::bind("0.0.0.0:0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pinned_link_names_its_program_and_its_device() {
+        let pin = Path::new("/sys/fs/bpf/cirri/default/links/from_workload-12");
+        assert_eq!(attachment(pin), Some(Attachment { program: "from_workload".into(), ifindex: 12 }));
+    }
+}
