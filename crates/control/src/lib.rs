@@ -15,5 +15,6 @@ pub mod ipam;
 pub mod labels;
 pub mod policy;
 pub mod resource;
+pub mod service;
 
 mod hash;
