@@ -1,10 +1,14 @@
 //! Devices, addresses, routes and namespaces on the kernel's netlink. Needs root.
 
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
+use std::{io, process::Command};
 
 use cirri_e2e::kernel::{TestNamespace, veth};
-use cirri_loader::net::{Address, Namespace, Neighbour, Net, Route, VethEnd, in_netns};
+use cirri_loader::net::{
+    Address, Namespace, Neighbour, NeighbourChange, Neighbours, Net, Route, VethEnd, in_netns, sockets,
+};
+use socket2::{Domain, Protocol, Socket, Type};
 
 const MAC: [u8; 6] = [2, 0xc1, 0x44, 0, 0, 1];
 /// How often a packet is sent, and how long each is waited for.
@@ -155,7 +159,7 @@ async fn the_overlay_device_takes_its_peers_from_metadata_and_makes_no_noise() {
     let link = net.link("cirri_vxlan").await.expect("there");
     assert_eq!((link.kind.as_str(), link.mtu, link.up), ("vxlan", 1450, true));
     let path = format!("--net={}", place.namespace.path().display());
-    let shown = std::process::Command::new("nsenter").args([&path, "ip", "-d", "link", "show", "cirri_vxlan"]).output();
+    let shown = Command::new("nsenter").args([&path, "ip", "-d", "link", "show", "cirri_vxlan"]).output();
     let shown = String::from_utf8_lossy(&shown.expect("ip runs").stdout).into_owned();
     for part in ["external", "NOARP", "dstport 8472", "nolearning"] {
         assert!(shown.contains(part), "{part}: {shown}");
@@ -228,6 +232,105 @@ async fn a_name_can_be_made_twice_repaired_after_a_crash_and_removed_twice() {
     Namespace::create(&name).expect("repaired");
     assert!(Namespace::delete(&name).expect("removed"));
     assert!(!Namespace::delete(&name).expect("removed again"));
+}
+
+#[test]
+fn the_cookie_of_a_namespace_is_its_own_and_stays() {
+    let (one, two) = (TestNamespace::new(), TestNamespace::new());
+    let cookie = |place: &TestNamespace| place.namespace.cookie().expect("asked");
+    assert_eq!(cookie(&one), cookie(&one));
+    assert_ne!(cookie(&one), cookie(&two));
+    let again = Namespace::open(one.namespace.path()).expect("opened again");
+    assert_eq!(again.cookie().expect("asked"), cookie(&one));
+}
+
+/// A UDP socket in a namespace, connected to an address; with `local` it shares its port with others.
+fn connected(place: &TestNamespace, local: Option<SocketAddr>, to: SocketAddr) -> UdpSocket {
+    let open = || -> io::Result<UdpSocket> {
+        let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
+        if let Some(local) = local {
+            socket.set_reuse_port(true)?;
+            socket.bind(&local.into())?;
+        }
+        socket.connect(&to.into())?;
+        socket.set_read_timeout(Some(AGAIN))?;
+        Ok(socket.into())
+    };
+    place.namespace.run(open).expect("entered").expect("connected")
+}
+
+#[tokio::test]
+async fn connected_datagram_sockets_are_ended_by_their_remote_end_in_one_namespace_only() {
+    let (place, other) = (TestNamespace::new(), TestNamespace::new());
+    for place in [&place, &other] {
+        up(&place.net(), "lo").await;
+    }
+    let at = |text: &str| text.parse::<SocketAddr>().expect("an address");
+    let (gone, gone6, alive) = (at("127.0.0.1:5353"), at("[::1]:5353"), at("127.0.0.1:5354"));
+    let ended = [
+        connected(&place, None, gone),
+        // A program that speaks IPv6 only, to an IPv4 address.
+        connected(&place, None, at("[::ffff:127.0.0.1]:5353")),
+        connected(&place, None, gone6),
+        // Two that only their number tells apart.
+        connected(&place, Some(at("127.0.0.1:7000")), gone),
+        connected(&place, Some(at("127.0.0.1:7000")), gone),
+    ];
+    let left = [connected(&place, None, alive), connected(&other, None, gone)];
+    let unconnected = place.namespace.run(|| UdpSocket::bind("127.0.0.1:0")).expect("entered").expect("bound");
+
+    let count = sockets::end_datagrams(&place.namespace, |remote| [gone, gone6].contains(&remote)).expect("ended");
+    assert_eq!(count, ended.len());
+    for socket in &ended {
+        let error = socket.recv(&mut [0; 8]).expect_err("it was ended").kind();
+        assert_eq!(error, io::ErrorKind::ConnectionAborted);
+        assert!(socket.peer_addr().is_err(), "it is connected to nobody");
+    }
+    for socket in &left {
+        assert_eq!(socket.recv(&mut [0; 8]).expect_err("nobody sends").kind(), io::ErrorKind::WouldBlock);
+        assert!(socket.peer_addr().is_ok());
+    }
+    unconnected.send_to(b"hello", alive).expect("it goes on");
+    let again = sockets::end_datagrams(&place.namespace, |remote| [gone, gone6].contains(&remote)).expect("asked");
+    assert_eq!(again, 0);
+}
+
+#[tokio::test]
+async fn neighbours_that_the_kernel_finds_and_loses_are_heard_of_and_others_are_not() {
+    let (one, two) = (TestNamespace::new(), TestNamespace::new());
+    let (net, other) = (one.net(), two.net());
+    let near = VethEnd { name: "eth0".into(), ..VethEnd::default() };
+    let far = VethEnd { name: "eth0".into(), namespace: Some(two.namespace.clone()), ..VethEnd::default() };
+    net.create_veth(&near, &far).await.expect("made");
+    let (here, there) = (up(&net, "eth0").await, up(&other, "eth0").await);
+    let mac = other.link("eth0").await.expect("there").mac.expect("a veth has one");
+    let (near, far) = (ip("192.0.2.1"), ip("192.0.2.2"));
+    net.add_address(&Address { ip: near, prefix: 24, device: here }).await.expect("an address");
+    other.add_address(&Address { ip: far, prefix: 24, device: there }).await.expect("an address");
+    let client = one.namespace.run(|| UdpSocket::bind((near, 0))).expect("entered").expect("bound");
+
+    let heard = one.namespace.run_async(move || async move {
+        let mut neighbours = Neighbours::here().expect("listening");
+        let net = Net::here().expect("opened");
+        // Made known by somebody: no news.
+        let known = Neighbour { ip: ip("192.0.2.77"), mac: MAC, device: here };
+        net.put_neighbour(&known).await.expect("made known");
+        let mut next = async || loop {
+            let change = tokio::time::timeout(Duration::from_secs(10), neighbours.changed()).await.expect("in time");
+            let change = change.expect("there is more to come");
+            // The devices make their own link-local addresses known to each other.
+            if change.ip.is_ipv4() {
+                return change;
+            }
+        };
+        client.send_to(b"hello", (far, 9)).expect("sent");
+        let found = next().await;
+        net.delete_neighbour(here, far).await.expect("forgotten");
+        (found, next().await)
+    });
+    let (found, lost) = heard.await.expect("entered");
+    assert_eq!(found, NeighbourChange { ip: far, device: here, mac: Some(mac) });
+    assert_eq!(lost, NeighbourChange { mac: None, ..found });
 }
 
 #[tokio::test]

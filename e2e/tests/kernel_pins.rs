@@ -63,6 +63,18 @@ fn a_pinned_map_with_larger_values_is_not_used_and_the_whole_set_is_replaced() {
 }
 
 #[test]
+fn a_pinned_map_that_is_no_storage_in_sockets_is_not_used_as_one() {
+    let instance = TestInstance::new();
+    drop(instance.load());
+    let pin = instance.maps().join("SOCKETS");
+    fs::remove_file(&pin).expect("unpinned");
+    let other = aya::maps::HashMap::<_, u32, [u8; 168]>::create(16, 1).expect("another map");
+    other.pin(&pin).expect("pinned in its place");
+    assert!(!instance.load().resumed());
+    assert!(instance.load().resumed());
+}
+
+#[test]
 fn another_size_in_the_configuration_replaces_the_maps() {
     let mut instance = TestInstance::new();
     drop(instance.load());

@@ -4,8 +4,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use aya::{TestRun, programs::TestRunOptions};
 use cirri_abi::{
-    Addr, Cookie, CounterIndex, Endpoint, FlowKey4, Identity, Ipcache, IpcacheKey, PolicyEntry, PolicyKey, Port,
-    Recipe, Rewrite, State, Tick, Tuple, policy_flag, proto,
+    Addr, Affinity, AffinityKey, Backend, BackendCounter, BackendState, Cookie, CounterIndex, Endpoint, FlowKey4,
+    Identity, Ipcache, IpcacheKey, PolicyEntry, PolicyKey, Port, RangeKey, Recipe, Rewrite, Service, ServiceKey,
+    ServiceSlot, SnatPool, State, Tick, Tuple, policy_flag, proto,
 };
 use cirri_e2e::kernel::TestInstance;
 use cirri_loader::{MapError, gc::Collector};
@@ -147,7 +148,104 @@ fn slots_that_are_no_rule_sets_and_rule_sets_too_large_are_refused() {
 }
 
 #[test]
-fn every_map_tells_its_memory_and_all_but_the_ring_can_be_dumped() {
+fn tables_of_services_are_written_in_batches_and_read_back() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    let slots: Vec<_> = (0..100_000).map(|n| (n + 7, ServiceSlot { backend: n % 30_000 + 1 })).collect();
+    tables.slots.put_all(&slots).expect("written");
+    let listed = tables.slots.entries().expect("listed");
+    assert_eq!(listed.len(), tables.slots.capacity() as usize, "an array has all its entries");
+    let written = listed.get(7..100_007).expect("they are there");
+    assert_eq!(written, slots);
+    assert!(listed.iter().skip(100_007).all(|(_, slot)| slot.backend == 0));
+    assert!(tables.slots.put_all(&[(tables.slots.capacity(), ServiceSlot { backend: 1 })]).is_err());
+
+    let backend = |n: u32| Backend {
+        addr: host(0x0a00_0000 + n),
+        port: Port::new(80),
+        proto: proto::TCP,
+        state: BackendState::ACTIVE,
+        service: n / 3,
+        ..Backend::default()
+    };
+    tables.backends.put_all(&(1..30_001).map(|n| (n, backend(n))).collect::<Vec<_>>()).expect("written");
+    assert_eq!(tables.backends.get(&30_000).expect("read"), Some(backend(30_000)));
+    assert_eq!(tables.backends.get(&30_001).expect("read"), Some(Backend::default()));
+
+    let key = |n: u32| ServiceKey {
+        addr: host(0x0a60_0000 + n),
+        port: Port::new(80),
+        proto: proto::TCP,
+        ..ServiceKey::default()
+    };
+    let service = |n: u32| Service { id: n + 1, inside_first: n, inside_count: 3, ..Service::default() };
+    let services: Vec<_> = (0..10_000).map(|n| (key(n), service(n))).collect();
+    tables.services.put_all(&services).expect("written");
+    assert_eq!(tables.services.get(&key(9_999)).expect("read"), Some(service(9_999)));
+    assert_eq!(tables.services.entries().expect("listed").len(), 10_000);
+    assert_eq!(tables.services.delete_all(services.iter().map(|(key, _)| key)).expect("deleted"), 10_000);
+}
+
+#[test]
+fn every_other_table_of_services_holds_what_is_put_there() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    let client = AffinityKey { client: host(9), service: 4, cookie: 0 };
+    let kept = Affinity { backend: 11, last_used: Tick { count: 5 } };
+    tables.affinity.put(&client, &kept).expect("written");
+    assert_eq!(tables.affinity.get(&client).expect("read"), Some(kept));
+
+    let range = |service, bits: u32| RangeKey { prefix_len: 32 + 96 + bits, service, addr: host(0xc633_6400) };
+    tables.source_ranges.put_all(&[(range(4, 24), 1), (range(5, 32), 1)]).expect("written");
+    let client = |service, last: u32| RangeKey { addr: host(0xc633_6400 + last), ..range(service, 32) };
+    let in_range = |service, last| tables.source_ranges.get(&client(service, last)).expect("read").is_some();
+    assert!(in_range(4, 77) && in_range(5, 0), "what a service names matches");
+    assert!(!in_range(5, 77) && !in_range(6, 0), "and nothing else does");
+
+    let pool = SnatPool { v4: host(1), first: Port::new(32_768), mask: 0x7fff, ..SnatPool::default() };
+    tables.snat_pools.put(&3, &pool).expect("written");
+    assert_eq!(tables.snat_pools.get(&3).expect("read"), Some(pool));
+    tables.node_ports.put(&(30_080 / 64), &(1 << (30_080 % 64))).expect("written");
+    assert_eq!(tables.node_ports.get(&470).expect("read"), Some(1));
+    tables.per_packet.put(&u64::MAX, &1).expect("written");
+    assert_eq!(tables.per_packet.entries().expect("listed"), [(u64::MAX, 1)]);
+}
+
+#[test]
+fn counters_of_a_backend_are_summed_over_the_cpus_and_cleared_one_by_one() {
+    let mut instance = TestInstance::new();
+    instance.options.sizes.insert("BACKENDS".into(), 100);
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    let pinned = aya::maps::MapData::from_pin(instance.maps().join("BACKEND_COUNTERS")).expect("pinned");
+    let mut counters = aya::maps::PerCpuArray::<_, [u64; 4]>::try_from(aya::maps::Map::PerCpuArray(pinned))
+        .expect("counters of each CPU");
+    let cpus = aya::util::nr_cpus().expect("asked") as u64;
+    for number in [2, 3] {
+        let each = (0..cpus).map(|cpu| [1, 10 + cpu, 100, number.into()]).collect::<Vec<_>>();
+        counters.set(number, each.try_into().expect("one for each"), 0).expect("written");
+    }
+    let sum = |number: u64| BackendCounter {
+        connections: cpus,
+        packets: 10 * cpus + cpus * (cpus - 1) / 2,
+        bytes: 100 * cpus,
+        answers: number * cpus,
+    };
+    assert_eq!(
+        tables.backend_counters([1, 2, 3, 100]).expect("read"),
+        [(1, BackendCounter::default()), (2, sum(2)), (3, sum(3))],
+        "a number past the end has no counter"
+    );
+    tables.clear_backend_counter(2).expect("cleared");
+    assert_eq!(tables.backend_counters([2, 3]).expect("read"), [(2, BackendCounter::default()), (3, sum(3))]);
+    drop(datapath);
+    assert!(instance.load().resumed(), "counters have as many places as backends");
+}
+
+#[test]
+fn every_map_tells_its_memory_and_all_that_hold_entries_can_be_dumped() {
     let instance = TestInstance::new();
     let datapath = instance.load();
     let tables = datapath.tables();
@@ -158,13 +256,16 @@ fn every_map_tells_its_memory_and_all_but_the_ring_can_be_dumped() {
     // Some kinds take memory with their entries only.
     let memory = |name: &str| status.iter().find(|map| map.name == name).expect("it is listed").memory;
     assert!(memory("FLOWS4") >= 16_384 * 112 && memory("EVENTS") >= 4 * 1024 * 1024, "{status:?}");
-    for map in status.iter().filter(|map| map.name != "EVENTS") {
+    for map in status.iter().filter(|map| !["EVENTS", "SOCKETS"].contains(&map.name)) {
         let dump = tables.dump(map.name, 3).expect(map.name);
         assert!(dump.len() <= 3 && dump.iter().all(|(key, _)| key.len() == map.key_size as usize), "{}", map.name);
     }
     assert_eq!(tables.dump("RULESETS", 10).expect("dumped").len(), 1);
     assert_eq!(tables.dump("EPOCHS", 3).expect("dumped").len(), 3);
-    assert!(matches!(tables.dump("EVENTS", 1), Err(MapError::NoEntries { .. })));
+    for (name, holds) in [("EVENTS", "events"), ("SOCKETS", "inside sockets")] {
+        let error = tables.dump(name, 1).expect_err("must be refused");
+        assert!(matches!(error, MapError::NoEntries { .. }) && error.to_string().contains(holds), "{error}");
+    }
     assert!(tables.dump("NOPE", 1).expect_err("must be refused").to_string().contains("FLOWS4"));
 }
 
