@@ -1,10 +1,16 @@
 //! What goes over the agent's socket: one line of JSON asks, lines of JSON answer.
 
+mod services;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
+
+pub use services::{
+    BackendInfo, EdgeInfo, FrontendInfo, HealthCheckInfo, ServiceGet, ServiceInfo, ServicesStatus, SocketInfo,
+};
 
 /// A question.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -396,6 +402,9 @@ pub struct Status {
     pub seen_revision: u64,
     /// Newest store revision that every table is reconciled for.
     pub enforced_revision: u64,
+    /// How long the newest changes took from being seen to being in force.
+    #[serde(default)]
+    pub latency: LatencyInfo,
     /// Endpoints on this node.
     pub endpoints: usize,
     /// The tables and their rows.
@@ -404,6 +413,9 @@ pub struct Status {
     pub peers: Vec<PeerStatus>,
     /// Programs attached: device and programs.
     pub attachments: Vec<String>,
+    /// Services.
+    #[serde(default)]
+    pub services: ServicesStatus,
     /// Flow events.
     pub flows: FlowStatus,
     /// What somebody should look at.
@@ -426,6 +438,21 @@ pub struct StoreStatus {
     pub since: String,
     /// Whether everything in it was seen at least once since the start.
     pub synced: bool,
+}
+
+/// How long the newest changes (4096 at most) took from being seen to being in force, microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatencyInfo {
+    /// Changes since the start; what came at once counts as one.
+    pub count: u64,
+    /// The last one.
+    pub last_us: u64,
+    /// Half of them took no longer.
+    pub p50_us: u64,
+    /// 99 of 100 took no longer.
+    pub p99_us: u64,
+    /// None took longer.
+    pub max_us: u64,
 }
 
 /// A table of desired rows.

@@ -51,6 +51,8 @@ enum Command {
     Identity(cmd::identity::IdentityArgs),
     /// Policies: what is enforced, why a connection passes or not, and checking a file
     Policy(cmd::policy::PolicyArgs),
+    /// Services: where they are reached, who serves them, what is wrong with them
+    Service(cmd::service::ServiceArgs),
     /// The packet path's maps
     Map(cmd::map::MapArgs),
     /// Every value of the configuration and where it came from
@@ -111,6 +113,7 @@ pub fn main() -> ExitCode {
         Command::Endpoint(args) => cmd::endpoint::run(client, &args),
         Command::Identity(args) => cmd::identity::run(client, &args),
         Command::Policy(args) => cmd::policy::run(client, &args),
+        Command::Service(args) => cmd::service::run(client, &args),
         Command::Map(args) => cmd::map::run(client, &args),
         Command::Config(args) => cmd::config::run(&args),
         Command::Bench(args) => cmd::bench::run(&args),

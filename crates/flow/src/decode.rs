@@ -7,7 +7,7 @@ use cirri_abi::{
     Action, Addr, Cookie, Direction, DropReason, EventKind, FlowEvent, Hook, Identity, Port, event_flag, proto,
 };
 
-use crate::record::{Drop, Flow, Icmp, Kind, Lost, Party, Record, Rule, RuleKind, Verdict};
+use crate::record::{Backend, Drop, Flow, Icmp, Kind, Lost, Party, Record, Rule, RuleKind, ServicePort, Verdict};
 
 /// Whoever knows what the numbers of an event stand for.
 pub trait Names {
@@ -17,6 +17,21 @@ pub trait Names {
     fn place(&self, ip: IpAddr) -> Option<Place>;
     /// The rule that a cookie of at least [`Cookie::FIRST_RULE`] names.
     fn rule(&self, cookie: u32) -> Option<RuleText>;
+    /// The service and the address of a backend by its number.
+    fn backend(&self, number: u32) -> Option<Served>;
+    /// The service that is behind an address, port and IP protocol.
+    fn service(&self, ip: IpAddr, port: u16, protocol: u8) -> Option<ServicePort>;
+}
+
+/// A backend of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// What it serves.
+    pub service: ServicePort,
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its port.
+    pub port: u16,
 }
 
 /// Who has an address.
@@ -77,6 +92,7 @@ impl Decoder {
         };
         let dropped = verdict == Verdict::Dropped;
         let reason = DropReason { code: event.reason };
+        let (service, backend) = served(event, names);
         let is_icmp = matches!(tuple.proto, proto::ICMP | proto::ICMPV6);
         let mut flow = Flow {
             time: rfc3339(time_ns),
@@ -100,6 +116,8 @@ impl Decoder {
             egress_rule: rule(event.egress_cookie, "egress", names),
             ingress_rule: rule(event.ingress_cookie, "ingress", names),
             generation: event.generation,
+            service,
+            backend,
             is_reply: event.flags & event_flag::REPLY != 0,
             length: event.length,
             action: (!dropped && event.action != 0).then(|| Action::name(event.action).to_owned()),
@@ -154,6 +172,26 @@ fn party(ip: Addr, port: Port, protocol: u8, identity: Identity, names: &dyn Nam
     }
 }
 
+/// The service of a connection and who serves it.
+fn served(event: &FlowEvent, names: &dyn Names) -> (Option<ServicePort>, Option<Backend>) {
+    let tuple = &event.tuple;
+    if event.backend == 0 {
+        // Only who was refused asks for names that no number stands for.
+        let refused = event.verdict == cirri_abi::Verdict::DROPPED;
+        let asked = || names.service(tuple.dst.into(), tuple.dport.number(), tuple.proto);
+        return (refused.then(asked).flatten(), None);
+    }
+    let number = event.backend;
+    match names.backend(number) {
+        None => (None, Some(Backend { number, ip: None, port: None, pod: None, node: None })),
+        Some(Served { service, ip, port }) => {
+            let place = names.place(ip).unwrap_or_default();
+            let pod = place.namespace.zip(place.pod).map(|(namespace, pod)| format!("{namespace}/{pod}"));
+            (Some(service), Some(Backend { number, ip: Some(ip), port: Some(port), pod, node: place.node }))
+        }
+    }
+}
+
 fn rule(cookie: u32, direction: &str, names: &dyn Names) -> Option<Rule> {
     let plain = |kind, text: String| Rule { kind, cookie, policy: None, index: None, text };
     Some(match cookie {
@@ -203,6 +241,9 @@ fn summary(flow: &Flow) -> String {
         flow.destination.name_and_port(),
         flow.verdict.word()
     ));
+    if let Some(service) = service_in_words(flow) {
+        text.push_str(&format!(", {service}"));
+    }
     if let Some(drop) = &flow.drop {
         text.push_str(&format!(": {} ({})", drop.text, drop.code));
     }
@@ -220,12 +261,22 @@ pub(crate) fn rule_in_words(rule: &Rule) -> String {
     }
 }
 
+/// The service and who serves it, as they stand in lines for people.
+pub(crate) fn service_in_words(flow: &Flow) -> Option<String> {
+    match (&flow.service, &flow.backend) {
+        (None, None) => None,
+        (Some(service), None) => Some(format!("service {service}")),
+        (Some(service), Some(backend)) => Some(format!("service {service} by {}", backend.name())),
+        (None, Some(backend)) => Some(backend.name()),
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use cirri_abi::Tuple;
 
-    /// One pod `shop/web` (identity 300, 10.0.0.1) and one rule, 17.
+    /// One pod `shop/web` (identity 300, 10.0.0.1), one rule, 17, and one service with one backend, 4.
     pub(crate) struct Shop;
 
     impl Names for Shop {
@@ -242,6 +293,16 @@ pub(crate) mod tests {
         fn rule(&self, cookie: u32) -> Option<RuleText> {
             (cookie == 17).then(|| RuleText { policy: "shop/web".into(), index: 0, text: "from app=client".into() })
         }
+        fn backend(&self, number: u32) -> Option<Served> {
+            (number == 4).then(|| Served { service: http(), ip: [10, 0, 0, 1].into(), port: 8080 })
+        }
+        fn service(&self, ip: IpAddr, port: u16, protocol: u8) -> Option<ServicePort> {
+            ((ip, port, protocol) == ([10, 96, 0, 1].into(), 80, proto::TCP)).then(http)
+        }
+    }
+
+    fn http() -> ServicePort {
+        ServicePort { namespace: "shop".into(), name: "web".into(), port: "http".into() }
     }
 
     pub(crate) fn dropped_syn() -> FlowEvent {
@@ -293,6 +354,36 @@ pub(crate) mod tests {
         event.ingress_cookie = 18;
         let flow = decoder.decode(&event, &Shop);
         assert_eq!(flow.deciding_rule().map(|rule| rule.kind), Some(RuleKind::Gone));
+    }
+
+    #[test]
+    fn a_service_and_its_backend_are_named_and_a_forgotten_backend_keeps_its_number() {
+        let mut event = dropped_syn();
+        event.tuple.dst = Addr::v4([10, 96, 0, 1]);
+        event.verdict = cirri_abi::Verdict::FORWARDED;
+        event.reason = 0;
+        event.ingress_cookie = Cookie::NONE;
+        event.backend = 4;
+        let decoder = Decoder::new("a", 0);
+        let flow = decoder.decode(&event, &Shop);
+        assert_eq!(
+            flow.summary,
+            "TCP SYN from 10.0.0.9 (world-ipv4):40000 to 10.96.0.1:80 forwarded, service shop/web:http by shop/web:8080"
+        );
+        event.backend = 5;
+        let flow = decoder.decode(&event, &Shop);
+        assert_eq!(flow.backend.map(|backend| backend.name()).as_deref(), Some("backend 5"));
+        assert_eq!(flow.service, None);
+    }
+
+    #[test]
+    fn a_refused_connection_names_the_service_that_nobody_serves() {
+        let mut event = dropped_syn();
+        event.tuple.dst = Addr::v4([10, 96, 0, 1]);
+        event.reason = DropReason::NO_BACKEND.code;
+        event.ingress_cookie = Cookie::NONE;
+        let flow = Decoder::new("a", 0).decode(&event, &Shop);
+        assert!(flow.summary.ends_with("service shop/web:http: Service backend not found (158)"), "{}", flow.summary);
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub struct Filter {
     /// Identity of either end: a number or a reserved name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub identity: Vec<String>,
+    /// The service: `service` (any namespace) or `namespace/service`; a trailing `*` matches the rest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub service: Vec<String>,
     /// `new`, `drop`, `renewed`, `close`.
     #[serde(rename = "type", skip_serializing_if = "Vec::is_empty")]
     pub kind: Vec<String>,
@@ -116,6 +119,9 @@ impl Filter {
                     .is_some_and(|drop| want.eq_ignore_ascii_case(&drop.name) || want.parse::<u8>() == Ok(drop.code))
             })
             && any(&self.identity, |want| either(&|end| is_identity(end, want)))
+            && any(&self.service, |want| {
+                flow.service.as_ref().is_some_and(|service| is_named(&service.namespace, &service.name, want))
+            })
             && any(&self.kind, |want| want.eq_ignore_ascii_case(flow.kind.word()))
     }
 }
@@ -139,9 +145,13 @@ fn is_party(end: &Party, want: &str) -> bool {
 
 fn is_pod(end: &Party, want: &str) -> bool {
     let (Some(namespace), Some(pod)) = (&end.namespace, &end.pod) else { return false };
+    is_named(namespace, pod, want)
+}
+
+fn is_named(namespace: &str, name: &str, want: &str) -> bool {
     match want.split_once('/') {
-        Some((want_namespace, want_pod)) => want_namespace == namespace && glob(want_pod, pod),
-        None => glob(want, pod),
+        Some((want_namespace, want_name)) => want_namespace == namespace && glob(want_name, name),
+        None => glob(want, name),
     }
 }
 
@@ -176,7 +186,8 @@ mod tests {
     use crate::decode::{Decoder, tests};
 
     fn record() -> Record {
-        Record::Flow(Box::new(Decoder::new("a", 0).decode(&tests::dropped_syn(), &tests::Shop)))
+        let event = cirri_abi::FlowEvent { backend: 4, ..tests::dropped_syn() };
+        Record::Flow(Box::new(Decoder::new("a", 0).decode(&event, &tests::Shop)))
     }
 
     fn strings(values: &[&str]) -> Vec<String> {
@@ -197,7 +208,7 @@ mod tests {
     #[test]
     fn every_field_can_say_yes_and_no() {
         type Set = fn(&mut Filter, Vec<String>);
-        let cases: [(Set, &str, &str); 9] = [
+        let cases: [(Set, &str, &str); 10] = [
             (|f, v| f.namespace = v, "shop", "other"),
             (|f, v| f.pod = v, "shop/w*", "other/web"),
             (|f, v| f.from = v, "10.0.0.0/24", "web"),
@@ -206,6 +217,7 @@ mod tests {
             (|f, v| f.protocol = v, "tcp", "udp"),
             (|f, v| f.reason = v, "policy_denied", "130"),
             (|f, v| f.identity = v, "world-ipv4", "301"),
+            (|f, v| f.service = v, "shop/web", "other/*"),
             (|f, v| f.kind = v, "drop", "new"),
         ];
         for (set, yes, no) in cases {

@@ -16,8 +16,8 @@ mod print;
 mod record;
 mod ring;
 
-pub use decode::{Decoder, Names, Place, RuleText, rfc3339};
+pub use decode::{Decoder, Names, Place, RuleText, Served, rfc3339};
 pub use filter::{Filter, FilterError};
 pub use print::{compact, compact_with};
-pub use record::{Drop, Flow, Icmp, Kind, Lost, Party, Record, Rule, RuleKind, Verdict};
+pub use record::{Backend, Drop, Flow, Icmp, Kind, Lost, Party, Record, Rule, RuleKind, ServicePort, Verdict};
 pub use ring::{Batch, Ring};

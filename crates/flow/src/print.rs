@@ -1,6 +1,6 @@
 //! One line per record, for people.
 
-use crate::decode::rule_in_words;
+use crate::decode::{rule_in_words, service_in_words};
 use crate::record::{Record, Verdict};
 
 const RED: &str = "\x1b[31m";
@@ -51,6 +51,9 @@ pub fn compact_with(record: &Record, colour: bool) -> String {
     match &flow.drop {
         Some(drop) => line.push_str(&format!("  {}", paint(RED, &format!("{} ({})", drop.text, drop.code)))),
         None => line.push_str(&format!(" {}", flow.kind.word())),
+    }
+    if let Some(service) = service_in_words(flow) {
+        line.push_str(&format!("  {service}"));
     }
     if let Some(rule) = flow.deciding_rule() {
         line.push_str(&format!("  {}", paint(DIM, &format!("[{}]", rule_in_words(rule)))));

@@ -68,6 +68,12 @@ pub struct Flow {
     pub ingress_rule: Option<Rule>,
     /// Epoch of the rule set that decided.
     pub generation: u32,
+    /// The service that the connection is for, if it is for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServicePort>,
+    /// Who was chosen to serve it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backend: Option<Backend>,
     /// Whether the packet answers.
     pub is_reply: bool,
     /// Length of the packet from the Ethernet header on, bytes.
@@ -143,6 +149,36 @@ pub struct Party {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
     /// Its pod, if it is a workload that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// The node it is on, if known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+}
+
+/// A port of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServicePort {
+    /// Namespace of the service.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The port's name, or its number if it has none.
+    pub port: String,
+}
+
+/// Who serves a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// Its number in the tables.
+    pub number: u32,
+    /// Its address; absent if the number is not known (any more).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<IpAddr>,
+    /// Its port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// `namespace/pod`, if it is a workload that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
     /// The node it is on, if known.
@@ -246,6 +282,23 @@ impl Flow {
             }
         }
         own.or(other)
+    }
+}
+
+impl Backend {
+    /// The pod or the address, and the port; the number alone if nothing else is known.
+    pub fn name(&self) -> String {
+        match (self.ip, self.port, &self.pod) {
+            (Some(_), Some(port), Some(pod)) => format!("{pod}:{port}"),
+            (Some(ip), Some(port), None) => std::net::SocketAddr::new(ip, port).to_string(),
+            _ => format!("backend {}", self.number),
+        }
+    }
+}
+
+impl std::fmt::Display for ServicePort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}:{}", self.namespace, self.name, self.port)
     }
 }
 

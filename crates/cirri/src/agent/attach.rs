@@ -174,6 +174,7 @@ fn reserve(
         id,
         attachment: attachment.clone(),
         netns: asked.netns.clone(),
+        netns_cookie: 0,
         namespace: asked.namespace.clone(),
         pod: asked.pod.clone(),
         identity: identity.id,
@@ -202,6 +203,7 @@ async fn create(core: &mut Core, endpoint: &mut Endpoint, started: Instant) -> R
     let inside = Namespace::open(&endpoint.netns).map_err(|error| {
         ApiError::new("bad-request", error).hint("the runtime must create the network namespace before ADD")
     })?;
+    endpoint.netns_cookie = inside.cookie().map_err(internal)?;
     // Noted before anything is made, so that a crash leaves nothing that nobody knows of.
     core.endpoints.insert(endpoint.id, endpoint.clone());
     save(core, endpoint)?;
@@ -230,6 +232,7 @@ async fn create(core: &mut Core, endpoint: &mut Endpoint, started: Instant) -> R
     net.set_up(&endpoint.host_ifname).await.map_err(internal)?;
 
     core.endpoints.insert(endpoint.id, endpoint.clone());
+    core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));
     core.touch();
     core.desire();
     core.reconcile(Instant::now()).await;
@@ -307,6 +310,7 @@ async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiErr
     let id = core.endpoint_ids.release(attachment);
     let Some(endpoint) = id.and_then(|id| core.endpoints.remove(&id)) else { return Ok(false) };
     release(core, &endpoint.addresses().collect::<Vec<_>>());
+    core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));
     core.touch();
     core.desire();
     core.reconcile(Instant::now()).await;

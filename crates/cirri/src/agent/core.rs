@@ -20,9 +20,11 @@ use cirri_store::Event;
 use ipnet::IpNet;
 
 use super::endpoint::Endpoint;
+use super::latency::Latency;
 use super::node::Node;
 use super::records;
 use super::rows::{Rows, sort};
+use super::services::Serving;
 use super::slots::Slots;
 use super::view::{Change, Named, View};
 use crate::api::Attachment;
@@ -61,10 +63,14 @@ pub struct Core {
     pub peer_slots: Slots<Ipv4Addr>,
     /// The desired tables.
     pub rows: Rows,
+    /// Services.
+    pub serving: Serving,
     /// Labels of workloads here that have no number yet: somebody must allocate them.
     pub unnumbered: BTreeSet<IdentityLabels>,
     /// What is wrong with manifests in the folder.
     pub folder_errors: Vec<String>,
+    /// How long changes take.
+    pub latency: Latency,
     /// Newest revision that everything is reconciled for.
     pub enforced_revision: u64,
     /// Revision that must be seen before anything is desired; none: not known yet.
@@ -89,6 +95,7 @@ impl Core {
             cluster.upsert_identity(identity, labels);
         }
         Core {
+            serving: Serving::new(&config, &node, datapath.tables()),
             tables: datapath.tables().clone(),
             config,
             node,
@@ -106,6 +113,7 @@ impl Core {
             rows: Rows::new(),
             unnumbered: BTreeSet::new(),
             folder_errors: Vec::new(),
+            latency: Latency::default(),
             enforced_revision: 0,
             needed_revision: None,
             filled: false,
@@ -153,6 +161,12 @@ impl Core {
                 Change::IdentityGone(identity) => changed.merge(self.cluster.remove_identity(identity)),
                 Change::Labels => self.labels_stale = true,
                 Change::Addresses => self.rows_stale = true,
+                Change::Workload(named) => self.place(&named),
+                Change::Peer(node) => self.place_host_pods(&node),
+                Change::Source(resource) => self.serving.sources.upsert(&resource),
+                Change::SourceGone(kind, namespace, name) => {
+                    self.serving.sources.remove(&kind, namespace.as_deref(), &name);
+                }
             }
         }
         self.labels_stale |= changed.labels;
@@ -167,6 +181,48 @@ impl Core {
             let changed = self.cluster.upsert_identity(identity, labels.clone());
             self.dirty.extend(changed.identities().map(|identity| identity.id));
         }
+    }
+
+    /// Tells services where a pod is, as far as Cirri knows.
+    pub fn place(&mut self, named: &Named) {
+        let (namespace, name) = named;
+        let here = |endpoint: &&Endpoint| endpoint.namespace == *namespace && endpoint.pod == *name;
+        let mut addresses: Vec<IpAddr> =
+            self.endpoints.values().filter(here).flat_map(Endpoint::addresses).collect();
+        let mut node = (!addresses.is_empty()).then(|| self.node.name.clone());
+        // What this node published is known here already, and perhaps out of date in the store.
+        for record in self.view.records_of(named).filter(|record| record.node != self.node.name) {
+            addresses.push(record.ip);
+            node.get_or_insert_with(|| record.node.clone());
+        }
+        if let Some(Pod { spec, .. }) = self.view.pods.get(named)
+            && spec.host_network
+            && let Some(on) = &spec.node_name
+        {
+            let own = (self.node.name == *on).then_some((Some(self.node.v4), self.node.v6));
+            let of = own.or_else(|| self.view.nodes.get(on).map(|record| (record.v4, record.v6)));
+            addresses.extend(of.and_then(|(v4, _)| v4).map(IpAddr::V4));
+            addresses.extend(of.and_then(|(_, v6)| v6).map(IpAddr::V6));
+            node = Some(on.clone());
+        }
+        self.serving.sources.set_pod_addresses(namespace, name, &addresses, node.as_deref());
+    }
+
+    /// The same for the pods that have a node's addresses.
+    fn place_host_pods(&mut self, node: &str) {
+        let on_it = |pod: &&Pod| pod.spec.host_network && pod.spec.node_name.as_deref() == Some(node);
+        let pods: Vec<Named> =
+            self.view.pods.iter().filter(|(_, pod)| on_it(pod)).map(|(named, _)| named.clone()).collect();
+        for named in pods {
+            self.place(&named);
+        }
+    }
+
+    /// The node's addresses changed.
+    pub fn set_addresses(&mut self, addresses: Vec<IpAddr>) {
+        self.node.addresses = addresses;
+        self.serving.set_node(&self.config, &self.node);
+        self.touch();
     }
 
     /// This node's workloads, ranges or addresses changed.
@@ -193,12 +249,18 @@ impl Core {
         }
         if std::mem::take(&mut self.labels_stale) {
             self.identify();
+            self.desire_per_packet();
         }
         if self.rows_stale || !self.dirty.is_empty() {
             self.desire_rulesets();
         }
         if std::mem::take(&mut self.rows_stale) {
             self.desire_rows();
+        }
+        if self.serving.take_changes() || !self.filled {
+            // Whether a backend is on this node stands there.
+            self.rows.node.set("node", self.node_config());
+            self.desire_sockets();
         }
         self.filled = true;
     }

@@ -13,7 +13,13 @@ use super::core::Core;
 use super::endpoint::Endpoint;
 use super::records::{self, IpRecord, NodeRecord};
 use super::rows::{Attached, Role, RouteRow};
-use crate::config::RoutingMode;
+use super::services::SOCKETS;
+use crate::config::{RoutingMode, Socket, SocketMode};
+
+/// Annotation of a pod: whether its sockets are translated or its packets.
+const TRANSLATION: &str = "cirri.io/service-translation";
+const TRANSLATE_SOCKETS: &str = "socket";
+const TRANSLATE_PACKETS: &str = "packet";
 
 impl Core {
     /// Fills every table but the rule sets'.
@@ -33,13 +39,48 @@ impl Core {
         self.view.nodes.values().filter(|record| record.name != self.node.name)
     }
 
-    fn node_config(&self) -> NodeConfig {
+    /// Which workloads' packets are translated because their sockets are not.
+    pub(super) fn desire_per_packet(&mut self) {
+        let usual = match self.config.services.socket.mode {
+            SocketMode::All => TRANSLATE_SOCKETS,
+            SocketMode::Host => TRANSLATE_PACKETS,
+            // Then nobody asks.
+            SocketMode::Off => return self.rows.per_packet.replace(BTreeMap::new()),
+        };
+        let wanted = |endpoint: &&Endpoint| {
+            let pod = self.view.pods.get(&(endpoint.namespace.clone(), endpoint.pod.clone()));
+            let annotated = pod.and_then(|pod| pod.metadata.annotations.get(TRANSLATION));
+            endpoint.netns_cookie != 0 && annotated.map_or(usual, String::as_str) == TRANSLATE_PACKETS
+        };
+        let rows = self.endpoints.values().filter(wanted).map(|endpoint| (endpoint.netns_cookie, 1)).collect();
+        self.rows.per_packet.replace(rows);
+    }
+
+    /// Whose sockets are translated.
+    pub(super) fn desire_sockets(&mut self) {
+        let Socket { mode, cgroup } = &self.config.services.socket;
+        self.serving.socket_error.clear();
+        let cgroup = match (mode, cgroup.as_os_str().is_empty()) {
+            (SocketMode::Off, _) => None,
+            (_, false) => Some(cgroup.clone()),
+            (_, true) => cirri_loader::cgroup_root()
+                .map_err(|error| {
+                    tracing::warn!(%error, "services are translated packet by packet alone");
+                    self.serving.socket_error = error.to_string();
+                })
+                .ok(),
+        };
+        self.rows.sockets.set(SOCKETS, cgroup);
+    }
+
+    pub(super) fn node_config(&self) -> NodeConfig {
         let masquerade = &self.config.masquerade;
         let mut flags = 0;
         let mut set = |wanted: bool, flag: u32| flags |= if wanted { flag } else { 0 };
         set(masquerade.ipv4, node_flag::MASQUERADE_V4);
         set(masquerade.ipv6 && self.node.v6.is_some(), node_flag::MASQUERADE_V6);
         set(self.config.routing.mode == RoutingMode::Overlay, node_flag::TUNNEL);
+        set(self.serving.has_host_backends(), node_flag::HOST_BACKENDS);
         NodeConfig {
             flags,
             overlay_ifindex: self.node.overlay.as_ref().map_or(0, |link| link.index),
@@ -47,6 +88,7 @@ impl Core {
             v6: self.node.v6.map_or(Addr::UNSPECIFIED, |v6| Addr::v6(v6.octets())),
             masquerade_first: Port::new(masquerade.ports.first),
             masquerade_mask: (masquerade.ports.count() - 1) as u16,
+            netns_cookie: self.node.netns_cookie,
             ..NodeConfig::default()
         }
     }

@@ -20,6 +20,9 @@ pub struct Endpoint {
     pub attachment: Attachment,
     /// Path of its network namespace when it was attached.
     pub netns: String,
+    /// The kernel's number of that; 0 if not known.
+    #[serde(default)]
+    pub netns_cookie: u64,
     /// Namespace of the pod.
     pub namespace: String,
     /// Name of the pod.
@@ -118,6 +121,7 @@ mod tests {
             id: 3,
             attachment: Attachment { container_id: "c".into(), ifname: "eth0".into() },
             netns: "/run/netns/x".into(),
+            netns_cookie: 77,
             namespace: "shop".into(),
             pod: "web".into(),
             identity: 300,

@@ -86,6 +86,7 @@ pub fn event_json(event: &FlowEvent) -> serde_json::Value {
         "ingress_cookie": event.ingress_cookie,
         "generation": event.generation,
         "block": event.block,
+        "backend": event.backend,
         "endpoint": event.endpoint,
         "ifindex": event.ifindex,
         "out": event.out,

@@ -11,12 +11,14 @@ mod desired;
 mod dump;
 mod endpoint;
 mod flows;
+mod latency;
 mod mirror;
 mod node;
 mod queries;
 mod reconcile;
 mod records;
 mod rows;
+mod services;
 mod server;
 mod slots;
 mod start;
@@ -33,7 +35,7 @@ use std::time::{Duration, Instant};
 
 use cirri_abi::FlowEvent;
 use cirri_flow::{Decoder, Ring};
-use cirri_loader::net::ForeignRoutes;
+use cirri_loader::net::{ForeignRoutes, Neighbours};
 use cirri_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
@@ -46,6 +48,9 @@ use crate::config::Loaded;
 use crate::exit::{Because, Failure, Result};
 
 pub use cleanup::cleanup;
+pub use queries::counters_by_name;
+pub use start::notify;
+pub use status::resident_memory;
 
 /// What the agent's tasks share.
 pub struct Shared {
@@ -59,6 +64,10 @@ pub struct Shared {
     publish: Notify,
     /// Labels want numbers.
     number: Notify,
+    /// Services have other local backends.
+    health: Notify,
+    /// Sockets must end.
+    sockets: Notify,
     /// Newest revision enforced, none before the first; sent after every pass.
     enforced: watch::Sender<Option<u64>>,
     /// Sent after every pass of the publisher.
@@ -91,11 +100,15 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     spawn(Box::pin(tasks::reconcile(Arc::clone(&shared))));
     let routes = ForeignRoutes::here().because(Failure::Failed)?;
     spawn(Box::pin(tasks::routes(Arc::clone(&shared), routes)));
+    let neighbours = Neighbours::here().because(Failure::Failed)?;
+    spawn(Box::pin(tasks::neighbours(Arc::clone(&shared), neighbours)));
     spawn(Box::pin(tasks::publish(Arc::clone(&shared))));
     spawn(Box::pin(tasks::number(Arc::clone(&shared))));
     spawn(Box::pin(tasks::join(Arc::clone(&shared))));
     spawn(Box::pin(tasks::health(Arc::clone(&shared))));
     spawn(Box::pin(flows::collect(Arc::clone(&shared))));
+    spawn(Box::pin(services::serve_health(Arc::clone(&shared))));
+    spawn(Box::pin(services::end_sockets(Arc::clone(&shared))));
     if let Some(events) = events {
         spawn(Box::pin(flows::follow(Arc::clone(&shared), events)));
     }
@@ -152,6 +165,12 @@ impl Shared {
     /// What is known changed: desires anew and wakes those who act on it.
     async fn changed(&self) {
         self.core.lock().await.desire();
+        self.desired();
+    }
+
+    /// Wakes those who act on what is desired.
+    fn desired(&self) {
+        self.health.notify_one();
         self.wake.notify_one();
         self.publish.notify_one();
         self.number.notify_one();

@@ -31,6 +31,8 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Largest packet of a workload, bytes from the IP header on.
     pub mtu: u32,
+    /// The kernel's number of its network namespace.
+    pub netns_cookie: u64,
 }
 
 /// A node that the agent cannot run on as it is.
@@ -153,6 +155,7 @@ async fn discover(config: &Config, net: &Net) -> Result<Node, NodeError> {
         overlay: named(OVERLAY).cloned(),
         addresses: addresses(net).await?,
         mtu: underlay.saturating_sub(cost),
+        netns_cookie: net.namespace().cookie()?,
     })
 }
 

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use cirri_abi::{CounterIndex, Direction, DropReason, Identity, MapKind, map};
 use cirri_control::labels::IdentityLabels;
 use cirri_control::policy::{self, CompileError, PolicyId, Question, RuleVerdict};
-use cirri_flow::{Names, Place, RuleText};
+use cirri_flow::{Names, Place, RuleText, Served, ServicePort};
+use cirri_loader::Tables;
 
 use super::core::Core;
 use super::endpoint::Endpoint;
@@ -183,12 +184,7 @@ impl Core {
     /// # Errors
     /// The kernel does not tell.
     pub fn counters(&self) -> Result<BTreeMap<String, CounterInfo>, ApiError> {
-        let counters = self.tables.counters().map_err(|error| ApiError::new("internal", error))?;
-        let mut named = BTreeMap::new();
-        for (index, counter) in counters.iter().enumerate().filter(|(_, counter)| counter.packets > 0) {
-            named.insert(counter_name(index as u32), CounterInfo { packets: counter.packets, bytes: counter.bytes });
-        }
-        Ok(named)
+        counters_by_name(&self.tables)
     }
 
     /// Who stands behind a name or an address.
@@ -248,6 +244,14 @@ impl Names for Core {
         self.peers().find(has).map(|peer| node(&peer.name))
     }
 
+    fn backend(&self, number: u32) -> Option<Served> {
+        self.serving.served(number)
+    }
+
+    fn service(&self, ip: IpAddr, port: u16, protocol: u8) -> Option<ServicePort> {
+        self.serving.service_at(ip, port, protocol)
+    }
+
     fn rule(&self, cookie: u32) -> Option<RuleText> {
         let rule = self.cluster.rule(cookie)?;
         Some(RuleText {
@@ -285,6 +289,19 @@ fn explained(answer: &policy::Explanation) -> ExplainedDirection {
     }
     let verdict = if answer.verdict == RuleVerdict::Allow { "allow" } else { "deny" };
     ExplainedDirection { verdict: verdict.to_owned(), rule, cookie: answer.cookie }
+}
+
+/// The packet path's counters by name, those that never counted left out.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn counters_by_name(tables: &Tables) -> Result<BTreeMap<String, CounterInfo>, ApiError> {
+    let counters = tables.counters().map_err(|error| ApiError::new("internal", error))?;
+    let mut named = BTreeMap::new();
+    for (index, counter) in counters.iter().enumerate().filter(|(_, counter)| counter.packets > 0) {
+        named.insert(counter_name(index as u32), CounterInfo { packets: counter.packets, bytes: counter.bytes });
+    }
+    Ok(named)
 }
 
 /// What a counter of the packet path counts.

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cirri_abi::{Addr, Identity, Ipcache, epoch_slot, ipcache_flag};
-use cirri_loader::MapError;
+use cirri_loader::{EdgeWanted, MapError};
 use cirri_loader::net::Neighbour;
 use ipnet::IpNet;
 
 use super::core::Core;
 use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
 use super::table::Due;
+use crate::config::Acceleration;
 
 /// A row of the address cache to work on.
 type DueAddress = Due<IpNet, Ipcache>;
@@ -42,6 +43,10 @@ impl Core {
                 self.rows.ipcache.adopt(net, row);
             }
         }
+        for (cookie, value) in self.tables.per_packet.entries()? {
+            self.rows.per_packet.adopt(cookie, value);
+        }
+        self.serving.adopt(&self.tables)?;
         let neighbours = self.net.neighbours().await?;
         for route in self.net.routes().await? {
             if let Ok(net) = IpNet::new(route.to, route.prefix) {
@@ -79,8 +84,11 @@ impl Core {
                 tracing::error!(slot, %error, "established connections may not feel the last change");
             }
         }
+        self.reconcile_per_packet(now);
+        self.serving.carry_out(&self.tables, now);
         self.reconcile_routes(now).await;
         self.reconcile_attachments(now);
+        self.reconcile_sockets(now);
         self.remove_rulesets(now);
     }
 
@@ -270,6 +278,29 @@ impl Core {
         }
     }
 
+    fn reconcile_per_packet(&mut self, now: Instant) {
+        for Due { key, desired, .. } in self.rows.per_packet.due(now) {
+            let outcome = match &desired {
+                Some(value) => self.tables.per_packet.put(&key, value),
+                None => self.tables.per_packet.delete(&key).map(drop),
+            };
+            report("per-packet", &key, &outcome);
+            self.rows.per_packet.settle(&key, desired, outcome, now);
+        }
+    }
+
+    /// Sockets are translated as soon as there is something to translate them with.
+    fn reconcile_sockets(&mut self, now: Instant) {
+        for Due { key, desired, .. } in self.rows.sockets.due(now) {
+            let outcome = match desired.iter().flatten().next() {
+                Some(cgroup) => self.datapath.attach_sockets(cgroup),
+                None => self.datapath.detach_sockets().map(drop),
+            };
+            report("sockets", &key, &outcome);
+            self.rows.sockets.settle(&key, desired, outcome, now);
+        }
+    }
+
     fn write_attachment(
         &mut self,
         device: &str,
@@ -283,10 +314,24 @@ impl Core {
         }
         match desired.map(|new| new.role) {
             Some(Role::Workload) => self.datapath.attach_workload(device).map(drop),
-            Some(Role::Network) => self.datapath.attach_network(device).map(drop),
+            Some(Role::Network) => {
+                self.datapath.attach_network(device)?;
+                let edge = self.datapath.attach_edge(device, wanted_edge(self.config.services.acceleration))?;
+                self.serving.edges.insert(device.to_owned(), edge);
+                Ok(())
+            }
             Some(Role::Overlay) => self.datapath.attach_overlay(device).map(drop),
             None => Ok(()),
         }
+    }
+}
+
+fn wanted_edge(acceleration: Acceleration) -> EdgeWanted {
+    match acceleration {
+        Acceleration::Off => EdgeWanted::Off,
+        Acceleration::Generic => EdgeWanted::Generic,
+        Acceleration::Native => EdgeWanted::Native,
+        Acceleration::BestEffort => EdgeWanted::BestEffort,
     }
 }
 

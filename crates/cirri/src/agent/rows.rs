@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -27,6 +28,10 @@ pub struct Rows {
     pub routes: Table<IpNet, RouteRow>,
     /// Programs on devices, by device name.
     pub attachments: Table<String, Attached>,
+    /// Programs on sockets: one row, the control group; `None` for nowhere.
+    pub sockets: Table<&'static str, Option<PathBuf>>,
+    /// Network namespaces whose packets are translated instead, by cookie.
+    pub per_packet: Table<u64, u32>,
     /// Records in the store, by whole key.
     pub published: Table<String, Vec<u8>>,
 }
@@ -70,6 +75,8 @@ impl Rows {
             ipcache: Table::new("ipcache"),
             routes: Table::new("routes"),
             attachments: Table::new("attachments"),
+            sockets: Table::new("sockets"),
+            per_packet: Table::new("per-packet"),
             published: Table::new("published"),
         }
     }
@@ -82,6 +89,8 @@ impl Rows {
             && self.ipcache.is_done()
             && self.routes.is_done()
             && self.attachments.is_done()
+            && self.sockets.is_done()
+            && self.per_packet.is_done()
             && self.published.is_done()
     }
 
@@ -94,6 +103,8 @@ impl Rows {
             self.ipcache.next_due(),
             self.routes.next_due(),
             self.attachments.next_due(),
+            self.sockets.next_due(),
+            self.per_packet.next_due(),
         ]
         .into_iter()
         .flatten()
@@ -109,6 +120,8 @@ impl Rows {
             self.ipcache.status(),
             self.routes.status(),
             self.attachments.status(),
+            self.sockets.status(),
+            self.per_packet.status(),
             self.published.status(),
         ]
     }

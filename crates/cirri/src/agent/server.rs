@@ -11,10 +11,10 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Shared, attach, dump, wait};
+use super::{Shared, attach, dump, services, wait};
 use crate::api::{
-    Answer, ApiError, Attachment, EndpointAdd, EndpointGc, EndpointGet, MapDump, Observe, PolicyExplain, PolicyGet,
-    Removed, Request, Wait,
+    Answer, ApiError, Attachment, BackendInfo, EndpointAdd, EndpointGc, EndpointGet, MapDump, Observe, PolicyExplain,
+    PolicyGet, Removed, Request, ServiceGet, ServiceInfo, Wait,
 };
 
 /// The longest question. GC names every container of a node.
@@ -159,6 +159,9 @@ async fn once(shared: &Arc<Shared>, method: &str, client: &mut Client) -> Result
         "identity.list" => json(&shared.core.lock().await.identity_infos()),
         "policy.get" => json(&shared.core.lock().await.policy_infos(&client.params::<PolicyGet>()?)),
         "policy.explain" => json(&shared.core.lock().await.explain(&client.params::<PolicyExplain>()?)?),
+        "service.list" => json(&shared.core.lock().await.serving.infos(&client.params::<ServiceGet>()?)),
+        "service.get" => json(&service(shared, &client.params()?).await?),
+        "service.backends" => json(&backends(shared, &client.params()?).await?),
         "map.list" => json(&shared.core.lock().await.map_infos()?),
         "map.dump" => {
             let MapDump { name, limit } = client.params()?;
@@ -177,6 +180,28 @@ async fn endpoint(shared: &Arc<Shared>, id: u16) -> Result<serde_json::Value, Ap
         ApiError::new("not-found", format!("there is no endpoint {id}")).hint("see `cirri endpoint list`")
     })?;
     json(&core.endpoint_info(endpoint))
+}
+
+async fn service(shared: &Arc<Shared>, wanted: &ServiceGet) -> Result<Vec<ServiceInfo>, ApiError> {
+    let mut all = shared.core.lock().await.serving.detailed(wanted);
+    let mut backends = backends(shared, wanted).await?;
+    for info in &mut all {
+        let of = format!("{}/{}:{}/{}", info.namespace, info.name, info.port, info.protocol);
+        let own = |backend: &BackendInfo| backend.service == of && backend.ip.is_ipv6() == (info.ip_version == 6);
+        let (mine, rest) = backends.into_iter().partition(own);
+        (info.backends, backends) = (mine, rest);
+    }
+    Ok(all)
+}
+
+/// Counters are read without the lock: there may be many.
+async fn backends(shared: &Arc<Shared>, wanted: &ServiceGet) -> Result<Vec<BackendInfo>, ApiError> {
+    let (tables, mut backends) = {
+        let core = shared.core.lock().await;
+        (core.tables.clone(), core.serving.backend_infos(wanted))
+    };
+    services::count(&tables, &mut backends).map_err(|error| ApiError::new("internal", error))?;
+    Ok(backends)
 }
 
 async fn observe(shared: &Arc<Shared>, client: &mut Client) -> io::Result<Result<(), ApiError>> {

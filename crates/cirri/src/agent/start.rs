@@ -1,6 +1,5 @@
 //! From a configuration to an agent that knows what an earlier run left.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
@@ -12,7 +11,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_flow::{Decoder, Ring};
-use cirri_loader::net::Net;
+use cirri_loader::net::{Namespace, Net};
 use cirri_loader::{Datapath, Events, LoadOptions};
 use cirri_store::{Embedded, Etcd, EtcdOptions, Store, folder};
 use futures::stream::BoxStream;
@@ -23,7 +22,7 @@ use super::core::Core;
 use super::endpoint::{self, Endpoint};
 use super::{Shared, flows, node};
 use crate::api::StoreStatus;
-use crate::config::{Config, Loaded, MapSizes, StoreKind};
+use crate::config::{Config, Loaded, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
 
 /// An agent whose tasks may begin.
@@ -98,6 +97,8 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         wake: Notify::new(),
         publish: Notify::new(),
         number: Notify::new(),
+        health: Notify::new(),
+        sockets: Notify::new(),
         enforced: watch::Sender::new(None),
         settled: watch::Sender::new(()),
         store_status: std::sync::Mutex::new(store_status),
@@ -132,7 +133,7 @@ fn load_datapath(config: &Config) -> Result<Datapath> {
     let options = LoadOptions {
         pin_root: bpf.pin_root.clone(),
         instance: bpf.instance.clone(),
-        sizes: sizes(&bpf.maps),
+        sizes: bpf.maps.by_name(),
         hooking: None,
     };
     let datapath = Datapath::load(&options).because(Failure::Failed)?;
@@ -140,21 +141,6 @@ fn load_datapath(config: &Config) -> Result<Datapath> {
         tracing::warn!("{warning}");
     }
     Ok(datapath)
-}
-
-fn sizes(maps: &MapSizes) -> BTreeMap<String, u32> {
-    let all = [
-        ("FLOWS4", maps.flows),
-        ("FLOWS6", maps.flows / 2),
-        ("PENDING4", maps.pending),
-        ("PENDING6", maps.pending),
-        ("IPCACHE", maps.ipcache),
-        ("SERVICES", maps.services),
-        ("BACKENDS", maps.backends),
-        ("BACKEND_COUNTERS", maps.backends),
-        ("SERVICE_SLOTS", maps.slots),
-    ];
-    all.into_iter().filter(|(_, size)| *size > 0).map(|(name, size)| (name.to_owned(), size)).collect()
 }
 
 type Sources = (Arc<dyn Store>, Option<BoxStream<'static, folder::Change>>);
@@ -201,7 +187,13 @@ async fn restore(core: &mut Core) -> Result<()> {
             let slot = core.ruleset_slots.take(&endpoint.identity);
             endpoint.ruleset = slot.unwrap_or_default();
         }
+        if endpoint.netns_cookie == 0 {
+            // An earlier version did not ask.
+            endpoint.netns_cookie = Namespace::open(&endpoint.netns).and_then(|it| it.cookie()).unwrap_or_default();
+        }
+        let named = (endpoint.namespace.clone(), endpoint.pod.clone());
         core.endpoints.insert(endpoint.id, endpoint);
+        core.place(&named);
     }
     Ok(())
 }

@@ -43,8 +43,10 @@ impl Shared {
             store,
             seen_revision: core.view.revision,
             enforced_revision: core.enforced_revision,
+            latency: core.latency.info(),
             endpoints: core.endpoints.len(),
-            tables: core.rows.status(),
+            tables: core.rows.status().into_iter().chain([core.serving.status()]).collect(),
+            services: core.services_status(),
             peers: core.peer_infos(),
             attachments: core
                 .rows
@@ -65,7 +67,7 @@ impl Shared {
 }
 
 /// Bytes of memory that the process occupies; 0 if the kernel does not tell.
-fn resident_memory() -> u64 {
+pub fn resident_memory() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm")
         .ok()
         .and_then(|text| text.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok()))

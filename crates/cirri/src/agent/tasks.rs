@@ -1,12 +1,14 @@
 //! The loops that carry things between the store, the core and the kernel.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_abi::{Identity, epoch_slot};
 use cirri_control::ipam::ClusterPool;
 use cirri_control::labels::IdentityLabels;
-use cirri_loader::net::ForeignRoutes;
+use cirri_loader::net::{ForeignRoutes, Neighbours};
 use cirri_store::{Event, PREFIX};
 use futures::{FutureExt, StreamExt};
 use ipnet::IpNet;
@@ -29,8 +31,12 @@ pub async fn watch(shared: Arc<Shared>) {
     let mut events = shared.store.watch(PREFIX).ready_chunks(CHUNK);
     while let Some(chunk) = events.next().await {
         let mut complete = false;
+        let seen = Instant::now();
         {
             let mut core = shared.core.lock().await;
+            if chunk.iter().any(|event| !matches!(event, Event::Progress(_))) {
+                core.latency.seen(seen);
+            }
             for event in chunk {
                 let whole = matches!(event, Event::Snapshot(..));
                 complete |= whole || matches!(event, Event::Progress(_));
@@ -49,9 +55,13 @@ pub async fn watch(shared: Arc<Shared>) {
                     core.rows.published.suspect(&key);
                 }
             }
+            if complete {
+                // Before anybody else looks: a revision must not pass for enforced that nobody acted on.
+                core.desire();
+            }
         }
         if complete {
-            shared.changed().await;
+            shared.desired();
         }
     }
     tracing::error!("the store's watch ended");
@@ -72,20 +82,46 @@ pub async fn routes(shared: Arc<Shared>, mut news: ForeignRoutes) {
     tracing::error!("routes are not watched any more");
 }
 
+/// Makes connections find their neighbour again when its Ethernet address changed: recipes hold it.
+pub async fn neighbours(shared: Arc<Shared>, mut news: Neighbours) {
+    let net = shared.core.lock().await.net.clone();
+    let mut known: BTreeMap<(u32, IpAddr), [u8; 6]> = BTreeMap::new();
+    match net.neighbours_found().await {
+        Ok(found) => known.extend(found.iter().map(|neighbour| ((neighbour.device, neighbour.ip), neighbour.mac))),
+        Err(error) => tracing::warn!(%error, "neighbours that are known already cannot be read"),
+    }
+    while let Some(change) = news.changed().await {
+        // One that does not answer keeps its address until it has another.
+        let Some(mac) = change.mac else { continue };
+        let Some(was) = known.insert((change.device, change.ip), mac) else { continue };
+        if was == mac {
+            continue;
+        }
+        tracing::info!(neighbour = %change.ip, "its Ethernet address changed");
+        let core = shared.core.lock().await;
+        if let Err(error) = core.tables.bump(epoch_slot::NODE) {
+            tracing::error!(%error, "established connections may go on to a neighbour that is gone");
+        }
+    }
+    tracing::error!("neighbours are not watched any more");
+}
+
 /// Makes the kernel like the tables, whenever something is due.
 pub async fn reconcile(shared: Arc<Shared>) {
     loop {
         let next = {
             let mut core = shared.core.lock().await;
             core.reconcile(Instant::now()).await;
-            if core.filled && core.unnumbered.is_empty() && core.rows.is_done() {
+            shared.sockets.notify_one();
+            if core.filled && core.unnumbered.is_empty() && core.rows.is_done() && core.serving.is_done() {
                 core.retire();
+                core.latency.in_force(Instant::now());
                 core.enforced_revision = core.view.revision;
                 shared.enforced.send_replace(Some(core.enforced_revision));
             } else {
                 shared.enforced.send_modify(|_| {});
             }
-            core.rows.next_due()
+            core.rows.next_due().into_iter().chain(core.serving.next_due()).min()
         };
         let pause = async {
             match next {
@@ -230,8 +266,7 @@ pub async fn health(shared: Arc<Shared>) {
                 let mut core = shared.core.lock().await;
                 if core.node.addresses != addresses {
                     tracing::info!(?addresses, "the node's addresses changed");
-                    core.node.addresses = addresses;
-                    core.touch();
+                    core.set_addresses(addresses);
                     drop(core);
                     shared.changed().await;
                 }

@@ -33,6 +33,8 @@ pub struct View {
     pub identities: Identities,
     /// Workload addresses of the whole cluster.
     pub ips: BTreeMap<IpAddr, IpRecord>,
+    /// The same by the workload that has them.
+    workloads: BTreeMap<Named, BTreeSet<IpAddr>>,
     /// What cannot be read, by key.
     pub problems: BTreeMap<String, String>,
     /// Newest revision that was seen whole.
@@ -42,7 +44,7 @@ pub struct View {
 }
 
 /// What an event changed, for those who keep something derived from it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Change {
     /// A policy is new or different.
     PolicyPut(Named),
@@ -56,6 +58,14 @@ pub enum Change {
     Labels,
     /// Nodes or workload addresses changed.
     Addresses,
+    /// The addresses of a workload changed.
+    Workload(Named),
+    /// What is known about a node changed.
+    Peer(String),
+    /// A resource that services are made of is new or different.
+    Source(Box<Resource>),
+    /// Such a resource is gone: its kind, namespace and name.
+    SourceGone(String, Option<String>, String),
 }
 
 impl View {
@@ -99,6 +109,11 @@ impl View {
             .map(|(key, entry)| (key.as_str(), entry.value.as_slice()))
     }
 
+    /// Where the store says that a workload is.
+    pub fn records_of(&self, workload: &Named) -> impl Iterator<Item = &IpRecord> {
+        self.workloads.get(workload).into_iter().flatten().filter_map(|ip| self.ips.get(ip))
+    }
+
     /// The value of a whole key.
     pub fn value(&self, key: &str) -> Option<&[u8]> {
         self.entries.get(key).map(|entry| entry.value.as_slice())
@@ -130,7 +145,10 @@ impl View {
                     changes.push(Change::Labels);
                 }
                 Resource::Pod(pod) => {
-                    self.pods.insert((pod.namespace().to_owned(), pod.metadata.name.clone()), pod);
+                    changes.push(Change::Source(Box::new(Resource::Pod(pod.clone()))));
+                    let named = (pod.namespace().to_owned(), pod.metadata.name.clone());
+                    changes.push(Change::Workload(named.clone()));
+                    self.pods.insert(named, pod);
                     changes.push(Change::Labels);
                 }
                 Resource::NetworkPolicy(policy) => {
@@ -138,12 +156,13 @@ impl View {
                     self.policies.insert(name.clone(), (policy, entry.revision));
                     changes.push(Change::PolicyPut(name));
                 }
-                Resource::Node(_) => {}
+                source => changes.push(Change::Source(Box::new(source))),
             },
             Key::Node(name) => {
                 let record: NodeRecord = json(text)?;
                 self.nodes.insert(name.to_owned(), record);
                 changes.push(Change::Addresses);
+                changes.push(Change::Peer(name.to_owned()));
             }
             Key::Identity(id) => {
                 let labels = IdentityLabels::parse(text).map_err(|error| error.to_string())?;
@@ -154,8 +173,12 @@ impl View {
             }
             Key::Ip(ip) => {
                 let record: IpRecord = json(text)?;
+                let named = (record.namespace.clone(), record.pod.clone());
+                self.forget_ip(ip, changes);
+                self.workloads.entry(named.clone()).or_default().insert(ip);
                 self.ips.insert(ip, record);
                 changes.push(Change::Addresses);
+                changes.push(Change::Workload(named));
             }
             Key::Other => {}
         }
@@ -171,6 +194,8 @@ impl View {
                 let (kind, namespace, name) = (parts.next(), parts.next(), parts.next());
                 let (Some(kind), Some(namespace), Some(name)) = (kind, namespace, name) else { return };
                 let named = (namespace.to_owned(), name.to_owned());
+                let within = (namespace != "_").then(|| namespace.to_owned());
+                changes.push(Change::SourceGone(kind.to_owned(), within, name.to_owned()));
                 match kind {
                     "Namespace" if self.namespaces.remove(name).is_some() => changes.push(Change::Labels),
                     "Pod" if self.pods.remove(&named).is_some() => changes.push(Change::Labels),
@@ -183,6 +208,7 @@ impl View {
             Key::Node(name) => {
                 self.nodes.remove(name);
                 changes.push(Change::Addresses);
+                changes.push(Change::Peer(name.to_owned()));
             }
             Key::Identity(id) => {
                 let identity = Identity { id };
@@ -194,12 +220,25 @@ impl View {
                 // The address may have moved to another node: only its own record takes it away.
                 let record = std::str::from_utf8(&entry.value).ok().and_then(|text| json::<IpRecord>(text).ok());
                 if record.as_ref() == self.ips.get(&ip) {
-                    self.ips.remove(&ip);
+                    self.forget_ip(ip, changes);
                     changes.push(Change::Addresses);
                 }
             }
             Key::Other => {}
         }
+    }
+
+    /// An address is nobody's any more, or somebody else's in a moment.
+    fn forget_ip(&mut self, ip: IpAddr, changes: &mut Vec<Change>) {
+        let Some(record) = self.ips.remove(&ip) else { return };
+        let named = (record.namespace, record.pod);
+        if let Some(addresses) = self.workloads.get_mut(&named) {
+            addresses.remove(&ip);
+            if addresses.is_empty() {
+                self.workloads.remove(&named);
+            }
+        }
+        changes.push(Change::Workload(named));
     }
 }
 
@@ -256,10 +295,19 @@ mod tests {
         let mut view = View::default();
         let first = vec![entry("resources/Pod/shop/a", &pod("a", "x"), 1), entry("identities/id/300", "k8s:app=x", 2)];
         let changes = view.apply(Event::Snapshot(first.clone(), 2));
-        assert_eq!(changes, [Change::Labels, Change::IdentityPut(Identity { id: 300 })]);
+        assert!(
+            matches!(
+                changes.as_slice(),
+                [Change::Source(_), Change::Workload(_), Change::Labels, Change::IdentityPut(Identity { id: 300 })]
+            ),
+            "{changes:?}"
+        );
         assert!(view.synced && view.revision == 2);
         assert!(view.apply(Event::Snapshot(first, 3)).is_empty());
-        assert_eq!(view.apply(Event::Snapshot(vec![], 4)).len(), 2);
+        let changes = view.apply(Event::Snapshot(vec![], 4));
+        let gone =
+            |change: &Change| matches!(change, Change::SourceGone(kind, Some(_), name) if kind == "Pod" && name == "a");
+        assert!(changes.iter().any(gone), "{changes:?}");
         assert!(view.pods.is_empty());
     }
 
@@ -281,8 +329,10 @@ mod tests {
         view.apply(Event::Put(ip("b", "10.0.0.1")));
         view.apply(Event::Delete { key: ip("a", "10.0.0.1").key, revision: 3 });
         assert_eq!(view.ips.values().map(|record| record.node.as_str()).collect::<Vec<_>>(), ["b"]);
+        let web = ("shop".to_owned(), "web".to_owned());
+        assert_eq!(view.records_of(&web).count(), 1);
         view.apply(Event::Delete { key: ip("b", "10.0.0.1").key, revision: 4 });
-        assert!(view.ips.is_empty());
+        assert!(view.ips.is_empty() && view.records_of(&web).count() == 0);
     }
 
     #[test]

@@ -102,7 +102,7 @@ async fn unfinished(shared: &Arc<Shared>) -> String {
     for labels in &core.unnumbered {
         open.push(format!("no identity yet for {labels}"));
     }
-    for table in core.rows.status() {
+    for table in core.rows.status().into_iter().chain([core.serving.status()]) {
         if table.pending > 0 {
             open.push(format!("{}: {} rows pending", table.name, table.pending));
         }

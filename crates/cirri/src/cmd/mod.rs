@@ -9,4 +9,5 @@ pub mod map;
 pub mod monitor;
 pub mod observe;
 pub mod policy;
+pub mod service;
 pub mod status;

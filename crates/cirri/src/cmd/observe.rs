@@ -51,6 +51,9 @@ pub struct ObserveArgs {
     /// Identity of either end: a number or a reserved name, as world-ipv4
     #[arg(long, value_delimiter = ',', value_name = "IDENTITY")]
     identity: Vec<String>,
+    /// The service: SERVICE or NAMESPACE/SERVICE, a trailing * matches the rest
+    #[arg(long, value_delimiter = ',', value_name = "SERVICE")]
+    service: Vec<String>,
     /// new, drop, renewed, close
     #[arg(long = "type", value_delimiter = ',', value_name = "TYPE")]
     kind: Vec<String>,
@@ -72,6 +75,7 @@ pub fn run(client: &ClientArgs, args: &ObserveArgs) -> Result<()> {
         verdict: args.verdict.clone(),
         reason: args.reason.clone(),
         identity: args.identity.clone(),
+        service: args.service.clone(),
         kind: args.kind.clone(),
     };
     filter.check().because(Failure::BadInput)?;

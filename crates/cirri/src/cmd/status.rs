@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::api::{Status, StoreStatus};
+use crate::api::{HealthCheckInfo, LatencyInfo, ServicesStatus, Status, StoreStatus};
 use crate::client::ClientArgs;
 use crate::exit::{Error, Failure, Result};
 use crate::output::{self, OutputArgs, Table};
@@ -32,7 +32,14 @@ fn is_well(status: &Status) -> bool {
     status.store.healthy
         && status.store.synced
         && status.warnings.is_empty()
+        && is_well_served(&status.services)
         && status.tables.iter().all(|table| table.errors.is_empty() && table.pending == 0)
+}
+
+fn is_well_served(services: &ServicesStatus) -> bool {
+    services.problems.is_empty()
+        && services.socket.error.is_empty()
+        && services.health_checks.iter().all(|check| check.error.is_empty())
 }
 
 fn table(status: &Status) -> String {
@@ -56,6 +63,9 @@ fn table(status: &Status) -> String {
     };
     line("Store", format!("{}: {store}", status.store.kind));
     line("Revision", format!("{} enforced, {} seen", status.enforced_revision, status.seen_revision));
+    let LatencyInfo { count, p50_us, p99_us, max_us, .. } = status.latency;
+    let ms = |us: u64| format!("{:.1} ms", us as f64 / 1000.0);
+    line("In force", format!("after {} (p50), {} (p99), {} (longest of {count})", ms(p50_us), ms(p99_us), ms(max_us)));
     line("Endpoints", status.endpoints.to_string());
     line(
         "Flows",
@@ -66,6 +76,9 @@ fn table(status: &Status) -> String {
     );
     for attachment in &status.attachments {
         line("Attached", attachment.clone());
+    }
+    for (name, value) in services(&status.services) {
+        line(name, value);
     }
     for warning in &status.warnings {
         line("WARNING", warning.clone());
@@ -104,4 +117,33 @@ fn table(status: &Status) -> String {
     out.push('\n');
     out.push_str(&counters.render(width));
     out
+}
+
+fn services(status: &ServicesStatus) -> Vec<(&'static str, String)> {
+    let ServicesStatus { services, ports, frontends, ready, backends, socket, .. } = status;
+    let mut lines = vec![(
+        "Services",
+        format!("{services} with {ports} ports at {frontends} addresses, {ready} of {backends} backends ready"),
+    )];
+    lines.push((
+        "Sockets",
+        match (socket.on, socket.error.is_empty()) {
+            (true, _) => format!(
+                "translated ({}) in {}; {} workloads packet by packet",
+                socket.mode, socket.cgroup, socket.per_packet
+            ),
+            (false, true) => "translated nowhere (services.socket.mode off)".to_owned(),
+            (false, false) => format!("NOT translated: {}", socket.error),
+        },
+    ));
+    lines.extend(
+        status.devices.iter().map(|edge| ("Edge", format!("{}: {} ({})", edge.device, edge.mode, edge.reason))),
+    );
+    for check in &status.health_checks {
+        let HealthCheckInfo { port, service, local, error } = check;
+        let state = if error.is_empty() { format!("{local} local backends") } else { format!("NOT answered: {error}") };
+        lines.push(("Health", format!("port {port} for {service}: {state}")));
+    }
+    lines.extend(status.problems.iter().map(|problem| ("PROBLEM", problem.clone())));
+    lines
 }

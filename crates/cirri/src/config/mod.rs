@@ -7,14 +7,15 @@
 mod load;
 mod services;
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-pub use load::{Loaded, load};
-pub use services::{Acceleration, Algorithm, Dispatch, Forwarding, NodePorts, Services, Socket, SocketMode};
+pub use load::{ConfigError, Loaded, load};
+pub use services::{Acceleration, Algorithm, Dispatch, Forwarding, Services, Socket, SocketMode};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -256,6 +257,23 @@ impl Default for Flows {
 impl Default for Log {
     fn default() -> Log {
         Log { level: "info".to_owned() }
+    }
+}
+
+impl MapSizes {
+    /// What is not left to the built-in sizes, by the names of the maps.
+    pub fn by_name(&self) -> BTreeMap<String, u32> {
+        let all = [
+            ("FLOWS4", self.flows),
+            ("FLOWS6", self.flows / 2),
+            ("PENDING4", self.pending),
+            ("PENDING6", self.pending),
+            ("IPCACHE", self.ipcache),
+            ("SERVICES", self.services),
+            ("BACKENDS", self.backends),
+            ("SERVICE_SLOTS", self.slots),
+        ];
+        all.into_iter().filter(|(_, size)| *size > 0).map(|(name, size)| (name.to_owned(), size)).collect()
     }
 }
 

@@ -199,6 +199,15 @@ impl Net {
 
     /// The neighbours that are known for good.
     pub async fn neighbours(&self) -> Result<Vec<Neighbour>, NetError> {
+        self.neighbours_in(|state| state == NeighbourState::Permanent).await
+    }
+
+    /// All neighbours that the kernel found by itself and still knows.
+    pub async fn neighbours_found(&self) -> Result<Vec<Neighbour>, NetError> {
+        self.neighbours_in(|state| state != NeighbourState::Permanent && state != NeighbourState::Failed).await
+    }
+
+    async fn neighbours_in(&self, wanted: impl Fn(NeighbourState) -> bool) -> Result<Vec<Neighbour>, NetError> {
         let all: Vec<NeighbourMessage> =
             self.checked(|| "neighbours".into(), "list", self.handle.neighbours().get().execute().try_collect().await)?;
         let described = |message: &NeighbourMessage| {
@@ -213,8 +222,7 @@ impl Net {
             })?;
             Some(Neighbour { ip, mac, device: message.header.ifindex })
         };
-        let permanent = |message: &&NeighbourMessage| message.header.state == NeighbourState::Permanent;
-        Ok(all.iter().filter(permanent).filter_map(described).collect())
+        Ok(all.iter().filter(|message| wanted(message.header.state)).filter_map(described).collect())
     }
 
     /// All routes of the main tables.
