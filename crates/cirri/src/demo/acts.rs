@@ -64,7 +64,8 @@ fn cluster_up(stage: &Stage, name: &LabName, interrupt: &Interrupt) -> anyhow::R
     );
     let begun = Instant::now();
     let nodes = ["node1".to_owned(), "node2".to_owned()];
-    let lab = up::bring_up(name, &nodes, Routing::Overlay, interrupt, &|_| {})?;
+    let lab = Lab::described(name, &nodes, Routing::Overlay, &[]);
+    up::bring_up(&lab, interrupt, &|_| {})?;
     let ready = begun.elapsed();
     stage.check("two nodes, their agents ready", Ok(format!("{:.1} s", ready.as_secs_f64())));
     let begun = Instant::now();

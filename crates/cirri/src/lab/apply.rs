@@ -11,9 +11,8 @@ use cirri_control::resource::{Pod, Resource};
 
 use super::cluster::{self, Change};
 use super::interrupt::Interrupt;
-use super::manifests;
-use super::pods;
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord, PodSpec};
+use super::{allot, manifests, pods, routes, status};
 use crate::output;
 
 /// Pods made or removed at once.
@@ -69,7 +68,10 @@ pub fn apply(
     manifests::check(&resources, lab)?;
     cluster::check_agents(lab)?;
     let begun = Instant::now();
-    let plan = Plan::new(lab, resources, &lab.pods()?, &cluster::resources(lab)?);
+    let stored = cluster::resources(lab)?;
+    let resources = allot::allot(resources, &stored)?;
+    let routes = routes::wanted(lab, &resources)?;
+    let plan = Plan::new(lab, resources, &lab.pods()?, &stored);
 
     let mut problems = Vec::new();
     let mut tell = |outcomes: Vec<anyhow::Result<String>>| {
@@ -85,6 +87,7 @@ pub fn apply(
         pods::remove(lab, pod)?;
         Ok(format!("pod {} stopped", pod.key))
     })?);
+    routes::put(lab, &routes)?;
     // Policies are there before the pods they protect.
     cluster::change(lab, &plan.change)?;
     tell(plan.described.iter().cloned().map(Ok).collect());
@@ -95,6 +98,7 @@ pub fn apply(
             output::complain(&format!("{problem:#}"));
         }
     }
+    let deadline = wait.map(|wait| begun + wait);
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {
         let node = lab.node(node)?;
         let pod = pods::create(lab, key, spec, node)?;
@@ -102,12 +106,19 @@ pub fn apply(
         Ok(format!("pod {key} runs on {} ({})", pod.node, addresses.join(", ")))
     })?);
     interrupt.check()?;
+    if let Some(deadline) = deadline {
+        for pod in lab.pods()?.iter().filter(|pod| pod.complete) {
+            pods::await_listening(lab, pod, deadline, interrupt)?;
+        }
+    }
+    // As a kubelet does: a pod that runs has addresses and is ready.
+    cluster::change(lab, &plan.observed(&lab.pods()?))?;
     if !problems.is_empty() {
         bail!("{}\nthe rest was applied; apply again to retry", problems.join("\ncirri: "));
     }
-    match wait {
-        Some(timeout) => {
-            await_all(lab, timeout, interrupt)?;
+    match deadline {
+        Some(deadline) => {
+            await_all(lab, deadline, interrupt)?;
             let (nodes, seconds) = (lab.nodes.len(), begun.elapsed().as_secs_f64());
             report(&format!("enforced on {nodes} node{} after {seconds:.2} s", if nodes == 1 { "" } else { "s" }));
         }
@@ -119,11 +130,7 @@ pub fn apply(
     Ok(())
 }
 
-fn await_all(lab: &Lab, timeout: Duration, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let deadline = Instant::now() + timeout;
-    for pod in lab.pods()? {
-        pods::await_listening(lab, &pod, deadline, interrupt)?;
-    }
+fn await_all(lab: &Lab, deadline: Instant, interrupt: &Interrupt) -> anyhow::Result<()> {
     cluster::settle(lab, deadline.saturating_duration_since(Instant::now()), interrupt)?;
     let refused = cluster::refused_policies(lab)?;
     if !refused.is_empty() {
@@ -143,6 +150,8 @@ struct Plan {
     described: Vec<String>,
     /// Pods to make, with their node.
     create: Vec<(PodKey, PodSpec, String)>,
+    /// The manifests of these, as JSON.
+    manifests: BTreeMap<PodKey, String>,
 }
 
 impl Plan {
@@ -188,14 +197,17 @@ impl Plan {
             let resource = Resource::Pod(pod);
             desired.insert(resource.store_key(), resource.to_json());
             match running.get(&key) {
-                Some(record) if record.complete && record.spec == spec && record.node == node => {}
+                Some(record) if record.complete && record.spec == spec && record.node == node => {
+                    desired.entry(resource.store_key()).and_modify(|json| *json = status::observed(json, record));
+                }
                 record => {
                     plan.remove.extend(record.map(|record| (*record).clone()));
+                    plan.manifests.insert(key.clone(), resource.to_json());
                     plan.create.push((key, spec, node));
                 }
             }
         }
-        let gone = running.values().filter(|pod| !desired.contains_key(&pod_key(&pod.key)));
+        let gone = running.values().filter(|pod| !desired.contains_key(&pod.key.store_key()));
         plan.remove.extend(gone.map(|pod| (*pod).clone()));
 
         for (key, json) in desired.iter() {
@@ -213,10 +225,14 @@ impl Plan {
         }
         plan
     }
-}
 
-fn pod_key(key: &PodKey) -> String {
-    format!("resources/Pod/{}/{}", key.namespace, key.name)
+    /// What the store is to say of the pods that were made, once they run.
+    fn observed(&self, running: &[PodRecord]) -> Change {
+        let json = |pod: &PodRecord| Some(status::observed(self.manifests.get(&pod.key)?, pod));
+        let running = running.iter().filter(|pod| pod.complete);
+        let put = running.filter_map(|pod| Some((pod.key.store_key(), json(pod)?))).collect();
+        Change { put, delete: Vec::new() }
+    }
 }
 
 /// Does `work` for all items, a few at a time; stops taking new ones when interrupted. The outcomes come in the order
@@ -255,7 +271,7 @@ mod tests {
     fn lab() -> Lab {
         let name: LabName = "t".parse().unwrap();
         let nodes = ["n1", "n2"].iter().enumerate().map(|(index, node)| underlay::node(&name, node, index)).collect();
-        Lab { name, routing: Routing::Overlay, nodes }
+        Lab { name, routing: Routing::Overlay, nodes, settings: Vec::new() }
     }
 
     fn pods(text: &str) -> Vec<Resource> {
@@ -275,11 +291,18 @@ mod tests {
             node: node.clone(),
             netns: "/run/netns/x".into(),
             container_id: "x".into(),
-            addresses: Vec::new(),
+            addresses: vec!["10.244.0.2".parse().unwrap()],
             spec: spec.clone(),
             complete: true,
             error: None,
         }
+    }
+
+    /// What is in the store once a plan was carried out.
+    fn stored(plan: &Plan, running: &[PodRecord]) -> BTreeMap<String, String> {
+        let mut stored = plan.change.put.clone();
+        stored.extend(plan.observed(running).put);
+        stored
     }
 
     #[test]
@@ -295,11 +318,13 @@ mod tests {
     fn what_is_as_desired_is_left_alone_and_labels_change_without_a_restart() {
         let first = Plan::new(&lab(), pods(&pod("a", "")), &[], &BTreeMap::new());
         let running = [record(&first, 0)];
-        let again = Plan::new(&lab(), pods(&pod("a", "")), &running, &first.change.put);
+        let stored = stored(&first, &running);
+        assert!(stored["resources/Pod/default/a"].contains("10.244.0.2"), "{stored:?}");
+        let again = Plan::new(&lab(), pods(&pod("a", "")), &running, &stored);
         assert!(again.change.is_empty() && again.create.is_empty() && again.remove.is_empty(), "{again:?}");
 
         let relabelled = pod("a", "").replace("app: a", "app: b");
-        let plan = Plan::new(&lab(), pods(&relabelled), &running, &first.change.put);
+        let plan = Plan::new(&lab(), pods(&relabelled), &running, &stored);
         assert_eq!(
             (plan.described.as_slice(), plan.create.len()),
             (["pod default/a changed".to_owned()].as_slice(), 0)
@@ -310,7 +335,7 @@ mod tests {
     fn a_pod_moves_when_it_names_another_node_and_stays_when_it_names_none() {
         let there = Plan::new(&lab(), pods(&pod("a", "  nodeName: n2\n")), &[], &BTreeMap::new());
         let running = [record(&there, 0)];
-        let stays = Plan::new(&lab(), pods(&pod("a", "")), &running, &there.change.put);
+        let stays = Plan::new(&lab(), pods(&pod("a", "")), &running, &stored(&there, &running));
         assert!(stays.change.is_empty() && stays.create.is_empty() && stays.remove.is_empty(), "{stays:?}");
         let moves = Plan::new(&lab(), pods(&pod("a", "  nodeName: n1\n")), &running, &there.change.put);
         assert_eq!((moves.remove[0].node.as_str(), moves.create[0].2.as_str()), ("n2", "n1"));

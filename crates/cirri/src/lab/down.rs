@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 
+use super::cgroup;
 use super::netns::{self, NsId};
 use super::process;
 use super::state::{DEFAULT_NAME, LabName};
@@ -44,8 +45,8 @@ pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Removes everything that belongs to a lab and nothing else: the processes in its namespaces and those its records
-/// name, its namespaces, its pins, its state directory. Says whether there was anything.
+/// Removes everything that belongs to a lab and nothing else: the processes in its namespaces and control groups
+/// and those its records name, its namespaces, its control groups, its pins, its state directory. Says whether there was anything.
 ///
 /// # Errors
 /// What would not go; the rest is removed all the same.
@@ -59,10 +60,12 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
     if own.is_some_and(|own| ids.contains(&own)) {
         bail!("this command runs inside the lab \"{name}\": run it from outside");
     }
+    let group = cgroup::of_lab(name)?;
     let mut problems = Vec::new();
     for _ in 0..KILL_ROUNDS {
         let mut processes = process::inside(&ids);
         processes.extend(process::recorded_below(&directory));
+        processes.extend(cgroup::inside(&group));
         processes.sort();
         processes.dedup();
         if processes.is_empty() {
@@ -77,6 +80,9 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
         if let Err(problem) = netns::delete(namespace) {
             problems.push(format!("cannot remove the network namespace {namespace}: {problem}"));
         }
+    }
+    if let Err(problem) = cgroup::remove(&group) {
+        problems.push(format!("{problem:#}"));
     }
     // Looked up only now: an agent that had just started may have pinned until it was killed.
     for directory in pins(name).iter().map(AsRef::as_ref).chain([directory.as_path()]) {
@@ -95,7 +101,10 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
 
 /// Whether anything of a lab is there, up or crashed.
 pub fn exists(name: &LabName) -> bool {
-    name.directory().exists() || !netns::list(&name.prefix()).is_empty() || !pins(name).is_empty()
+    name.directory().exists()
+        || !netns::list(&name.prefix()).is_empty()
+        || !pins(name).is_empty()
+        || cgroup::of_lab(name).is_ok_and(|group| group.exists())
 }
 
 /// The pin directories of a lab's agents.

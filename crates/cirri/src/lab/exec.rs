@@ -10,6 +10,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, bail};
 use rustix::fs::inotify;
 
+use super::cgroup;
 use super::netns;
 use super::state::{DEFAULT_NAME, ECHO_PROGRAM, Lab, LabName, PodKey};
 use crate::output;
@@ -73,18 +74,21 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
     let (program, arguments) = args.command.split_first().context("which program?")?;
     let mut command = Command::new(program);
     command.args(arguments);
-    let netns = if let Some(name) = &args.node {
-        lab.node(name)?.netns.clone()
+    let (netns, group) = if let Some(name) = &args.node {
+        (lab.node(name)?.netns.clone(), cgroup::of(&lab.name, name)?)
     } else if args.world {
-        netns::path(&lab.name.world_namespace())
+        (netns::path(&lab.name.world_namespace()), cgroup::of(&lab.name, "world")?)
     } else {
         let pod = lab.pod(&pod_key(args.pod.as_deref().unwrap_or_default(), args.namespace.as_deref())?)?;
         command.env("HOSTNAME", &pod.key.name);
         if let Some(container) = pod.spec.containers.first() {
             command.envs(&container.env);
         }
-        pod.netns
+        let group = cgroup::of_pod(&lab.name, &pod)?;
+        (pod.netns, group)
     };
+    cgroup::create(&group)?;
+    cgroup::enter(&group)?;
     // Returns only if it fails: the program takes this process over, terminal, signals and exit code included.
     let error = netns::within(&netns, || command.exec())?;
     if error.kind() == io::ErrorKind::NotFound {

@@ -24,9 +24,14 @@ pub fn render(cells: &[Cell]) -> String {
     }
     let allowed = cells.iter().filter(|cell| cell.outcome.verdict == Verdict::Allowed).count();
     let denied = cells.iter().filter(|cell| cell.outcome.verdict == Verdict::Denied).count();
-    let failed = cells.len() - allowed - denied;
-    let _ = writeln!(text, "✓ both families   ✗ denied   4, 6 only that family   ! error   · not asked");
-    let _ = writeln!(text, "{allowed} allowed, {denied} denied, {failed} errors of {} probes", cells.len());
+    let refused = cells.iter().filter(|cell| cell.outcome.verdict == Verdict::Refused).count();
+    let failed = cells.len() - allowed - denied - refused;
+    let _ = writeln!(text, "✓ both families   ✗ denied   4, 6 only that family   ○ refused   ! error   · not asked");
+    let _ = writeln!(
+        text,
+        "{allowed} allowed, {denied} denied, {refused} refused, {failed} errors of {} probes",
+        cells.len()
+    );
     if let Some(cell) = cells.iter().find(|cell| cell.outcome.verdict == Verdict::Error) {
         let _ = writeln!(text, "first error: {}", line(cell));
     }
@@ -50,7 +55,16 @@ fn line(cell: &Cell) -> String {
     if let Some(error) = &outcome.error {
         let _ = write!(text, "  ({error})");
     }
-    if let (Some(pod), Some(client)) = (&outcome.answered_by, outcome.seen_client) {
+    if cell.tries > 1 {
+        let _ = write!(text, "  {} tries", cell.tries);
+        for (pod, count) in &cell.backends {
+            let _ = write!(text, ", {count} answered by {pod}");
+        }
+        let clients: Vec<String> = cell.clients.keys().map(ToString::to_string).collect();
+        if !clients.is_empty() {
+            let _ = write!(text, "; they saw {}", clients.join(" and "));
+        }
+    } else if let (Some(pod), Some(client)) = (&outcome.answered_by, outcome.seen_client) {
         let _ = write!(text, "  answered by {pod}, which saw {client}");
     }
     text
@@ -60,6 +74,7 @@ fn word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Allowed => "✓ allowed",
         Verdict::Denied => "✗ denied",
+        Verdict::Refused => "○ refused",
         Verdict::Error => "! error",
     }
 }
@@ -117,6 +132,8 @@ fn symbol(cells: &[&Cell]) -> &'static str {
         |family: u8| cells.iter().any(|cell| cell.family == family && cell.outcome.verdict == Verdict::Allowed);
     if cells.iter().any(|cell| cell.outcome.verdict == Verdict::Error) {
         "!"
+    } else if cells.iter().any(|cell| cell.outcome.verdict == Verdict::Refused) {
+        "○"
     } else if cells.iter().all(|cell| cell.outcome.verdict == Verdict::Allowed) {
         "✓"
     } else if allowed(4) {
@@ -154,6 +171,9 @@ mod tests {
             protocol: Transport::Tcp,
             family,
             outcome: Outcome { verdict, error: None, time_ms: 1.0, answered_by: None, seen_client: None },
+            tries: 1,
+            backends: BTreeMap::new(),
+            clients: BTreeMap::new(),
         }
     }
 
@@ -174,7 +194,7 @@ mod tests {
             lines[..4],
             ["80/tcp", "from ↓  to →  a/one  b/second", "a/one         ✓      4", "b/second      ✗      ·"]
         );
-        assert!(text.contains("3 allowed, 3 denied, 0 errors of 6 probes"), "{text}");
+        assert!(text.contains("3 allowed, 3 denied, 0 refused, 0 errors of 6 probes"), "{text}");
     }
 
     #[test]

@@ -12,13 +12,17 @@
 //! | one agent per node | namespaces `cirri-lab-<node>` |
 //! | a host outside the cluster | namespace `cirri-lab-world` |
 //! | pods | namespaces `cirri-lab-pod-<namespace>-<pod>` |
+//! | control groups of nodes and pods | `cirri-lab-lab/<node>/<namespace>_<pod>` |
 //! | logs, records, the agents' state | `/run/cirri/lab/lab/` |
 //! | pinned maps and programs | `/sys/fs/bpf/cirri/lab-lab-<node>/` |
 //!
 //! Exit codes: 0 done; 1 it failed; 2 the input is wrong and nothing was changed; 4 a single probe did not get
 //! through; 130 interrupted. `exec` ends with the exit code of the program it ran.
 
+mod allot;
 pub mod apply;
+mod ask;
+mod cgroup;
 pub mod cluster;
 pub mod down;
 mod echo;
@@ -36,7 +40,10 @@ mod prober;
 pub mod process;
 mod ready;
 mod restart;
+mod routes;
+mod service;
 pub mod state;
+mod status;
 pub mod underlay;
 pub mod up;
 
@@ -83,6 +90,12 @@ enum Verb {
     /// The built-in echo server of pods that only declare ports.
     #[command(name = "__echo", hide = true)]
     Echo(echo::EchoArgs),
+    /// Ask on behalf of a node and its pods.
+    #[command(name = "__ask", hide = true)]
+    Ask(ask::AskArgs),
+    /// Become a program inside a control group.
+    #[command(name = "__in", hide = true)]
+    In(cgroup::InArgs),
     /// Steady connections and one long transfer against an echo server, with every failure counted.
     #[command(name = "__load", hide = true)]
     Load(load::LoadArgs),
@@ -111,7 +124,7 @@ pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
-    if !matches!(args.verb, Verb::Echo(_) | Verb::Load(_)) {
+    if !matches!(args.verb, Verb::Ask(_) | Verb::Echo(_) | Verb::In(_) | Verb::Load(_)) {
         require_root()?;
     }
     match args.verb {
@@ -124,6 +137,8 @@ fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
         Verb::Restart(args) => restart::run(args),
         Verb::Down(args) => down::run(args),
         Verb::Echo(args) => echo::run(args),
+        Verb::Ask(args) => ask::run(&args),
+        Verb::In(args) => cgroup::run(args),
         Verb::Load(args) => load::run(args),
     }
 }

@@ -13,10 +13,11 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::cgroup;
 use super::echo::{Port, READY, Transport};
 use super::interrupt::Interrupt;
 use super::netns;
-use super::process::{self, ProcessId, Start};
+use super::process::{self, ProcessId, Start, own_binary};
 use super::state::{Container, ECHO_PROGRAM, Lab, Node, PodKey, PodRecord, PodSpec};
 
 /// The device of a pod.
@@ -62,6 +63,8 @@ pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node) -> anyhow::R
 pub fn remove(lab: &Lab, record: &PodRecord) -> anyhow::Result<()> {
     let leaders: Vec<ProcessId> = record.programs(lab).into_iter().filter_map(|(_, process)| process).collect();
     process::kill_groups(&leaders)?;
+    let group = cgroup::of_pod(&lab.name, record)?;
+    process::kill(&cgroup::inside(&group))?;
     let mut detached = Ok(());
     if !record.spec.host_network {
         if let Some(id) = netns::id(&record.netns) {
@@ -74,6 +77,7 @@ pub fn remove(lab: &Lab, record: &PodRecord) -> anyhow::Result<()> {
             netns::delete(name).with_context(|| format!("cannot remove the network namespace {name}"))?;
         }
     }
+    cgroup::remove(&group)?;
     let directory = lab.pod_directory(&record.key);
     fs::remove_dir_all(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
     detached.with_context(|| format!("pod {}", record.key))
@@ -195,19 +199,9 @@ fn start(
     // Programs write files of their own; beside our records a `nginx.pid` would replace one.
     let work = directory.join("work");
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
-    Start { netns: &record.netns, argv, env, directory: &work, log: &log, pipe_stdout }
+    let cgroup = cgroup::of_pod(&lab.name, record)?;
+    Start { netns: &record.netns, cgroup: &cgroup, argv, env, directory: &work, log: &log, pipe_stdout }
         .spawn(&directory.join(format!("{program}.pid")))
-}
-
-/// This very program, to be started again.
-///
-/// # Errors
-/// Its path is not known.
-pub fn own_binary() -> anyhow::Result<String> {
-    let path = std::env::current_exe().context("cannot find the path of this program")?;
-    // Replaced by an upgrade or a build meanwhile: the kernel still has what this process runs.
-    let path = if path.exists() { path } else { "/proc/self/exe".into() };
-    path.into_os_string().into_string().map_err(|path| anyhow::anyhow!("the path {path:?} is not valid text"))
 }
 
 /// The addresses in an answer to ADD, the part of it that the lab needs.

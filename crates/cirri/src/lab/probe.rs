@@ -1,6 +1,6 @@
 //! `cirri lab probe`: who reaches whom, found out by trying.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,11 +10,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use serde::Serialize;
 
+use super::ask::{self, Asker};
 use super::echo::{Port, Transport};
-use super::prober::{self, Job, Outcome, Patience, Verdict};
+use super::prober::{Job, Outcome, Patience, SocketKind, Verdict};
+use super::service::{self, Vip};
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord};
 use super::up::WORLD_PORTS;
-use super::{EXIT_DENIED, matrix, netns, underlay};
+use super::{EXIT_DENIED, cgroup, matrix, netns, underlay};
 use crate::output::{self, OutputArgs};
 
 /// Arguments of `cirri lab probe`.
@@ -23,11 +25,13 @@ use crate::output::{self, OutputArgs};
   cirri lab probe --from shop/client --to shop/db --port 5432
   cirri lab probe --from shop/client --to 198.51.100.10 --proto icmp
   cirri lab probe --from world --to shop/web --port 80 --family 6
+  cirri lab probe --from shop/client --to svc:shop/web --port http -n 20
+  cirri lab probe --from world --to svc:shop/web --vip node:node2
   cirri lab probe --all-pairs
   cirri lab probe --all-pairs --ports 80/tcp,53/udp --with-world -o json
 
-A probe is allowed when an answer comes back, denied when there is silence, an error otherwise (nothing listens, no
-route). Exit code of a single probe: 0 if every family got through, 4 if not. --all-pairs exits 0 whatever it finds.")]
+A probe is allowed when an answer comes back, denied when there is silence, refused when somebody says at once that
+nobody serves this (a TCP reset, ICMP \"port unreachable\"), an error otherwise (no route, a broken connection). Exit code of a single probe: 0 if every family got through, 4 if not. --all-pairs exits 0 whatever it finds.")]
 pub struct ProbeArgs {
     /// The lab.
     #[arg(long, default_value = DEFAULT_NAME)]
@@ -35,12 +39,21 @@ pub struct ProbeArgs {
     /// From where: NAMESPACE/POD, node:NAME, world, or world@ADDRESS for another address of the outside host.
     #[arg(long, required_unless_present = "all_pairs", conflicts_with = "all_pairs")]
     from: Option<End>,
-    /// Where to: NAMESPACE/POD, node:NAME, world or an IP address.
+    /// Where to: NAMESPACE/POD, svc:NAMESPACE/SERVICE, node:NAME, world or an IP address.
     #[arg(long, required_unless_present = "all_pairs", conflicts_with = "all_pairs")]
     to: Option<End>,
-    /// The port (not for icmp).
+    /// The port (not for icmp); for a service also its name, or nothing if it has only one.
     #[arg(long, conflicts_with = "all_pairs")]
-    port: Option<u16>,
+    port: Option<String>,
+    /// Which address of a service: cluster, node:NAME, loopback (both: its node port), lb or external.
+    #[arg(long, default_value = "cluster", conflicts_with = "all_pairs")]
+    vip: Vip,
+    /// How often, one after the other.
+    #[arg(short = 'n', long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    count: u32,
+    /// The kind of socket: plain, mapped (IPv6 with IPv4-mapped addresses) or unconnected (for udp).
+    #[arg(long, value_enum, default_value = "plain", hide_possible_values = true)]
+    kind: SocketKind,
     /// The protocol.
     #[arg(long, value_enum, default_value = "tcp", conflicts_with = "all_pairs")]
     proto: Transport,
@@ -92,6 +105,7 @@ impl Family {
 #[derive(Clone, Debug)]
 enum End {
     Pod(PodKey),
+    Service(PodKey),
     Node(String),
     World(Option<IpAddr>),
     Address(IpAddr),
@@ -110,6 +124,12 @@ impl FromStr for End {
                 .map(|address| Self::World(Some(address)))
                 .map_err(|_| format!("\"{address}\" is not an address: write world@198.51.100.20"));
         }
+        if let Some(service) = text.strip_prefix("svc:") {
+            return service
+                .parse()
+                .map(Self::Service)
+                .map_err(|_| format!("\"{service}\" is not a service: write svc:NAMESPACE/SERVICE"));
+        }
         if let Some(node) = text.strip_prefix("node:") {
             return Ok(Self::Node(node.to_owned()));
         }
@@ -125,7 +145,7 @@ impl FromStr for End {
 pub struct Cell {
     /// The source, as `namespace/pod`, `node:name` or `world`.
     pub source: String,
-    /// The destination, likewise, or an address.
+    /// The destination, likewise, `svc:namespace/name` or an address.
     pub destination: String,
     /// The address that was tried.
     pub address: IpAddr,
@@ -135,17 +155,23 @@ pub struct Cell {
     pub protocol: Transport,
     /// 4 or 6.
     pub family: u8,
-    /// What came of it.
+    /// What came of it: of the last try that was not allowed, else of the last.
     #[serde(flatten)]
     pub outcome: Outcome,
+    /// How often it was tried.
+    pub tries: u32,
+    /// The pods that answered, and how often each.
+    pub backends: BTreeMap<String, u32>,
+    /// The client's addresses that they saw, and how often each.
+    pub clients: BTreeMap<IpAddr, u32>,
 }
 
 /// A party that can ask or be asked.
 #[derive(Clone, Debug)]
 struct Party {
     name: String,
-    /// Where it asks from; absent for a bare address, which can only be asked.
-    netns: Option<PathBuf>,
+    /// Where it asks from, namespace and control group; absent for what can only be asked.
+    place: Option<(PathBuf, PathBuf)>,
     addresses: Vec<IpAddr>,
     /// The ports it declares.
     ports: BTreeSet<Port>,
@@ -161,7 +187,10 @@ struct Party {
 /// No such lab, pod or node; a source whose namespace cannot be entered.
 pub fn run(args: ProbeArgs) -> anyhow::Result<ExitCode> {
     let lab = Lab::load(&args.name)?;
-    let patience = Patience { timeout: Duration::from_millis(args.timeout), retries: args.retries };
+    let patience = Patience { timeout: Duration::from_millis(args.timeout), retries: args.retries, count: args.count };
+    if args.kind == SocketKind::Unconnected && (args.all_pairs || args.proto != Transport::Udp) {
+        bail!("--kind unconnected is for --proto udp");
+    }
     let (sources, targets, ports) = if args.all_pairs {
         let (sources, targets) = everyone(&lab, &args)?;
         (sources, targets, args.ports.clone())
@@ -169,12 +198,17 @@ pub fn run(args: ProbeArgs) -> anyhow::Result<ExitCode> {
         // Both are there: clap asks for them unless --all-pairs is given.
         let (from, to) =
             (args.from.as_ref().context("--from is missing")?, args.to.as_ref().context("--to is missing")?);
-        if let End::Address(address) = from {
-            bail!("--from {address}: an address can only be asked; name a pod, node:NAME, world or world@ADDRESS");
+        if matches!(from, End::Address(_) | End::Service(_)) {
+            bail!("--from: this can only be asked; name a pod, node:NAME, world or world@ADDRESS");
         }
-        (vec![party(&lab, from)?], vec![party(&lab, to)?], vec![asked_port(&args)?])
+        let (target, port) = match to {
+            End::Service(key) => asked_service(&lab, key, &args)?,
+            _ if args.vip != Vip::Cluster => bail!("--vip is for services: --to svc:NAMESPACE/NAME"),
+            _ => (party(&lab, to)?, asked_port(&args)?),
+        };
+        (vec![party(&lab, from)?], vec![target], vec![port])
     };
-    let questions = questions(&sources, &targets, &ports, args.family);
+    let questions = questions(&sources, &targets, &ports, &args);
     if questions.is_empty() {
         bail!("nothing to probe: no pod has ports or addresses for this (give --ports, see `cirri lab list`)");
     }
@@ -187,12 +221,21 @@ pub fn run(args: ProbeArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn asked_port(args: &ProbeArgs) -> anyhow::Result<Port> {
-    match (args.proto, args.port) {
+    match (args.proto, args.port.as_deref().map(str::parse)) {
         (Transport::Icmp, None) => Ok(Port { number: 0, protocol: Transport::Icmp }),
         (Transport::Icmp, Some(_)) => bail!("icmp has no ports: leave --port out"),
-        (_, None | Some(0)) => bail!("which port? Give --port NUMBER"),
-        (protocol, Some(number)) => Ok(Port { number, protocol }),
+        (_, None | Some(Err(_) | Ok(0))) => bail!("which port? Give --port NUMBER"),
+        (protocol, Some(Ok(number))) => Ok(Port { number, protocol }),
     }
+}
+
+fn asked_service(lab: &Lab, key: &PodKey, args: &ProbeArgs) -> anyhow::Result<(Party, Port)> {
+    if args.proto == Transport::Icmp {
+        bail!("a service has ports, and icmp has none: choose --proto tcp or udp");
+    }
+    let target = service::target(lab, key, &args.vip, args.port.as_deref(), args.proto)?;
+    let echo = target.echo.then_some(target.port).into_iter().collect();
+    Ok((Party { echo, ..Party::silent(format!("svc:{key}"), target.addresses) }, target.port))
 }
 
 fn everyone(lab: &Lab, args: &ProbeArgs) -> anyhow::Result<(Vec<Party>, Vec<Party>)> {
@@ -200,7 +243,7 @@ fn everyone(lab: &Lab, args: &ProbeArgs) -> anyhow::Result<(Vec<Party>, Vec<Part
     if pods.is_empty() {
         bail!("the lab \"{0}\" has no pods: put some in with `cirri lab apply --name {0} -f DIR --wait`", lab.name);
     }
-    let mut targets: Vec<Party> = pods.iter().map(Party::pod).collect();
+    let mut targets: Vec<Party> = pods.iter().map(|pod| Party::pod(lab, pod)).collect::<anyhow::Result<_>>()?;
     if args.with_world {
         targets.push(party(lab, &End::World(None))?);
     }
@@ -215,11 +258,13 @@ fn everyone(lab: &Lab, args: &ProbeArgs) -> anyhow::Result<(Vec<Party>, Vec<Part
 
 fn party(lab: &Lab, end: &End) -> anyhow::Result<Party> {
     match end {
-        End::Pod(key) => lab.pod(key).map(|pod| Party::pod(&pod)),
+        End::Pod(key) => Party::pod(lab, &lab.pod(key)?),
+        End::Service(key) => bail!("svc:{key} can only be asked"),
         End::Node(name) => {
             let node = lab.node(name)?;
             let addresses = vec![node.ipv4.into(), node.ipv6.into()];
-            Ok(Party { netns: Some(node.netns.clone()), ..Party::silent(format!("node:{name}"), addresses) })
+            let place = Some((node.netns.clone(), cgroup::of(&lab.name, name)?));
+            Ok(Party { place, ..Party::silent(format!("node:{name}"), addresses) })
         }
         End::World(source) => {
             if let Some(source) = source.filter(|source| !underlay::WORLD.contains(source)) {
@@ -228,11 +273,11 @@ fn party(lab: &Lab, end: &End) -> anyhow::Result<Party> {
             }
             let name = source.map_or("world".to_owned(), |source| format!("world@{source}"));
             let addresses = source.map_or(underlay::WORLD[..2].to_vec(), |source| vec![source]);
-            let netns = Some(netns::path(&lab.name.world_namespace()));
+            let place = Some((netns::path(&lab.name.world_namespace()), cgroup::of(&lab.name, "world")?));
             // It answers on more; a matrix that asks for nothing in particular needs one of each protocol.
             let ports = WORLD_PORTS.into_iter().filter(|port| matches!(port.number, 53 | 80)).collect();
             let echo = WORLD_PORTS.into_iter().collect();
-            Ok(Party { netns, echo, ports, source: *source, ..Party::silent(name, addresses) })
+            Ok(Party { place, echo, ports, source: *source, ..Party::silent(name, addresses) })
         }
         End::Address(address) => Ok(Party::silent(address.to_string(), vec![*address])),
     }
@@ -240,10 +285,10 @@ fn party(lab: &Lab, end: &End) -> anyhow::Result<Party> {
 
 impl Party {
     fn silent(name: String, addresses: Vec<IpAddr>) -> Self {
-        Self { name, netns: None, addresses, ports: BTreeSet::new(), echo: BTreeSet::new(), source: None }
+        Self { name, place: None, addresses, ports: BTreeSet::new(), echo: BTreeSet::new(), source: None }
     }
 
-    fn pod(pod: &PodRecord) -> Self {
+    fn pod(lab: &Lab, pod: &PodRecord) -> anyhow::Result<Self> {
         let ports = |echo_only: bool| {
             pod.spec
                 .containers
@@ -252,81 +297,104 @@ impl Party {
                 .flat_map(|container| container.ports.iter().copied())
                 .collect()
         };
-        Self {
-            netns: Some(pod.netns.clone()),
+        // Of the node: what holds for it holds for its pods.
+        let group = cgroup::of(&lab.name, &pod.node)?;
+        Ok(Self {
+            place: Some((pod.netns.clone(), group)),
             ports: ports(false),
             echo: ports(true),
             ..Self::silent(pod.key.to_string(), pod.addresses.clone())
-        }
+        })
     }
 }
 
-/// All questions, grouped by source: its namespace, and for each job the cell it will fill.
-fn questions(
-    sources: &[Party],
-    targets: &[Party],
-    ports: &[Port],
-    family: Family,
-) -> Vec<(PathBuf, Vec<(Question, Job)>)> {
+/// What one source asks, and for each job the names of its ends.
+struct Questions {
+    group: PathBuf,
+    asker: Asker,
+    ends: Vec<(String, String)>,
+}
+
+/// All questions, by source.
+fn questions(sources: &[Party], targets: &[Party], ports: &[Port], args: &ProbeArgs) -> Vec<Questions> {
     let mut all = Vec::new();
     for source in sources {
-        let Some(netns) = &source.netns else { continue };
-        let mut asked = Vec::new();
+        let Some((netns, group)) = source.place.clone() else { continue };
+        let (mut jobs, mut ends) = (Vec::new(), Vec::new());
         for target in targets {
             let own: Vec<Port> = target.ports.iter().copied().collect();
             for port in if ports.is_empty() { &own } else { ports } {
-                for address in target.addresses.iter().filter(|address| family.has(**address)) {
+                for address in target.addresses.iter().filter(|address| args.family.has(**address)) {
                     if source.source.is_some_and(|source| source.is_ipv4() != address.is_ipv4()) {
                         continue;
                     }
-                    let job =
-                        Job { to: *address, port: *port, source: source.source, echo: target.echo.contains(port) };
-                    asked.push((Question { from: source.name.clone(), to: target.name.clone() }, job));
+                    jobs.push(Job {
+                        to: *address,
+                        port: *port,
+                        source: source.source,
+                        echo: target.echo.contains(port),
+                        socket: args.kind,
+                    });
+                    ends.push((source.name.clone(), target.name.clone()));
                 }
             }
         }
-        if !asked.is_empty() {
-            all.push((netns.clone(), asked));
+        if !jobs.is_empty() {
+            all.push(Questions { group, asker: Asker { netns, jobs }, ends });
         }
     }
     all
 }
 
-struct Question {
-    from: String,
-    to: String,
-}
-
-/// Asks all questions, each source on a thread in its own namespace.
-fn ask(questions: Vec<(PathBuf, Vec<(Question, Job)>)>, patience: Patience) -> anyhow::Result<Vec<Cell>> {
-    super::echo::raise_file_limit();
-    let answers: Vec<anyhow::Result<Vec<Cell>>> = std::thread::scope(|scope| {
-        let asking: Vec<_> = questions
-            .into_iter()
-            .map(|(netns, asked)| scope.spawn(move || ask_from(&netns, asked, patience)))
-            .collect();
-        asking.into_iter().map(|one| one.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    });
+/// Asks all questions, each source on a thread in its own namespace, each control group by a process of its own.
+fn ask(questions: Vec<Questions>, patience: Patience) -> anyhow::Result<Vec<Cell>> {
+    let mut groups: BTreeMap<PathBuf, Vec<(usize, Asker)>> = BTreeMap::new();
+    for (index, question) in questions.iter().enumerate() {
+        groups.entry(question.group.clone()).or_default().push((index, question.asker.clone()));
+    }
+    let (mut order, mut asked) = (Vec::new(), Vec::new());
+    for (group, askers) in groups {
+        let (indices, askers): (Vec<usize>, Vec<Asker>) = askers.into_iter().unzip();
+        order.extend(indices);
+        asked.push((group, askers));
+    }
+    let answers = ask::ask(asked, patience)?.into_iter().flatten();
+    let mut answers: Vec<(usize, Vec<Vec<Outcome>>)> = order.into_iter().zip(answers).collect();
+    answers.sort_by_key(|(index, _)| *index);
     let mut cells = Vec::new();
-    for answer in answers {
-        cells.extend(answer?);
+    for (question, (_, outcomes)) in questions.into_iter().zip(answers) {
+        let jobs = question.asker.jobs.iter().zip(question.ends).zip(outcomes);
+        cells.extend(jobs.filter_map(|((job, ends), outcomes)| Cell::of(job, ends, &outcomes)));
     }
     Ok(cells)
 }
 
-fn ask_from(netns: &std::path::Path, asked: Vec<(Question, Job)>, patience: Patience) -> anyhow::Result<Vec<Cell>> {
-    let jobs: Vec<Job> = asked.iter().map(|(_, job)| job.clone()).collect();
-    let outcomes = netns::within_async(netns, || prober::probe_all(jobs, patience))?;
-    let cells = asked.into_iter().zip(outcomes).map(|((question, job), outcome)| Cell {
-        source: question.from,
-        destination: question.to,
-        address: job.to,
-        port: (job.port.protocol != Transport::Icmp).then_some(job.port.number),
-        protocol: job.port.protocol,
-        family: if job.to.is_ipv4() { 4 } else { 6 },
-        outcome,
-    });
-    Ok(cells.collect())
+impl Cell {
+    /// `None` without a single try.
+    fn of(job: &Job, (source, destination): (String, String), outcomes: &[Outcome]) -> Option<Self> {
+        let failed = outcomes.iter().rev().find(|outcome| outcome.verdict != Verdict::Allowed);
+        let (mut backends, mut clients) = (BTreeMap::new(), BTreeMap::new());
+        for outcome in outcomes {
+            if let Some(pod) = &outcome.answered_by {
+                *backends.entry(pod.clone()).or_default() += 1;
+            }
+            if let Some(client) = outcome.seen_client {
+                *clients.entry(client).or_default() += 1;
+            }
+        }
+        Some(Self {
+            source,
+            destination,
+            address: job.to,
+            port: (job.port.protocol != Transport::Icmp).then_some(job.port.number),
+            protocol: job.port.protocol,
+            family: if job.to.is_ipv4() { 4 } else { 6 },
+            outcome: failed.or(outcomes.last())?.clone(),
+            tries: u32::try_from(outcomes.len()).unwrap_or(u32::MAX),
+            backends,
+            clients,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -340,7 +408,18 @@ mod tests {
         assert!(matches!("node:node1".parse(), Ok(End::Node(_))));
         assert!(matches!("fd00::1".parse(), Ok(End::Address(_))));
         assert!(matches!("shop/web".parse(), Ok(End::Pod(_))));
+        assert!(matches!("svc:shop/web".parse(), Ok(End::Service(_))));
         assert!("world@here".parse::<End>().is_err());
+    }
+
+    #[derive(clap::Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: ProbeArgs,
+    }
+
+    fn arguments(family: &str) -> ProbeArgs {
+        <Command as clap::Parser>::parse_from(["probe", "--all-pairs", "--family", family]).args
     }
 
     #[test]
@@ -348,20 +427,44 @@ mod tests {
         let addresses: Vec<IpAddr> = vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()];
         let port: Port = "80/tcp".parse().unwrap();
         let target = Party {
-            netns: Some("/run/netns/x".into()),
+            place: Some(("/run/netns/x".into(), "/group".into())),
             ports: [port].into(),
             echo: [port].into(),
             ..Party::silent("a/b".into(), addresses)
         };
         let count = |source: &Party, ports: &[Port], family| -> usize {
-            questions(std::slice::from_ref(source), std::slice::from_ref(&target), ports, family)
+            questions(std::slice::from_ref(source), std::slice::from_ref(&target), ports, &arguments(family))
                 .iter()
-                .map(|(_, asked)| asked.len())
+                .map(|asked| asked.asker.jobs.len())
                 .sum()
         };
-        assert_eq!(count(&target, &[], Family::Both), 2);
-        assert_eq!(count(&target, &[port, "53/udp".parse().unwrap()], Family::V6), 2);
+        assert_eq!(count(&target, &[], "both"), 2);
+        assert_eq!(count(&target, &[port, "53/udp".parse().unwrap()], "6"), 2);
         let bound = Party { source: Some("198.51.100.20".parse().unwrap()), ..target.clone() };
-        assert_eq!(count(&bound, &[], Family::Both), 1);
+        assert_eq!(count(&bound, &[], "both"), 1);
+    }
+
+    #[test]
+    fn a_cell_tells_who_answered_how_often_and_what_failed() {
+        let job = Job {
+            to: "10.96.0.1".parse().unwrap(),
+            port: "80/tcp".parse().unwrap(),
+            source: None,
+            echo: true,
+            socket: SocketKind::Plain,
+        };
+        let answered = |pod: &str| Outcome {
+            verdict: Verdict::Allowed,
+            error: None,
+            time_ms: 1.0,
+            answered_by: Some(pod.into()),
+            seen_client: Some("10.0.0.1".parse().unwrap()),
+        };
+        let refused = Outcome { verdict: Verdict::Refused, answered_by: None, seen_client: None, ..answered("") };
+        let outcomes = [answered("a/b"), refused, answered("a/b"), answered("a/c")];
+        let cell = Cell::of(&job, ("x".into(), "y".into()), &outcomes).unwrap();
+        assert_eq!((cell.outcome.verdict, cell.tries), (Verdict::Refused, 4));
+        assert_eq!(cell.backends, [("a/b".into(), 2), ("a/c".into(), 1)].into());
+        assert_eq!(cell.clients.values().sum::<u32>(), 3);
     }
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use futures::StreamExt;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::{TcpSocket, UdpSocket};
@@ -21,7 +21,7 @@ const GRACE: Duration = Duration::from_millis(100);
 const GREETING_MAX: u64 = 4096;
 
 /// One question: does this get through?
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Job {
     /// Where to.
     pub to: IpAddr,
@@ -31,19 +31,36 @@ pub struct Job {
     pub source: Option<IpAddr>,
     /// Whether the echo server listens there, so that silence after the handshake means that packets are lost.
     pub echo: bool,
+    /// The kind of socket.
+    pub socket: SocketKind,
+}
+
+/// The kind of socket that asks: programs differ in it, and a service must look the same to all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SocketKind {
+    /// Connected, of the address's own family.
+    #[default]
+    Plain,
+    /// Connected, of IPv6 with an IPv4-mapped address (for IPv4 addresses).
+    Mapped,
+    /// For datagrams: not connected, each datagram names its receiver.
+    Unconnected,
 }
 
 /// How patient to be.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Patience {
     /// How long one try waits for an answer.
     pub timeout: Duration,
     /// How often a try that met silence is repeated: one lost packet must not look like a policy.
     pub retries: u32,
+    /// How often everything is asked, one after the other.
+    pub count: u32,
 }
 
 /// The answer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// What it comes to.
     pub verdict: Verdict,
@@ -58,20 +75,31 @@ pub struct Outcome {
 }
 
 /// What a probe comes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// It got there and back.
     Allowed,
     /// Silence, or a message that it is forbidden.
     Denied,
-    /// It was neither allowed nor denied: nobody listens there, there is no way to it.
+    /// Somebody answered at once that nobody serves this: a TCP reset, or ICMP "port unreachable".
+    Refused,
+    /// None of these: there is no way to it, the connection broke, the answer came from another address.
     Error,
 }
 
-/// Carries out all jobs from the calling thread's namespace; the outcomes come in the order of the jobs.
-pub async fn probe_all(jobs: Vec<Job>, patience: Patience) -> Vec<Outcome> {
-    futures::stream::iter(jobs).map(|job| probe(job, patience)).buffered(PARALLEL).collect().await
+/// Carries out all jobs from the calling thread's namespace; the outcomes of all tries come in the order of the jobs.
+pub async fn probe_all(jobs: Vec<Job>, patience: Patience) -> Vec<Vec<Outcome>> {
+    futures::stream::iter(jobs).map(|job| probe_often(job, patience)).buffered(PARALLEL).collect().await
+}
+
+/// One after the other, so that each finds what the one before left (a client that keeps its backend, for one).
+async fn probe_often(job: Job, patience: Patience) -> Vec<Outcome> {
+    let mut outcomes = Vec::new();
+    for _ in 0..patience.count {
+        outcomes.push(probe(job.clone(), patience).await);
+    }
+    outcomes
 }
 
 async fn probe(job: Job, patience: Patience) -> Outcome {
@@ -115,8 +143,14 @@ async fn attempt(job: &Job, limit: Duration) -> Result<Option<Greeting>, Failure
         Transport::Tcp => connect(job, limit).await,
         Transport::Udp => {
             let socket = UdpSocket::bind(SocketAddr::new(source_or_any(job), 0)).await?;
-            socket.connect(SocketAddr::new(job.to, job.port.number)).await?;
-            let answer = ask(&socket, b"probe\n", limit).await?;
+            let answer = match job.socket {
+                SocketKind::Unconnected => ask_unconnected(&socket, job.target(), limit).await?,
+                _ => {
+                    socket.connect(job.target()).await?;
+                    job.check_peer(socket.peer_addr()?)?;
+                    ask(&socket, b"probe\n", limit).await?
+                }
+            };
             Ok(serde_json::from_slice(&answer).ok())
         }
         Transport::Icmp => {
@@ -132,13 +166,14 @@ async fn attempt(job: &Job, limit: Duration) -> Result<Option<Greeting>, Failure
 
 async fn connect(job: &Job, limit: Duration) -> Result<Option<Greeting>, Failure> {
     let deadline = Instant::now() + limit;
-    let socket = if job.to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    let target = job.target();
+    let socket = if target.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(source) = job.source {
-        socket.bind(SocketAddr::new(source, 0))?;
+        socket.bind(SocketAddr::new(job.in_family(source), 0))?;
     }
-    let address = SocketAddr::new(job.to, job.port.number);
     let connection =
-        timeout(limit, socket.connect(address)).await.map_err(|_| Failure::Silence("no answer to the handshake"))??;
+        timeout(limit, socket.connect(target)).await.map_err(|_| Failure::Silence("no answer to the handshake"))??;
+    job.check_peer(connection.peer_addr()?)?;
     let patience = if job.echo { deadline.saturating_duration_since(Instant::now()) } else { GRACE };
     let mut line = String::new();
     let mut reader = BufReader::new(connection.take(GREETING_MAX));
@@ -151,6 +186,41 @@ async fn connect(job: &Job, limit: Duration) -> Result<Option<Greeting>, Failure
         // The handshake got through; a server that waits for a question is no reason to doubt it.
         Err(_) => Ok(None),
     }
+}
+
+impl Job {
+    /// Where the socket is told to go.
+    fn target(&self) -> SocketAddr {
+        SocketAddr::new(self.in_family(self.to), self.port.number)
+    }
+
+    /// An address as the socket's family writes it.
+    fn in_family(&self, address: IpAddr) -> IpAddr {
+        match (self.socket, address) {
+            (SocketKind::Mapped, IpAddr::V4(address)) => address.to_ipv6_mapped().into(),
+            (_, address) => address,
+        }
+    }
+
+    /// Whoever serves, a program is told that it talks to the address that it named.
+    fn check_peer(&self, peer: SocketAddr) -> io::Result<()> {
+        if peer == self.target() {
+            return Ok(());
+        }
+        Err(io::Error::other(format!("getpeername says {peer}")))
+    }
+}
+
+async fn ask_unconnected(socket: &UdpSocket, target: SocketAddr, limit: Duration) -> Result<Vec<u8>, Failure> {
+    let mut answer = vec![0; 2048];
+    socket.send_to(b"probe\n", target).await?;
+    let (length, from) =
+        timeout(limit, socket.recv_from(&mut answer)).await.map_err(|_| Failure::Silence("no answer"))??;
+    if from != target {
+        return Err(io::Error::other(format!("answered from {from}")).into());
+    }
+    answer.truncate(length);
+    Ok(answer)
 }
 
 async fn ask(socket: &UdpSocket, question: &[u8], limit: Duration) -> Result<Vec<u8>, Failure> {
@@ -172,15 +242,15 @@ fn ping_socket(job: &Job) -> io::Result<UdpSocket> {
 }
 
 fn source_or_any(job: &Job) -> IpAddr {
-    let any = if job.to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    job.source.unwrap_or(any)
+    let any = if job.target().is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    job.source.map_or(any, |source| job.in_family(source))
 }
 
 /// What an error of the socket says about the path.
 fn judge(error: &io::Error, port: Port) -> (Verdict, String) {
     match error.kind() {
         io::ErrorKind::PermissionDenied => (Verdict::Denied, format!("forbidden: {error}")),
-        io::ErrorKind::ConnectionRefused => (Verdict::Error, format!("refused: nothing listens on {port} there")),
+        io::ErrorKind::ConnectionRefused => (Verdict::Refused, format!("nothing serves {port} there")),
         io::ErrorKind::TimedOut => (Verdict::Denied, "no answer".to_owned()),
         _ => (Verdict::Error, error.to_string()),
     }
@@ -191,10 +261,11 @@ mod tests {
     use super::super::netns::block_on;
     use super::*;
 
-    const PATIENCE: Patience = Patience { timeout: Duration::from_millis(200), retries: 1 };
+    const PATIENCE: Patience = Patience { timeout: Duration::from_millis(200), retries: 1, count: 1 };
 
     fn job(port: u16, protocol: Transport, echo: bool) -> Job {
-        Job { to: Ipv4Addr::LOCALHOST.into(), port: Port { number: port, protocol }, source: None, echo }
+        let (port, socket) = (Port { number: port, protocol }, SocketKind::Plain);
+        Job { to: Ipv4Addr::LOCALHOST.into(), port, source: None, echo, socket }
     }
 
     #[test]
@@ -210,8 +281,8 @@ mod tests {
                 job(closed, Transport::Tcp, true),
             ];
             let verdicts: Vec<Verdict> =
-                probe_all(jobs, PATIENCE).await.into_iter().map(|outcome| outcome.verdict).collect();
-            assert_eq!(verdicts, [Verdict::Denied, Verdict::Denied, Verdict::Allowed, Verdict::Error]);
+                probe_all(jobs, PATIENCE).await.into_iter().map(|outcomes| outcomes[0].verdict).collect();
+            assert_eq!(verdicts, [Verdict::Denied, Verdict::Denied, Verdict::Allowed, Verdict::Refused]);
         })
         .unwrap();
     }
@@ -229,7 +300,38 @@ mod tests {
                 server.send_to(b"not a greeting", client).await.unwrap();
             };
             let (outcomes, ()) = tokio::join!(probe_all(vec![job(port, Transport::Udp, true)], PATIENCE), answering);
-            assert_eq!((outcomes[0].verdict, outcomes[0].answered_by.as_deref()), (Verdict::Allowed, None));
+            let first = &outcomes[0][0];
+            assert_eq!((first.verdict, first.answered_by.as_deref()), (Verdict::Allowed, None));
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn every_kind_of_socket_asks_and_an_answer_from_elsewhere_is_an_error() {
+        block_on(async {
+            let (server, other) = (UdpSocket::bind("127.0.0.1:0").await.unwrap(), UdpSocket::bind("127.0.0.1:0").await);
+            let (port, other) = (server.local_addr().unwrap().port(), other.unwrap());
+            let kinds = [SocketKind::Plain, SocketKind::Mapped, SocketKind::Unconnected];
+            let jobs = kinds.map(|socket| Job { socket, ..job(port, Transport::Udp, true) });
+            let answering = async {
+                let mut buffer = [0; 16];
+                for _ in 0..6 {
+                    let (_, client) = server.recv_from(&mut buffer).await.unwrap();
+                    server.send_to(b"not a greeting", client).await.unwrap();
+                }
+                let (_, client) = server.recv_from(&mut buffer).await.unwrap();
+                other.send_to(b"not a greeting", client).await.unwrap();
+            };
+            let asking = async {
+                let twice = Patience { count: 2, ..PATIENCE };
+                let outcomes = probe_all(jobs.to_vec(), twice).await;
+                let last = probe(jobs[2].clone(), PATIENCE).await;
+                (outcomes, last)
+            };
+            let ((outcomes, last), ()) = tokio::join!(asking, answering);
+            let verdicts: Vec<Vec<Verdict>> = outcomes.iter().map(|o| o.iter().map(|o| o.verdict).collect()).collect();
+            assert_eq!(verdicts, [[Verdict::Allowed; 2]; 3]);
+            assert_eq!(last.verdict, Verdict::Error, "{last:?}");
         })
         .unwrap();
     }

@@ -1,8 +1,8 @@
 //! Processes of a lab: started in a namespace, remembered so that a recycled pid is never mistaken for them, stopped.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
+use super::cgroup;
 use super::netns::{self, NsId};
 
 /// How long killed processes may take to go. They are killed, not asked: only a stuck system call can hold them.
@@ -51,14 +52,19 @@ impl ProcessId {
 
 /// Whether a program of this name is in `PATH`.
 pub fn installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+    found_in(&std::env::var_os("PATH").unwrap_or_default(), program)
+}
+
+fn found_in(path: &OsStr, program: &str) -> bool {
+    std::env::split_paths(path).any(|directory| directory.join(program).is_file())
 }
 
 /// How to start a process.
 pub struct Start<'a> {
     /// The namespace it runs in.
     pub netns: &'a Path,
+    /// The control group it runs in, which is made if need be.
+    pub cgroup: &'a Path,
     /// The program (looked up in PATH) and its arguments.
     pub argv: &'a [String],
     /// Environment variables on top of the inherited ones.
@@ -78,9 +84,16 @@ impl Start<'_> {
     /// The program is not found or cannot be started; the namespace is gone; the log or record cannot be written.
     pub fn spawn(&self, record: &Path) -> anyhow::Result<Child> {
         let (program, arguments) = self.argv.split_first().context("the command is empty")?;
+        if !self.is_there(program) {
+            bail!("{program} is not installed (not found in PATH): install it or change the command");
+        }
         let log = append_to(self.log)?;
-        let mut command = Command::new(program);
+        cgroup::create(self.cgroup)?;
+        let mut command = Command::new(own_binary()?);
         command
+            .args(["lab", "__in"])
+            .arg(self.cgroup)
+            .args(["--", program])
             .args(arguments)
             .envs(self.env)
             .current_dir(self.directory)
@@ -88,19 +101,34 @@ impl Start<'_> {
             .stdin(Stdio::null())
             .stderr(log.try_clone()?)
             .stdout(if self.pipe_stdout { Stdio::piped() } else { Stdio::from(log) });
-        let child = match netns::within(self.netns, || command.spawn())? {
-            Ok(child) => child,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                bail!("{program} is not installed (not found in PATH): install it or change the command")
-            }
-            Err(error) => return Err(error).with_context(|| format!("cannot start {program}")),
-        };
+        let child =
+            netns::within(self.netns, || command.spawn())?.with_context(|| format!("cannot start {program}"))?;
         let id = child.id().try_into().ok().and_then(ProcessId::current);
         if let Some(id) = id {
             write_json(record, &id)?;
         }
         Ok(child)
     }
+
+    /// Whether the program can be started, as far as that can be known before.
+    fn is_there(&self, program: &str) -> bool {
+        if program.contains('/') {
+            return self.directory.join(program).is_file();
+        }
+        let path = self.env.get("PATH").map(OsString::from).or_else(|| std::env::var_os("PATH"));
+        found_in(&path.unwrap_or_default(), program)
+    }
+}
+
+/// This very program, to be started again.
+///
+/// # Errors
+/// Its path is not known.
+pub fn own_binary() -> anyhow::Result<String> {
+    let path = std::env::current_exe().context("cannot find the path of this program")?;
+    // Replaced by an upgrade or a build meanwhile: the kernel still has what this process runs.
+    let path = if path.exists() { path } else { "/proc/self/exe".into() };
+    path.into_os_string().into_string().map_err(|path| anyhow::anyhow!("the path {path:?} is not valid text"))
 }
 
 /// Kills these processes and waits until they are gone.

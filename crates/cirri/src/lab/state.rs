@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::echo::{Port, Transport};
 use super::process::{self, ProcessId, write_json};
 use super::{expand, netns};
+use crate::config::{self, Acceleration, ConfigError};
 
 /// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
 const ROOT: &str = "/run/cirri/lab";
@@ -168,6 +169,9 @@ pub struct Lab {
     pub routing: Routing,
     /// Its nodes, in the order of their addresses.
     pub nodes: Vec<Node>,
+    /// What its agents' configuration has beside what the lab itself puts there, as `KEY=VALUE`.
+    #[serde(default)]
+    pub settings: Vec<String>,
 }
 
 /// One node of a lab.
@@ -230,6 +234,15 @@ impl Lab {
     /// Whether its cluster state lives in etcd (more than one node) rather than in a folder.
     pub fn has_etcd(&self) -> bool {
         self.nodes.len() > 1
+    }
+
+    /// Whether its agents serve the nodes' devices in XDP.
+    ///
+    /// # Errors
+    /// A setting that is none.
+    pub fn has_xdp(&self) -> Result<bool, ConfigError> {
+        let loaded = config::load(None, |_| None, &self.settings)?;
+        Ok(loaded.config.services.acceleration != Acceleration::Off)
     }
 
     /// The directory of one node: `agent.yaml`, `agent.log`, `agent.pid`, `state/`, `manifests/`.
@@ -301,8 +314,13 @@ pub struct PodKey {
 }
 
 impl PodKey {
-    /// `underscore` separates, because neither part may contain one.
-    fn file_name(&self) -> String {
+    /// Where the pod's manifest stands in the store.
+    pub fn store_key(&self) -> String {
+        format!("resources/Pod/{}/{}", self.namespace, self.name)
+    }
+
+    /// As one word: `underscore` separates, because neither part may contain one.
+    pub fn file_name(&self) -> String {
         format!("{}_{}", self.namespace, self.name)
     }
 }

@@ -11,11 +11,13 @@
 //! ```
 //!
 //! Every lab has the same addresses: its namespaces keep it apart from the others. The router also knows the way to
-//! the pod networks, as the router of a data centre would, so that connections from outside to pods can be tried.
+//! the pod networks, as the router of a data centre would, so that connections from outside to pods can be tried, and
+//! to the addresses of services ([`super::routes`]).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::process::Command;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use cirri_loader::net::{Address, Namespace, Net, NetError, Route, VethEnd};
 use ipnet::IpNet;
 
@@ -97,7 +99,7 @@ pub fn create_core(lab: &LabName) -> anyhow::Result<()> {
 /// What the kernel refused.
 pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
     let namespace = netns::create(&format!("{}{}", lab.prefix(), node.name))?;
-    let port = format!("port{}", node.ipv4.octets()[3]);
+    let port = port(node);
     let made = block_on(async {
         let router = Net::of(Namespace::open(netns::path(&lab.net_namespace()))?)?;
         let net = Net::of(namespace)?;
@@ -112,23 +114,48 @@ pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
     made?.with_context(|| format!("cannot make the node {}", node.name))
 }
 
-/// Tells the router the way to each node's pod networks.
+/// Prepares a node's wire for XDP: every packet has its checksum when it arrives, which the pair of devices would
+/// otherwise leave to the receiver's stack, and the router's end takes what XDP sends back.
+///
+/// # Errors
+/// `ethtool` is not installed, or the kernel refused.
+pub fn prepare_xdp(lab: &LabName, node: &Node) -> anyhow::Result<()> {
+    let port = port(node);
+    let mut command = Command::new("ethtool");
+    command.args(["-K", &port, "tx", "off", "gro", "on"]);
+    let done = netns::within(&netns::path(&lab.net_namespace()), || command.output())?
+        .context("cannot start ethtool, which XDP in a lab needs: `apt-get install ethtool`")?;
+    if !done.status.success() {
+        bail!("ethtool -K {port}: {}", String::from_utf8_lossy(&done.stderr).trim());
+    }
+    Ok(())
+}
+
+/// Takes the router's routes to these addresses away, and tells it that these networks are at these nodes.
 ///
 /// # Errors
 /// What the kernel refused.
-pub fn route_pods(lab: &Lab, pod_networks: &[(&Node, Vec<IpNet>)]) -> anyhow::Result<()> {
+pub fn change_routes(lab: &Lab, gone: &[IpAddr], put: &[(&Node, IpNet)]) -> anyhow::Result<()> {
     let set = block_on(async {
         let router = Net::of(Namespace::open(netns::path(&lab.name.net_namespace()))?)?;
         let bridge = router.link(BRIDGE).await?.index;
-        for (node, networks) in pod_networks {
-            for network in networks {
-                let gateway = if network.addr().is_ipv4() { node.ipv4.into() } else { node.ipv6.into() };
-                route(&router, *network, gateway, bridge, None).await?;
-            }
+        for address in gone {
+            let prefix = full(*address);
+            let route = Route { to: *address, prefix, via: None, device: bridge, source: None, onlink: false };
+            router.delete_route(&route).await?;
+        }
+        for (node, network) in put {
+            let gateway = if network.addr().is_ipv4() { node.ipv4.into() } else { node.ipv6.into() };
+            route(&router, *network, gateway, bridge, None).await?;
         }
         Ok::<(), NetError>(())
     });
-    set?.context("cannot set the router's routes to the pods")
+    set?.context("cannot set the router's routes to the nodes")
+}
+
+/// The router's end of a node's wire.
+fn port(node: &Node) -> String {
+    format!("port{}", node.ipv4.octets()[3])
 }
 
 /// Makes a pair of devices: `eth0` in `near`, and `port` in `far`.

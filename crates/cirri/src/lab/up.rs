@@ -12,15 +12,17 @@ use cirri_control::resource::Resource;
 use ipnet::IpNet;
 
 use super::apply::apply;
+use super::cgroup;
 use super::cluster;
 use super::down;
 use super::echo::{Port, Transport};
 use super::interrupt::Interrupt;
 use super::manifests::{self, Rejected};
 use super::netns;
-use super::pods::{await_ready, echo_argv, own_binary};
-use super::process::{self, Start};
+use super::pods::{await_ready, echo_argv};
+use super::process::{self, Start, own_binary};
 use super::ready::Readiness;
+use super::routes;
 use super::state::{DEFAULT_NAME, Lab, LabName, Node, Routing};
 use super::underlay::{self, NODES_MAX};
 use crate::output;
@@ -49,6 +51,9 @@ pub struct UpArgs {
     /// How packets travel between nodes.
     #[arg(long, value_enum, default_value = "overlay")]
     routing: Routing,
+    /// One value of every agent's configuration, as `services.forwarding=dsr`; may be given several times.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    settings: Vec<String>,
     /// Manifests to apply right away, waiting until they are enforced; Node manifests name the nodes.
     #[arg(short = 'f', long = "filename", value_name = "DIR|FILE")]
     files: Vec<PathBuf>,
@@ -74,7 +79,9 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let resources = manifests::read(&args.files)?;
     let names = node_names(&args, &resources)?;
     check_socket_paths(&args.name, &names)?;
-    manifests::check(&resources, &described(&args.name, &names, args.routing))?;
+    let lab = Lab::described(&args.name, &names, args.routing, &args.settings);
+    lab.has_xdp().map_err(|problem| Rejected(vec![problem.to_string()]))?;
+    manifests::check(&resources, &lab)?;
     if names.len() > 1 {
         require_etcd()?;
     }
@@ -86,7 +93,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         );
     }
     let interrupt = Interrupt::install()?;
-    let outcome = begin(&args, &names, resources, &interrupt);
+    let outcome = begin(&args, &lab, resources, &interrupt);
     if outcome.is_err() {
         output::complain(&format!("taking down what is there of the lab \"{}\"", args.name));
         if let Err(problem) = down::remove(&args.name) {
@@ -96,16 +103,16 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-fn begin(args: &UpArgs, names: &[String], resources: Vec<Resource>, interrupt: &Interrupt) -> anyhow::Result<()> {
+fn begin(args: &UpArgs, lab: &Lab, resources: Vec<Resource>, interrupt: &Interrupt) -> anyhow::Result<()> {
     let begun = Instant::now();
     let step = |what: &str| output::progress(&format!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64()));
-    let lab = bring_up(&args.name, names, args.routing, interrupt, &step)?;
+    bring_up(lab, interrupt, &step)?;
     if !args.files.is_empty() {
         let wait = Duration::from_secs(args.timeout);
-        apply(&lab, resources, Some(wait), interrupt, &output::progress)?;
+        apply(lab, resources, Some(wait), interrupt, &output::progress)?;
     }
     interrupt.check()?;
-    summarise(&lab, begun);
+    summarise(lab, begun);
     Ok(())
 }
 
@@ -114,16 +121,9 @@ fn begin(args: &UpArgs, names: &[String], resources: Vec<Resource>, interrupt: &
 ///
 /// # Errors
 /// What could not be made or does not get ready; [`super::interrupt::Interrupted`].
-pub fn bring_up(
-    name: &LabName,
-    nodes: &[String],
-    routing: Routing,
-    interrupt: &Interrupt,
-    report: &dyn Fn(&str),
-) -> anyhow::Result<Lab> {
-    let directory = name.directory();
+pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyhow::Result<()> {
+    let directory = lab.name.directory();
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let lab = described(name, nodes, routing);
     lab.save()?;
 
     interrupt.check()?;
@@ -131,23 +131,30 @@ pub fn bring_up(
     for node in &lab.nodes {
         interrupt.check()?;
         underlay::create_node(&lab.name, node)?;
+        if lab.has_xdp()? {
+            underlay::prepare_xdp(&lab.name, node)?;
+        }
     }
     report("network ready");
-    start_world(&lab)?;
+    start_world(lab)?;
     if lab.has_etcd() {
-        start_etcd(&lab, interrupt)?;
+        start_etcd(lab, interrupt)?;
         report("etcd ready");
     }
-    cluster::each_node(&lab, |node| start_agent(&lab, node, interrupt))?;
-    cluster::settle(&lab, AGENT_TIMEOUT, interrupt)?;
-    route_pods(&lab)?;
+    cluster::each_node(lab, |node| start_agent(lab, node, interrupt))?;
+    cluster::settle(lab, AGENT_TIMEOUT, interrupt)?;
+    route_pods(lab)?;
+    routes::put_ranges(lab)?;
     report(if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
-    Ok(lab)
+    Ok(())
 }
 
-fn described(name: &LabName, nodes: &[String], routing: Routing) -> Lab {
-    let nodes = nodes.iter().enumerate().map(|(index, node)| underlay::node(name, node, index)).collect();
-    Lab { name: name.clone(), routing, nodes }
+impl Lab {
+    /// A lab that is not there yet.
+    pub fn described(name: &LabName, nodes: &[String], routing: Routing, settings: &[String]) -> Self {
+        let nodes = nodes.iter().enumerate().map(|(index, node)| underlay::node(name, node, index)).collect();
+        Self { name: name.clone(), routing, nodes, settings: settings.to_vec() }
+    }
 }
 
 fn summarise(lab: &Lab, begun: Instant) {
@@ -210,6 +217,7 @@ fn start_world(lab: &Lab) -> anyhow::Result<()> {
     let log = directory.join("world.log");
     let child = Start {
         netns: &netns::path(&lab.name.world_namespace()),
+        cgroup: &cgroup::of(&lab.name, "world")?,
         argv: &argv,
         env: &BTreeMap::new(),
         directory: &directory,
@@ -240,9 +248,16 @@ fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
     .into();
     let ready = Readiness::listen(directory.join("etcd.notify"))?;
     let net = netns::path(&lab.name.net_namespace());
-    let child =
-        Start { netns: &net, argv: &argv, env: &ready.env(), directory: &directory, log: &log, pipe_stdout: false }
-            .spawn(&directory.join("etcd.pid"))?;
+    let child = Start {
+        netns: &net,
+        cgroup: &cgroup::of(&lab.name, "net")?,
+        argv: &argv,
+        env: &ready.env(),
+        directory: &directory,
+        log: &log,
+        pipe_stdout: false,
+    }
+    .spawn(&directory.join("etcd.pid"))?;
     ready.wait("etcd", &child, &log, ETCD_TIMEOUT, interrupt)
 }
 
@@ -257,12 +272,16 @@ pub fn start_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Res
         fs::create_dir_all(&part).with_context(|| format!("cannot make {}", part.display()))?;
     }
     let file = directory.join("agent.yaml");
-    fs::write(&file, agent_configuration(lab, node)).with_context(|| format!("cannot write {}", file.display()))?;
-    let argv = [own_binary()?, "agent".into(), "--config".into(), file.display().to_string()];
+    let group = cgroup::of(&lab.name, &node.name)?;
+    fs::write(&file, agent_configuration(lab, node, &group))
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    let mut argv = vec![own_binary()?, "agent".into(), "--config".into(), file.display().to_string()];
+    argv.extend(lab.settings.iter().flat_map(|setting| ["--set".to_owned(), setting.clone()]));
     let log = directory.join("agent.log");
     let ready = Readiness::listen(directory.join("agent.notify"))?;
     let child = Start {
         netns: &node.netns,
+        cgroup: &group,
         argv: &argv,
         env: &ready.env(),
         directory: &directory,
@@ -274,7 +293,7 @@ pub fn start_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Res
 }
 
 /// The configuration of a node's agent: what differs from the defaults.
-fn agent_configuration(lab: &Lab, node: &Node) -> String {
+fn agent_configuration(lab: &Lab, node: &Node, group: &Path) -> String {
     let directory = lab.node_directory(&node.name);
     let store = if lab.has_etcd() {
         format!("  kind: etcd\n  etcd:\n    endpoints: [\"{}\"]\n", cluster::etcd_url())
@@ -287,11 +306,13 @@ fn agent_configuration(lab: &Lab, node: &Node) -> String {
          routing:\n  mode: {routing}\n\
          store:\n{store}\
          stateDir: {state}\n\
+         services:\n  socket:\n    cgroup: {group}\n\
          bpf:\n  pinRoot: {pins}\n  instance: {instance}\n",
         name = quoted(Path::new(&node.name)),
         ipv4 = node.ipv4,
         ipv6 = node.ipv6,
         routing = lab.routing,
+        group = quoted(group),
         state = quoted(&directory.join("state")),
         pins = down::PIN_ROOT,
         instance = lab.name.bpf_instance(&node.name),
@@ -311,8 +332,9 @@ fn route_pods(lab: &Lab) -> anyhow::Result<()> {
         let parsed: Result<Vec<IpNet>, _> = status.pod_cidrs.iter().map(|network| network.parse()).collect();
         parsed.with_context(|| format!("the agent of {} names pod networks that are none", node.name))
     })?;
-    let networks: Vec<(&Node, Vec<IpNet>)> = lab.nodes.iter().zip(networks).collect();
-    underlay::route_pods(lab, &networks)
+    let each = lab.nodes.iter().zip(networks);
+    let networks: Vec<(&Node, IpNet)> = each.flat_map(|(node, all)| all.into_iter().map(move |n| (node, n))).collect();
+    underlay::change_routes(lab, &[], &networks)
 }
 
 #[cfg(test)]
@@ -322,9 +344,8 @@ mod tests {
     #[test]
     fn a_node_with_a_name_that_yaml_reads_otherwise_keeps_it() {
         let name: LabName = "t".parse().unwrap();
-        let nodes = vec![underlay::node(&name, "1e3", 0)];
-        let lab = Lab { name, routing: Routing::Direct, nodes };
-        let text = agent_configuration(&lab, &lab.nodes[0]);
+        let lab = Lab::described(&name, &["1e3".into()], Routing::Direct, &[]);
+        let text = agent_configuration(&lab, &lab.nodes[0], Path::new("/group"));
         assert!(text.contains("name: \"1e3\"\n"), "{text}");
         assert!(text.contains("kind: folder"), "{text}");
     }

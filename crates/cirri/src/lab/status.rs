@@ -1,0 +1,26 @@
+//! What a kubelet would say of a pod: its addresses, and that it is ready.
+
+use serde_json::{Value, json};
+
+use cirri_control::resource::Resource;
+
+use super::state::PodRecord;
+
+/// The pod's manifest with what was observed of it. What the manifest says itself of readiness stands: that is how a
+/// pod is made unready in a lab.
+pub fn observed(manifest: &str, pod: &PodRecord) -> String {
+    // What is in the store or about to be was read as a resource before.
+    let Ok(mut document) = serde_json::from_str::<Value>(manifest) else { return manifest.to_owned() };
+    let status = &mut document["status"];
+    if status["podIPs"].as_array().is_none_or(Vec::is_empty) {
+        let addresses: Vec<Value> = pod.addresses.iter().map(|address| json!({"ip": address})).collect();
+        status["podIPs"] = addresses.into();
+    }
+    let is_ready = |condition: &Value| condition["type"] == "Ready";
+    if !status["conditions"].as_array().is_some_and(|conditions| conditions.iter().any(is_ready)) {
+        let mut conditions = status["conditions"].as_array().cloned().unwrap_or_default();
+        conditions.push(json!({"type": "Ready", "status": "True"}));
+        status["conditions"] = conditions.into();
+    }
+    Resource::from_json(&document.to_string()).map_or_else(|_| manifest.to_owned(), |resource| resource.to_json())
+}
