@@ -116,7 +116,7 @@ impl Tables {
                     let addresses = known.map(|pod| pod.addresses.clone()).unwrap_or_default();
                     identities.extend(addresses.into_iter().map(|address| (address, identity)));
                 }
-                Resource::Namespace(_) | Resource::Node(_) => {}
+                Resource::Namespace(_) | Resource::Node(_) | Resource::Service(_) | Resource::EndpointSlice(_) => {}
             }
         }
         for (name, identity) in [(THIS_NODE, Identity::HOST), (OTHER_NODE, Identity::REMOTE_NODE)] {

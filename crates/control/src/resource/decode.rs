@@ -1,12 +1,12 @@
-//! From documents to Namespace, Pod and Node.
+//! From documents to resources; Namespace, Pod and Node are read here.
 //!
 //! Every field that the Kubernetes API knows is accepted, needed or not, so that real manifests
 //! pass; any other name is a spelling mistake and is refused.
 
 use super::{
     Container, ContainerPort, DEFAULT_NAMESPACE, EnvVar, Metadata, NAMESPACE_NAME_LABEL, Namespace, Node, NodeAddress,
-    NodeSpec, NodeStatus, Pod, PodIp, PodSpec, PodStatus, Protocol, Resource, ResourceError, network_policy, syntax,
-    tree::Cursor,
+    NodeSpec, NodeStatus, Pod, PodIp, PodSpec, PodStatus, Protocol, Resource, ResourceError, endpoint_slice,
+    network_policy, service, syntax, tree::Cursor,
 };
 use std::collections::BTreeSet;
 
@@ -17,11 +17,15 @@ pub fn document(cursor: &Cursor<'_>, out: &mut Vec<Resource>) -> Result<(), Reso
     let version_at = head.required("apiVersion")?;
     let (kind, version) = (kind_at.string()?, version_at.string()?);
     let wanted = match kind {
-        "Namespace" | "Pod" | "Node" | "List" => "v1",
+        "Namespace" | "Pod" | "Node" | "Service" | "List" => "v1",
+        "EndpointSlice" => "discovery.k8s.io/v1",
         "NetworkPolicy" => "networking.k8s.io/v1",
         _ => {
             let problem = format!("\"{kind}\" is not a kind that is read here");
-            return Err(kind_at.error(problem, "use Namespace, Pod, NetworkPolicy, Node or List, or move it elsewhere"));
+            return Err(kind_at.error(
+                problem,
+                "use Namespace, Pod, NetworkPolicy, Node, Service, EndpointSlice or List, or move it elsewhere",
+            ));
         }
     };
     if version != wanted {
@@ -31,6 +35,8 @@ pub fn document(cursor: &Cursor<'_>, out: &mut Vec<Resource>) -> Result<(), Reso
         "Namespace" => out.push(Resource::Namespace(namespace(cursor)?)),
         "Pod" => out.push(Resource::Pod(pod(cursor)?)),
         "Node" => out.push(Resource::Node(node(cursor)?)),
+        "Service" => out.push(Resource::Service(service::decode(cursor)?)),
+        "EndpointSlice" => out.push(Resource::EndpointSlice(endpoint_slice::decode(cursor)?)),
         "NetworkPolicy" => out.push(Resource::NetworkPolicy(network_policy::decode(cursor)?)),
         _ => {
             for item in cursor.object(&["apiVersion", "kind", "metadata", "items"])?.items("items")? {
@@ -64,7 +70,9 @@ pub fn metadata(
         Some(at) => at.string_map(|key| syntax::label_key(&key.to_lowercase()), |_| Ok(()))?,
         None => Default::default(),
     };
-    Ok(Metadata { name, namespace, labels, annotations })
+    let creation_timestamp = fields.string("creationTimestamp")?;
+    let deletion_timestamp = fields.string("deletionTimestamp")?;
+    Ok(Metadata { name, namespace, labels, annotations, creation_timestamp, deletion_timestamp })
 }
 
 /// Reads a protocol; TCP if absent.
@@ -111,12 +119,38 @@ fn pod(cursor: &Cursor<'_>) -> Result<Pod, ResourceError> {
     let spec = pod_spec(&root.required("spec")?)?;
     let mut status = PodStatus::default();
     if let Some(at) = root.get("status") {
-        for item in at.any_object()?.items("podIPs")? {
-            let ip = item.object(&["ip"])?.required("ip")?.parsed(syntax::address)?;
-            status.pod_ips.push(PodIp { ip });
-        }
+        status = pod_status(&at)?;
     }
     Ok(Pod { metadata, spec, status })
+}
+
+fn pod_status(cursor: &Cursor<'_>) -> Result<PodStatus, ResourceError> {
+    let fields = cursor.any_object()?;
+    let mut status = PodStatus::default();
+    for item in fields.items("podIPs")? {
+        let ip = item.object(&["ip"])?.required("ip")?.parsed(syntax::address)?;
+        status.pod_ips.push(PodIp { ip });
+    }
+    if let Some(at) = fields.get("podIP").filter(|_| status.pod_ips.is_empty())
+        && !at.string()?.is_empty()
+    {
+        status.pod_ips.push(PodIp { ip: at.parsed(syntax::address)? });
+    }
+    if let Some(at) = fields.get("phase") {
+        let phase = at.string()?;
+        if !["Pending", "Running", "Succeeded", "Failed", "Unknown"].contains(&phase) {
+            let hint = "use Pending, Running, Succeeded, Failed or Unknown";
+            return Err(at.error(format!("\"{phase}\" is not a phase"), hint));
+        }
+        status.phase = Some(phase.to_string());
+    }
+    for item in fields.items("conditions")? {
+        let condition = item.any_object()?;
+        if condition.required("type")?.string()? == "Ready" {
+            status.ready = Some(condition.required("status")?.string()? == "True");
+        }
+    }
+    Ok(status)
 }
 
 fn pod_spec(cursor: &Cursor<'_>) -> Result<PodSpec, ResourceError> {
@@ -187,7 +221,12 @@ fn container_port(cursor: &Cursor<'_>) -> Result<ContainerPort, ResourceError> {
         name,
         container_port: fields.required("containerPort")?.port()?,
         protocol: protocol(fields.get("protocol"))?,
-        host_port: fields.get("hostPort").map(|at| at.port()).transpose()?,
+        // 0 and "" stand for nothing.
+        host_port: fields.get("hostPort").filter(|at| !at.is_zero()).map(|at| at.port()).transpose()?,
+        host_ip: match fields.get("hostIP") {
+            Some(at) if !at.string()?.is_empty() => Some(at.parsed(syntax::address)?),
+            _ => None,
+        },
     })
 }
 

@@ -7,19 +7,31 @@
 //! YAML is read as version 1.2: a bare `yes`, `no`, `on` or `y` is a string. JSON is a part of it.
 
 mod decode;
+mod endpoint_slice;
 mod network_policy;
+mod service;
+#[cfg(test)]
+mod service_tests;
 mod syntax;
 #[cfg(test)]
 mod tests;
 mod tree;
 
+pub use endpoint_slice::{
+    AddressType, Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, SERVICE_NAME_LABEL,
+    TargetRef,
+};
 pub use network_policy::{
     EgressRule, IngressRule, IpBlock, LabelSelector, NetworkPolicy, NetworkPolicySpec, Operator, PolicyPeer,
     PolicyPort, PolicyType, PortRef, SelectorRequirement,
 };
+pub use service::{
+    ClusterIps, IpFamily, IpFamilyPolicy, LoadBalancerIngress, LoadBalancerStatus, Service, ServicePortSpec,
+    ServiceSpec, ServiceStatus, ServiceType, TrafficPolicy,
+};
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
@@ -46,6 +58,10 @@ pub enum Resource {
     NetworkPolicy(NetworkPolicy),
     /// core/v1 Node.
     Node(Node),
+    /// core/v1 Service.
+    Service(Service),
+    /// discovery.k8s.io/v1 EndpointSlice.
+    EndpointSlice(EndpointSlice),
 }
 
 impl Resource {
@@ -56,6 +72,8 @@ impl Resource {
             Resource::Pod(_) => "Pod",
             Resource::NetworkPolicy(_) => "NetworkPolicy",
             Resource::Node(_) => "Node",
+            Resource::Service(_) => "Service",
+            Resource::EndpointSlice(_) => "EndpointSlice",
         }
     }
 
@@ -76,6 +94,8 @@ impl Resource {
             Resource::Pod(it) => &it.metadata,
             Resource::NetworkPolicy(it) => &it.metadata,
             Resource::Node(it) => &it.metadata,
+            Resource::Service(it) => &it.metadata,
+            Resource::EndpointSlice(it) => &it.metadata,
         }
     }
 
@@ -91,6 +111,8 @@ impl Resource {
             Resource::Pod(it) => json("v1", self.kind(), it),
             Resource::NetworkPolicy(it) => json("networking.k8s.io/v1", self.kind(), it),
             Resource::Node(it) => json("v1", self.kind(), it),
+            Resource::Service(it) => json("v1", self.kind(), it),
+            Resource::EndpointSlice(it) => json("discovery.k8s.io/v1", self.kind(), it),
         }
     }
 
@@ -165,6 +187,7 @@ impl fmt::Display for Position {
 
 /// What every resource carries.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Metadata {
     /// The name.
     pub name: String,
@@ -177,6 +200,12 @@ pub struct Metadata {
     /// Annotations.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+    /// When it was created, if somebody kept a record: RFC 3339, in UTC.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub creation_timestamp: Option<String>,
+    /// When it is to be gone; present as soon as its deletion was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deletion_timestamp: Option<String>,
 }
 
 /// core/v1 Namespace. Always carries the label `kubernetes.io/metadata.name`.
@@ -266,19 +295,29 @@ pub struct ContainerPort {
     /// The port of the node that leads here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_port: Option<u16>,
+    /// The one address of the node where `host_port` leads here; `None`: all.
+    #[serde(rename = "hostIP", skip_serializing_if = "Option::is_none")]
+    pub host_ip: Option<IpAddr>,
 }
 
 /// What was observed of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct PodStatus {
+    /// `Pending`, `Running`, `Succeeded`, `Failed` or `Unknown`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<String>,
+    /// The condition `Ready`, if it was given; the others are not kept.
+    #[serde(rename = "conditions", serialize_with = "conditions", skip_serializing_if = "Option::is_none")]
+    pub ready: Option<bool>,
     /// Its addresses.
-    #[serde(rename = "podIPs")]
+    #[serde(rename = "podIPs", skip_serializing_if = "Vec::is_empty")]
     pub pod_ips: Vec<PodIp>,
 }
 
 impl PodStatus {
     fn is_empty(&self) -> bool {
-        self.pod_ips.is_empty()
+        *self == PodStatus::default()
     }
 }
 
@@ -384,6 +423,16 @@ pub const DEFAULT_NAMESPACE: &str = "default";
 
 /// The label that every namespace carries with its own name.
 pub const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+fn conditions<S: Serializer>(ready: &Option<bool>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Condition {
+        r#type: &'static str,
+        status: &'static str,
+    }
+    let condition = |ready: &bool| Condition { r#type: "Ready", status: if *ready { "True" } else { "False" } };
+    serializer.collect_seq(ready.iter().map(condition))
+}
 
 fn json<T: Serialize>(api_version: &'static str, kind: &'static str, body: &T) -> String {
     #[derive(Serialize)]

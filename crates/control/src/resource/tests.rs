@@ -1,12 +1,12 @@
 use super::*;
 
-fn one(text: &str) -> Resource {
+pub(super) fn one(text: &str) -> Resource {
     let mut all = parse_documents("test.yaml", text).unwrap_or_else(|error| panic!("{error}\n{text}"));
     assert_eq!(all.len(), 1);
     all.remove(0)
 }
 
-fn refused(text: &str) -> String {
+pub(super) fn refused(text: &str) -> String {
     match parse_documents("test.yaml", text) {
         Ok(all) => panic!("accepted: {all:?}\n{text}"),
         Err(error) => error.to_string(),

@@ -5,6 +5,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::Spanned;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// Reads every document of `text` (YAML 1.2, of which JSON is a part).
 pub fn documents(file: &str, text: &str) -> Result<Vec<Tree>, ResourceError> {
@@ -139,6 +140,23 @@ impl<'a> Cursor<'a> {
                 .ok_or_else(|| self.error(format!("{number} is not a port"), "use 1 to 65535")),
             _ => Err(self.wrong_type("a port number from 1 to 65535")),
         }
+    }
+
+    /// A whole number in `range`.
+    pub fn integer(&self, range: RangeInclusive<i64>) -> Result<i64, ResourceError> {
+        let (least, most) = (range.start(), range.end());
+        match &self.tree.value {
+            Value::Integer(number) => i64::try_from(*number)
+                .ok()
+                .filter(|number| range.contains(number))
+                .ok_or_else(|| self.error(format!("{number} is out of range"), format!("use {least} to {most}"))),
+            _ => Err(self.wrong_type(&format!("a number from {least} to {most}"))),
+        }
+    }
+
+    /// Whether the value is the number 0, which the API's clients write for what is not given.
+    pub fn is_zero(&self) -> bool {
+        matches!(self.tree.value, Value::Integer(0))
     }
 
     /// Whether the value is a string (and not a number).
