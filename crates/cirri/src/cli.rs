@@ -37,6 +37,8 @@ enum Command {
     Cni,
     /// See it work: two nodes, real programs, a policy, the flows and the rule behind each drop
     Demo(demo::DemoArgs),
+    /// Balance connections among backends, alone: no agent, no cluster, one file
+    Lb(cmd::lb::LbArgs),
     /// Nodes and pods out of network namespaces on this machine, from plain Kubernetes YAML
     Lab(lab::LabArgs),
     /// How the agent is doing: store, tables, peers, drops
@@ -107,6 +109,7 @@ pub fn main() -> ExitCode {
         Command::Lab(args) => {
             return lab::run(args).unwrap_or_else(|error| Error::new(Failure::Failed, format!("{error:#}")).report());
         }
+        Command::Lb(args) => cmd::lb::run(client, &args),
         Command::Status(args) => cmd::status::run(client, &args),
         Command::Observe(args) => cmd::observe::run(client, &args),
         Command::Monitor(args) => cmd::monitor::run(client, &args),

@@ -11,15 +11,22 @@ use serde::de::DeserializeOwned;
 use crate::api::{Answer, ApiError, Request};
 use crate::exit::{Because, Error, Failure, Result};
 
+const AGENT_SOCKET: &str = "/run/cirri/agent.sock";
+
 /// How to find the agent.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ClientArgs {
     /// The agent's socket.
-    #[arg(long, env = "CIRRI_SOCKET", default_value = "/run/cirri/agent.sock", value_name = "PATH", global = true)]
+    #[arg(long, env = "CIRRI_SOCKET", default_value = AGENT_SOCKET, value_name = "PATH", global = true)]
     pub socket: PathBuf,
 }
 
 impl ClientArgs {
+    /// Whether nobody named a socket.
+    pub fn is_default(&self) -> bool {
+        self.socket.as_os_str() == AGENT_SOCKET
+    }
+
     /// Asks once and reads the one answer.
     pub fn call<T: DeserializeOwned>(&self, method: &str, params: impl Serialize) -> Result<T> {
         let mut answer = None;

@@ -9,6 +9,7 @@ mod cmd;
 mod cni;
 mod config;
 mod demo;
+mod edge;
 mod exit;
 mod files;
 mod lab;

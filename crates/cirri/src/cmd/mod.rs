@@ -5,6 +5,7 @@ pub mod bench;
 pub mod config;
 pub mod endpoint;
 pub mod identity;
+pub mod lb;
 pub mod map;
 pub mod monitor;
 pub mod observe;

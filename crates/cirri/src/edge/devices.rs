@@ -1,0 +1,308 @@
+//! The machine's side: devices with their programs, and what the packet path knows about addresses.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use cirri_abi::{Addr, Identity, Ipcache, IpcacheKey, NodeConfig, Port, epoch_slot, ipcache_flag, node_flag};
+use cirri_loader::net::{Link, Net, NetError};
+use cirri_loader::{Datapath, EdgeStatus, EdgeWanted, LoadError, MapError, Tables};
+
+use super::api::DeviceStatus;
+use super::plan::Plan;
+use crate::config::{Acceleration, PortRange};
+
+/// The devices of the plan that are there, and the addresses of the machine.
+pub struct Machine {
+    /// The plan's devices, by name; none: it is not there now.
+    pub devices: BTreeMap<String, Option<Link>>,
+    /// Source of translated connections.
+    pub v4: Option<Ipv4Addr>,
+    /// Source of translated connections.
+    pub v6: Option<Ipv6Addr>,
+    /// Every address of the machine.
+    addresses: Vec<IpAddr>,
+}
+
+/// A machine that the plan does not fit.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The kernel.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// A source that is nobody's.
+    #[error("no device has {0}; correct {1}, or give the address to a device first: answers must come back here")]
+    ForeignAddress(IpAddr, &'static str),
+    /// Programs.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Tables.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// No such device.
+    #[error("there is no device {0}; devices: {1}")]
+    NoDevice(String, String),
+    /// Connections of a family need a source.
+    #[error(
+        "service {service} needs an {family} source for its connections, but no device of the plan has such an address; \
+         set {key}, or forwarding: dsr-ipip"
+    )]
+    NoSource {
+        /// The service.
+        service: String,
+        /// `IPv4` or `IPv6`.
+        family: &'static str,
+        /// What to set.
+        key: &'static str,
+    },
+}
+
+impl Machine {
+    /// Looks around.
+    ///
+    /// # Errors
+    /// The kernel's, or a source that no device has. That a device is missing is no error.
+    pub async fn look(plan: &Plan, net: &Net) -> Result<Machine, MachineError> {
+        let mut devices = BTreeMap::new();
+        for name in &plan.devices {
+            devices.insert(name.clone(), net.find_link(name).await?);
+        }
+        let all = net.addresses().await?;
+        let addresses: Vec<IpAddr> = all.iter().map(|address| address.ip).collect();
+        let ours = |ip: IpAddr, key| match addresses.contains(&ip) {
+            true => Ok(()),
+            false => Err(MachineError::ForeignAddress(ip, key)),
+        };
+        let served = |ip: &IpAddr| plan.services.iter().any(|service| service.address == *ip);
+        let first = |v6: bool| {
+            plan.devices.iter().filter_map(|name| devices.get(name)?.as_ref()).find_map(|link: &Link| {
+                let of = all.iter().filter(|address| address.device == link.index).map(|address| address.ip);
+                // An address that is balanced may stand on a device, too, so that somebody answers for it.
+                of.filter(|ip| ip.is_ipv6() == v6 && is_global(ip) && !served(ip)).next()
+            })
+        };
+        let v4 = match (plan.address, first(false)) {
+            (Some(v4), _) => {
+                ours(v4.into(), "address")?;
+                Some(v4)
+            }
+            (None, Some(IpAddr::V4(v4))) => Some(v4),
+            _ => None,
+        };
+        let v6 = match (plan.address6, first(true)) {
+            (Some(v6), _) => {
+                ours(v6.into(), "address6")?;
+                Some(v6)
+            }
+            (None, Some(IpAddr::V6(v6))) => Some(v6),
+            _ => None,
+        };
+        Ok(Machine { devices, v4, v6, addresses })
+    }
+
+    /// Whether the plan can work here.
+    ///
+    /// # Errors
+    /// A device is not there, or a service has no source for its connections.
+    pub async fn check(&self, plan: &Plan, net: &Net) -> Result<(), MachineError> {
+        if let Some((name, _)) = self.devices.iter().find(|(_, link)| link.is_none()) {
+            let there: Vec<String> = net.links().await?.into_iter().map(|link| link.name).collect();
+            return Err(MachineError::NoDevice(name.clone(), there.join(", ")));
+        }
+        for service in &plan.services {
+            let translated = service.forwarding == super::config::ForwardingName::Snat && service.pool.is_none();
+            let (source, family, key) = match service.address {
+                IpAddr::V4(_) => (self.v4.is_some(), "IPv4", "address"),
+                IpAddr::V6(_) => (self.v6.is_some(), "IPv6", "address6"),
+            };
+            if translated && !source {
+                return Err(MachineError::NoSource { service: service.name.clone(), family, key });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the packet path who this machine is.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn tell(&self, plan: &Plan, tables: &Tables) -> Result<(), MapError> {
+        let node = NodeConfig {
+            // A load balancer's connections are too many to tell of each.
+            flags: node_flag::DROPS_ONLY,
+            v4: self.v4.map_or(Addr::UNSPECIFIED, |v4| IpAddr::V4(v4).into()),
+            v6: self.v6.map_or(Addr::UNSPECIFIED, |v6| IpAddr::V6(v6).into()),
+            masquerade_first: Port::new(plan.snat_ports.first),
+            masquerade_mask: (plan.snat_ports.count() - 1) as u16,
+            ..NodeConfig::default()
+        };
+        let mut changed = tables.node()? != node;
+        if changed {
+            tables.set_node(&node)?;
+        }
+        let wanted = self.places(plan);
+        let found: HashMap<IpcacheKey, Ipcache> = tables.ipcache.entries()?.into_iter().collect();
+        for (key, row) in wanted.iter().filter(|(key, row)| found.get(key) != Some(row)) {
+            tables.ipcache.put(key, row)?;
+            changed = true;
+        }
+        for key in found.keys().filter(|key| !wanted.contains_key(key)) {
+            tables.ipcache.delete(key)?;
+            changed = true;
+        }
+        if changed {
+            tables.bump(epoch_slot::PLACES)?;
+            tables.bump(epoch_slot::NODE)?;
+        }
+        Ok(())
+    }
+
+    /// Who is where: the machine itself, and the world.
+    fn places(&self, plan: &Plan) -> HashMap<IpcacheKey, Ipcache> {
+        let plain = |identity| Ipcache { identity, ..Ipcache::default() };
+        let everywhere = |addr, prefix_len| IpcacheKey { prefix_len, addr };
+        let mut all = HashMap::from([
+            (everywhere(Addr::ANY_V4, 96), plain(Identity::WORLD_IPV4)),
+            (everywhere(Addr::UNSPECIFIED, 0), plain(Identity::WORLD_IPV6)),
+        ]);
+        let sources = plan.pools.iter().flat_map(|pool| [pool.v4.map(IpAddr::V4), pool.v6.map(IpAddr::V6)]).flatten();
+        let served = |ip: &IpAddr| plan.services.iter().any(|service| service.address == *ip);
+        let own = self.addresses.iter().copied().filter(is_global).chain(sources);
+        for ip in own.filter(|ip| !served(ip)) {
+            let key = IpcacheKey { prefix_len: 128, addr: ip.into() };
+            all.insert(key, Ipcache { flags: ipcache_flag::HOST, ..plain(Identity::HOST) });
+        }
+        all
+    }
+}
+
+/// Programs on the plan's devices.
+#[derive(Default)]
+pub struct Attached {
+    devices: BTreeMap<String, (u32, Acceleration, DeviceStatus)>,
+}
+
+impl Attached {
+    /// Attaches what is missing and takes away what is too much; programs of an earlier process are
+    /// replaced without a gap.
+    ///
+    /// # Errors
+    /// The first device that refuses. The others are done.
+    pub fn follow(&mut self, plan: &Plan, machine: &Machine, datapath: &mut Datapath) -> Result<(), MachineError> {
+        let gone: Vec<String> = self.devices.keys().filter(|name| !plan.devices.contains(name)).cloned().collect();
+        for name in gone {
+            if let Some((index, ..)) = self.devices.remove(&name) {
+                datapath.detach(index)?;
+                tracing::info!(device = name, "not served any more");
+            }
+        }
+        let mut first = Ok(());
+        for (name, link) in &machine.devices {
+            let Some(link) = link else {
+                if self.devices.remove(name).is_some() {
+                    tracing::warn!(device = name, "device is gone");
+                }
+                continue;
+            };
+            let known = self.devices.get(name);
+            if known.is_some_and(|(index, wanted, _)| (*index, *wanted) == (link.index, plan.acceleration)) {
+                continue;
+            }
+            let attached =
+                datapath.attach_network(name).and_then(|_| datapath.attach_edge(name, wanted(plan.acceleration)));
+            match attached {
+                Ok(status) => {
+                    let status = told(&status);
+                    tracing::info!(device = name, mode = status.mode, reason = status.reason, "served");
+                    self.devices.insert(name.clone(), (link.index, plan.acceleration, status));
+                }
+                Err(error) => first = first.and(Err(error)),
+            }
+        }
+        Ok(first?)
+    }
+
+    /// Of every device of the plan how it is served.
+    pub fn status(&self, plan: &Plan) -> Vec<DeviceStatus> {
+        let one = |name: &String| match self.devices.get(name) {
+            Some((.., status)) => status.clone(),
+            None => DeviceStatus {
+                name: name.clone(),
+                mode: "missing".to_owned(),
+                reason: "there is no such device now; it is served when it comes back".to_owned(),
+            },
+        };
+        plan.devices.iter().map(one).collect()
+    }
+}
+
+/// Takes away what an earlier process attached to devices that are not the plan's.
+///
+/// # Errors
+/// The kernel's.
+pub fn detach_others(machine: &Machine, datapath: &mut Datapath) -> Result<(), LoadError> {
+    let ours: Vec<u32> = machine.devices.values().flatten().map(|link| link.index).collect();
+    let mut others: Vec<u32> = datapath.attachments()?.iter().map(|it| it.ifindex).collect();
+    others.retain(|index| !ours.contains(index));
+    others.sort_unstable();
+    others.dedup();
+    for index in others {
+        datapath.detach(index)?;
+    }
+    Ok(())
+}
+
+/// Settings of the machine: the source ports of translated connections are for nobody else, and the
+/// kernel may be asked for routes on behalf of packets that came in by these devices.
+///
+/// # Errors
+/// A setting cannot be written.
+pub fn apply_settings(plan: &Plan, machine: &Machine, net: &Net) -> Result<(), NetError> {
+    let reserved = net.sysctl(RESERVED)?;
+    let ours = String::from(plan.snat_ports);
+    if !reserved.split(',').any(|range| range == ours) {
+        let all = if reserved.is_empty() { ours } else { format!("{reserved},{ours}") };
+        net.set_sysctl(RESERVED, &all)?;
+    }
+    for name in machine.devices.iter().filter(|(_, link)| link.is_some()).map(|(name, _)| name) {
+        net.set_sysctl(&format!("ipv4/conf/{name}/forwarding"), "1")?;
+        if net.sysctl("ipv6/conf/all/disable_ipv6").is_ok_and(|disabled| disabled == "0") {
+            net.set_sysctl(&format!("ipv6/conf/{name}/forwarding"), "1")?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes back the reservation of ports.
+///
+/// # Errors
+/// A setting cannot be written.
+pub fn release_ports(ports: PortRange, net: &Net) -> Result<(), NetError> {
+    let ours = String::from(ports);
+    let reserved = net.sysctl(RESERVED)?;
+    let rest: Vec<&str> = reserved.split(',').filter(|range| *range != ours).collect();
+    // The kernel takes an empty line for none.
+    let rest = if rest.is_empty() { "\n".to_owned() } else { rest.join(",") };
+    net.set_sysctl(RESERVED, &rest)
+}
+
+const RESERVED: &str = "ipv4/ip_local_reserved_ports";
+
+fn wanted(acceleration: Acceleration) -> EdgeWanted {
+    match acceleration {
+        Acceleration::Off => EdgeWanted::Off,
+        Acceleration::Generic => EdgeWanted::Generic,
+        Acceleration::Native => EdgeWanted::Native,
+        Acceleration::BestEffort => EdgeWanted::BestEffort,
+    }
+}
+
+fn told(status: &EdgeStatus) -> DeviceStatus {
+    DeviceStatus { name: status.device.clone(), mode: status.mode.to_string(), reason: status.reason.clone() }
+}
+
+fn is_global(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_unspecified(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,381 @@
+//! The load balancer that runs alone: a file says what is balanced to whom, and the packet path does it.
+//!
+//! No agent, no cluster, no store. [`plan`] makes sense of the file, [`core`] holds what is in force and
+//! makes the kernel's tables like it, [`devices`] puts the programs where packets come in, [`health`]
+//! finds out who serves. Everything runs on one thread; what takes long is awaited without the lock.
+//!
+//! The packet path does not need the process: it goes on while the process is stopped, killed or
+//! replaced, and the next one takes over what it finds.
+
+pub mod api;
+pub mod backend;
+mod config;
+mod core;
+mod devices;
+mod drops;
+mod fill;
+mod health;
+mod plan;
+mod pools;
+mod report;
+mod server;
+mod watch;
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use cirri_abi::epoch_slot;
+use cirri_loader::gc::{self, Collector};
+use cirri_loader::net::{ForeignRoutes, Neighbours, Net};
+use cirri_loader::{Datapath, Events, LoadOptions};
+use futures::FutureExt;
+use rustix::fs::{FlockOperation, flock};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::{Mutex, Notify};
+use tokio::task::LocalSet;
+
+use self::api::ConfigStatus;
+use self::core::{ApplyError, Core, RETRY};
+use self::devices::{Attached, Machine, MachineError};
+use self::drops::Drops;
+use self::health::{Checks, Outcome};
+use self::watch::Watch;
+use crate::agent::notify;
+use crate::exit::{Because, Error, Failure, Result};
+
+pub use self::config::STATE_DIR;
+pub use self::plan::Plan;
+
+/// What the tasks share.
+pub struct Shared {
+    core: Mutex<Core>,
+    machine: Mutex<Here>,
+    drops: std::sync::Mutex<Drops>,
+    config: std::sync::Mutex<ConfigState>,
+    file: PathBuf,
+    started: Instant,
+    /// The kernel refused something, which is to be tried again.
+    wake: Notify,
+}
+
+/// The machine and its devices.
+struct Here {
+    net: Net,
+    datapath: Datapath,
+    machine: Machine,
+    attached: Attached,
+    /// What is wrong with devices or addresses now.
+    trouble: Option<String>,
+}
+
+/// The file, as far as it is in force.
+struct ConfigState {
+    read: Instant,
+    loads: u64,
+    error: String,
+}
+
+/// How long changes of routes and neighbours are gathered.
+const BURST: Duration = Duration::from_millis(20);
+/// How often flow tables are swept, and how many entries at a time: a load balancer's fill quickly.
+const SWEEP_EVERY: Duration = Duration::from_millis(250);
+const SWEEP_BUDGET: usize = 32_768;
+
+/// The socket of the load balancer with this state directory.
+pub fn socket(state_dir: &Path) -> PathBuf {
+    state_dir.join("lb.sock")
+}
+
+/// Runs until it is told to stop. Stopping leaves the packet path at work.
+pub async fn run(file: PathBuf, plan: Plan) -> Result<()> {
+    LocalSet::new().run_until(run_local(file, plan)).await
+}
+
+/// Takes everything away that the load balancer of this plan made. It must not be running.
+pub async fn down(plan: &Plan) -> Result<()> {
+    let _lock = lock(&plan.state_dir)?;
+    Datapath::purge(&plan.bpf.pin_root, &plan.bpf.instance).because(Failure::Failed)?;
+    let net = Net::here().because(Failure::Failed)?;
+    devices::release_ports(plan.snat_ports, &net).because(Failure::Failed)?;
+    for name in ["lb.sock", "drained.json"] {
+        crate::files::remove(&plan.state_dir.join(name)).because(Failure::Failed)?;
+    }
+    Ok(())
+}
+
+async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).because(Failure::Failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
+    let _lock = lock(&plan.state_dir)?;
+    let watch = Watch::new(&file)
+        .map_err(|error| format!("cannot watch {}: {error}", file.display()))
+        .because(Failure::Failed)?;
+    let routes = ForeignRoutes::here().because(Failure::Failed)?;
+    let neighbours = Neighbours::here().because(Failure::Failed)?;
+    let (shared, outcomes, events) = start(file, plan).await?;
+
+    let spawn = |task: Pin<Box<dyn Future<Output = ()>>>| drop(tokio::task::spawn_local(task));
+    spawn(Box::pin(reload(Arc::clone(&shared), watch)));
+    spawn(Box::pin(follow_checks(Arc::clone(&shared), outcomes)));
+    spawn(Box::pin(follow_network(Arc::clone(&shared), routes, neighbours)));
+    spawn(Box::pin(catch_up(Arc::clone(&shared))));
+    spawn(Box::pin(collect(Arc::clone(&shared))));
+    if let Some(events) = events {
+        spawn(Box::pin(follow_drops(Arc::clone(&shared), events)));
+    }
+    let socket = socket(&shared.core.lock().await.plan.state_dir);
+    let listener = server::listen(&socket)
+        .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
+        .because(Failure::Failed)?;
+    spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));
+    notify("READY=1");
+    tracing::info!(socket = %socket.display(), "ready");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    notify("STOPPING=1");
+    tracing::info!("stopping; the packet path stays at work");
+    crate::files::remove(&socket).because(Failure::Failed)
+}
+
+/// Makes sure that this is root, and that no other load balancer uses the state directory as long as
+/// the answer is kept.
+fn lock(state_dir: &Path) -> Result<File> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(
+            Error::new(Failure::Failed, "the load balancer loads programs into the kernel").hint("run it as root")
+        );
+    }
+    let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
+    std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
+    let path = state_dir.join("lb.lock");
+    let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(&path);
+    let file = file.map_err(wrong).because(Failure::Failed)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        Error::new(Failure::Failed, format!("a load balancer runs with {}", state_dir.display()))
+            .hint("stop it first, or give this one its own stateDir and bpf.instance")
+    })?;
+    Ok(file)
+}
+
+type Started = (Arc<Shared>, UnboundedReceiver<Outcome>, Option<Events>);
+
+/// Tables first, then programs: no packet meets a program that knows half.
+async fn start(file: PathBuf, plan: Plan) -> Result<Started> {
+    let net = Net::here().because(Failure::Failed)?;
+    let machine = Machine::look(&plan, &net).await.because(Failure::BadInput)?;
+    machine.check(&plan, &net).await.because(Failure::BadInput)?;
+    let options = LoadOptions {
+        pin_root: plan.bpf.pin_root.clone(),
+        instance: plan.bpf.instance.clone(),
+        sizes: plan.bpf.maps.by_name(),
+        hooking: None,
+    };
+    let mut datapath = Datapath::load(&options).because(Failure::Failed)?;
+    for warning in datapath.warnings() {
+        tracing::warn!("{warning}");
+    }
+    let events = datapath.events().because(Failure::Failed)?;
+    tracing::info!(v4 = ?machine.v4, v6 = ?machine.v6, resumed = datapath.resumed(), "packet path loaded");
+
+    let tables = datapath.tables().clone();
+    devices::apply_settings(&plan, &machine, &net).because(Failure::Failed)?;
+    machine.tell(&plan, &tables).because(Failure::Failed)?;
+    let (checks, outcomes) = Checks::new();
+    let mut core = Core::resume(plan.clone(), tables, checks).because(Failure::Failed)?;
+    core.apply(plan.clone()).because(Failure::BadInput)?;
+    let mut attached = Attached::default();
+    attached.follow(&plan, &machine, &mut datapath).because(Failure::Failed)?;
+    devices::detach_others(&machine, &mut datapath).because(Failure::Failed)?;
+    let retired = datapath.retire().because(Failure::Failed)?;
+    tracing::info!(services = plan.services.len(), ?retired, "in force");
+    let shared = Shared {
+        core: Mutex::new(core),
+        machine: Mutex::new(Here { net, datapath, machine, attached, trouble: None }),
+        drops: std::sync::Mutex::default(),
+        config: std::sync::Mutex::new(ConfigState { read: Instant::now(), loads: 1, error: String::new() }),
+        file,
+        started: Instant::now(),
+        wake: Notify::new(),
+    };
+    Ok((Arc::new(shared), outcomes, events))
+}
+
+/// Reads the file again whenever there is news of it.
+async fn reload(shared: Arc<Shared>, mut watch: Watch) {
+    loop {
+        watch.changed().await;
+        let outcome = load(&shared).await;
+        let mut config = shared.config.lock().unwrap_or_else(PoisonError::into_inner);
+        match outcome {
+            Ok(services) => {
+                *config = ConfigState { read: Instant::now(), loads: config.loads + 1, error: String::new() };
+                tracing::info!(services, "the file is in force");
+            }
+            Err(error) => {
+                tracing::error!(error, "the file is not in force, its last good version is");
+                config.error = error;
+            }
+        }
+    }
+}
+
+/// Puts the file in force as it is now: all of it, or nothing.
+async fn load(shared: &Shared) -> std::result::Result<usize, String> {
+    let plan = Plan::read(&shared.file).map_err(|error| error.to_string())?;
+    let mut here = shared.machine.lock().await;
+    let Here { net, datapath, machine, attached, trouble } = &mut *here;
+    let mut core = shared.core.lock().await;
+    let told = |error: MachineError| error.to_string();
+    if plan.bpf != core.plan.bpf || plan.state_dir != core.plan.state_dir {
+        return Err(
+            "bpf and stateDir cannot change while the load balancer runs; put them back, or restart it".to_owned()
+        );
+    }
+    let seen = Machine::look(&plan, net).await.map_err(told)?;
+    seen.check(&plan, net).await.map_err(told)?;
+    devices::apply_settings(&plan, &seen, net).map_err(|error| error.to_string())?;
+    let applied = core.apply(plan);
+    match &applied {
+        Err(ApplyError::Kernel(_)) => shared.wake.notify_one(),
+        Err(error) => return Err(error.to_string()),
+        Ok(()) => {}
+    }
+    *machine = seen;
+    machine.tell(&core.plan, &core.tables).map_err(|error| error.to_string())?;
+    let followed = attached.follow(&core.plan, machine, datapath);
+    *trouble = followed.as_ref().err().map(ToString::to_string);
+    applied.map_err(|error| error.to_string())?;
+    followed.map_err(told)?;
+    Ok(core.plan.services.len())
+}
+
+/// Takes in what checks say.
+async fn follow_checks(shared: Arc<Shared>, mut outcomes: UnboundedReceiver<Outcome>) {
+    while let Some(outcome) = outcomes.recv().await {
+        if let Err(error) = shared.core.lock().await.note(&outcome) {
+            tracing::error!(%error, "a backend's state is not in the tables");
+            shared.wake.notify_one();
+        }
+    }
+}
+
+/// Connections ask again for their way when somebody changed it: recipes hold the neighbour that a
+/// route led to. Devices that come back are served again.
+async fn follow_network(shared: Arc<Shared>, mut routes: ForeignRoutes, mut neighbours: Neighbours) {
+    loop {
+        let going_on = tokio::select! {
+            changed = routes.changed() => changed,
+            changed = neighbours.changed() => changed.is_some(),
+        };
+        if !going_on {
+            return tracing::error!("routes and neighbours are not watched any more");
+        }
+        // Daemons change routes in bursts; one renewal does for what came at once.
+        tokio::time::sleep(BURST).await;
+        while routes.changed().now_or_never() == Some(true) {}
+        while let Some(Some(_)) = neighbours.changed().now_or_never() {}
+        let mut here = shared.machine.lock().await;
+        let core = shared.core.lock().await;
+        if let Err(error) = core.tables.bump(epoch_slot::NODE) {
+            tracing::error!(%error, "established connections may go on by a way that is gone");
+        }
+        let Here { net, datapath, machine, attached, trouble } = &mut *here;
+        let outcome = match Machine::look(&core.plan, net).await {
+            Ok(seen) => {
+                *machine = seen;
+                let told = machine.tell(&core.plan, &core.tables).map_err(MachineError::from);
+                told.and(attached.follow(&core.plan, machine, datapath))
+            }
+            Err(error) => Err(error),
+        };
+        let now = outcome.err().map(|error| error.to_string());
+        if let Some(error) = now.as_ref().filter(|error| trouble.as_ref() != Some(error)) {
+            tracing::error!(error, "devices and addresses are not as the file wants them");
+        }
+        *trouble = now;
+    }
+}
+
+/// Tries again what the kernel refused.
+async fn catch_up(shared: Arc<Shared>) {
+    loop {
+        shared.wake.notified().await;
+        loop {
+            tokio::time::sleep(RETRY).await;
+            match shared.core.lock().await.catch_up() {
+                Ok(()) => break tracing::info!("the kernel's tables are as they shall be"),
+                Err(error) => tracing::error!(%error, "the kernel's tables are not as they shall be"),
+            }
+        }
+    }
+}
+
+/// Keeps who was dropped.
+async fn follow_drops(shared: Arc<Shared>, mut events: Events) {
+    loop {
+        match events.next().await {
+            Ok(batch) => {
+                let mut drops = shared.drops.lock().unwrap_or_else(PoisonError::into_inner);
+                batch.events.iter().for_each(|event| drops.note(event));
+            }
+            Err(error) => return tracing::error!(%error, "clients of drops are not told any more"),
+        }
+    }
+}
+
+/// Removes flows that ended, a bounded part of the tables at a time, beside everything else.
+async fn collect(shared: Arc<Shared>) {
+    let mut collector = Collector::new(shared.core.lock().await.tables.clone());
+    let mut pause = tokio::time::interval(SWEEP_EVERY);
+    pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        pause.tick().await;
+        let swept = tokio::task::spawn_blocking(move || {
+            let outcome = collector.sweep(gc::now(), SWEEP_BUDGET);
+            (collector, outcome)
+        });
+        match swept.await {
+            Ok((back, outcome)) => {
+                collector = back;
+                if let Err(error) = outcome {
+                    tracing::warn!(%error, "flows that ended stay until the next sweep");
+                }
+            }
+            Err(error) => return tracing::error!(%error, "flows that ended stay until the tables are full"),
+        }
+    }
+}
+
+impl Here {
+    /// Where translated connections come from unless their service has a pool.
+    fn sources(&self) -> Vec<IpAddr> {
+        self.machine.v4.map(IpAddr::V4).into_iter().chain(self.machine.v6.map(IpAddr::V6)).collect()
+    }
+}
+
+impl ConfigState {
+    fn status(&self, file: &Path) -> ConfigStatus {
+        ConfigStatus {
+            file: file.display().to_string(),
+            in_force: self.error.is_empty(),
+            error: self.error.clone(),
+            age_s: self.read.elapsed().as_secs(),
+            loads: self.loads,
+        }
+    }
+}
+
+/// Seconds of the monotonic clock.
+fn monotonic_s() -> f64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
+}
