@@ -187,8 +187,7 @@ impl Core {
     pub fn place(&mut self, named: &Named) {
         let (namespace, name) = named;
         let here = |endpoint: &&Endpoint| endpoint.namespace == *namespace && endpoint.pod == *name;
-        let mut addresses: Vec<IpAddr> =
-            self.endpoints.values().filter(here).flat_map(Endpoint::addresses).collect();
+        let mut addresses: Vec<IpAddr> = self.endpoints.values().filter(here).flat_map(Endpoint::addresses).collect();
         let mut node = (!addresses.is_empty()).then(|| self.node.name.clone());
         // What this node published is known here already, and perhaps out of date in the store.
         for record in self.view.records_of(named).filter(|record| record.node != self.node.name) {

@@ -3,8 +3,9 @@
 use std::fmt::{Debug, Display};
 
 use cirri_abi::{
-    Action, Addr, Endpoint, FlowKey4, Hook, Ipcache, Plain, PolicyEntry, Recipe, Rewrite, State, Tick, Tuple,
-    ipcache_flag, map, policy_flag, recipe_flag,
+    Action, Addr, Affinity, AffinityKey, Algorithm, Backend, BackendCounter, BackendState, Endpoint, FlowKey4,
+    Forwarding, Hook, Ipcache, IpcacheKey, Plain, PolicyEntry, RangeKey, Recipe, Rewrite, Service, ServiceKey,
+    SnatPool, State, Tick, Tuple, ipcache_flag, map, policy_flag, recipe_flag, service_flag,
 };
 use cirri_loader::{MapError, Table, Tables};
 
@@ -32,6 +33,17 @@ pub fn dump(tables: &Tables, name: &str, limit: usize) -> Result<Vec<MapEntry>, 
             |key| ipcache_net(key).map_or_else(|| format!("{key:?}"), |net| net.to_string()),
             ipcache,
         ),
+        "SERVICES" => walk(&tables.services, limit, service_key, service),
+        "BACKENDS" => occupied(&tables.backends, limit, backend),
+        "SERVICE_SLOTS" => occupied(&tables.slots, limit, |slot| format!("backend {}", slot.backend)),
+        "AFFINITY" => walk(&tables.affinity, limit, affinity_key, affinity),
+        "SOURCE_RANGES" => walk(&tables.source_ranges, limit, range, |_| String::new()),
+        "SNAT_POOLS" => occupied(&tables.snat_pools, limit, pool),
+        "NODE_PORTS" => node_ports(tables, limit),
+        "BACKEND_COUNTERS" => backend_counters(tables, limit),
+        "PER_PACKET" => {
+            walk(&tables.per_packet, limit, |cookie| format!("network namespace {cookie}"), |_| String::new())
+        }
         "FRAGMENTS" => walk(&tables.fragments, limit, debug, debug),
         "NODE" => tables.node().map(|node| vec![entry("node", debug(&node))]),
         "EPOCHS" => epochs(tables, limit),
@@ -65,6 +77,47 @@ fn walk<K: Plain, V: Plain>(
             None => return Ok(entries),
         }
     }
+}
+
+/// The entries of an array that are not zero.
+fn occupied<V: Plain + Default + PartialEq>(
+    table: &Table<u32, V>,
+    limit: usize,
+    value_text: impl Fn(&V) -> String,
+) -> Result<Vec<MapEntry>, MapError> {
+    let mut entries = Vec::new();
+    let mut at = None;
+    loop {
+        let chunk = table.chunk(at.as_ref(), 8192)?;
+        let occupied = chunk.entries.iter().filter(|(_, value)| *value != V::default());
+        entries.extend(occupied.map(|(index, value)| entry(index, value_text(value))));
+        match chunk.next {
+            Some(next) if entries.len() < limit => at = Some(next),
+            _ => {
+                entries.truncate(limit);
+                return Ok(entries);
+            }
+        }
+    }
+}
+
+fn node_ports(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {
+    let words = tables.node_ports.entries()?;
+    let of_word = |(word, bits): &(u32, u64)| {
+        let (word, bits) = (*word, *bits);
+        (0..64).filter(move |bit| bits & (1 << bit) != 0).map(move |bit| word * 64 + bit)
+    };
+    Ok(words.iter().flat_map(of_word).take(limit).map(|port| entry(format!("port {port}"), "served")).collect())
+}
+
+fn backend_counters(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {
+    let counters = tables.backend_counters(1..tables.backends.capacity())?;
+    let counted = counters.into_iter().filter(|(_, counter)| *counter != BackendCounter::default());
+    let words = |(number, counter): (u32, BackendCounter)| {
+        let BackendCounter { connections, packets, bytes, answers } = counter;
+        entry(number, format!("{connections} connections {packets} packets {bytes} bytes {answers} answers"))
+    };
+    Ok(counted.take(limit).map(words).collect())
 }
 
 fn counters(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {
@@ -120,13 +173,88 @@ fn debug(value: &impl Debug) -> String {
 }
 
 fn tuple(tuple: &Tuple) -> String {
-    let end = |ip: Addr, port: u16| if ip.is_v4() { format!("{ip}:{port}") } else { format!("[{ip}]:{port}") };
     format!(
         "{} -> {} proto {}",
-        end(tuple.src, tuple.sport.number()),
-        end(tuple.dst, tuple.dport.number()),
+        place(tuple.src, tuple.sport.number()),
+        place(tuple.dst, tuple.dport.number()),
         tuple.proto
     )
+}
+
+fn service_key(key: &ServiceKey) -> String {
+    match (key.port.number(), key.proto) {
+        (0, 0) => format!("{} all else", key.addr),
+        (port, proto) => format!("{}/{}", place(key.addr, port), cirri_control::service::protocol_name(proto)),
+    }
+}
+
+fn service(row: &Service) -> String {
+    if row.flags & service_flag::REFUSE != 0 {
+        return "refused".to_owned();
+    }
+    let set = |first: u32, count: u32| {
+        if count == 0 { "nobody".to_owned() } else { format!("slots {first}-{}", first + count - 1) }
+    };
+    let algorithm = if row.algorithm == Algorithm::MAGLEV { "maglev" } else { "random" };
+    let mut text = format!(
+        "service {} inside {} outside {}, {algorithm}, {}, epoch slot {}",
+        row.id,
+        set(row.inside_first, row.inside_count),
+        set(row.outside_first, row.outside_count),
+        Forwarding::name(row.forwarding),
+        row.slot,
+    );
+    if row.affinity != 0 {
+        text.push_str(&format!(", affinity {} s", row.affinity));
+    }
+    if row.pool != 0 {
+        text.push_str(&format!(", pool {}", row.pool));
+    }
+    for (flag, name) in [
+        (service_flag::INSIDE_ONLY, "inside only"),
+        (service_flag::RANGES, "source ranges"),
+        (service_flag::RANGES_DENY, "denied"),
+    ] {
+        if row.flags & flag != 0 {
+            text.push_str(&format!(", {name}"));
+        }
+    }
+    text
+}
+
+fn backend(row: &Backend) -> String {
+    let protocol = cirri_control::service::protocol_name(row.proto);
+    let state = BackendState::name(row.state);
+    format!("{}/{protocol} {state} of service {}", place(row.addr, row.port.number()), row.service)
+}
+
+fn affinity_key(key: &AffinityKey) -> String {
+    if key.cookie == 0 {
+        return format!("service {} client {}", key.service, key.client);
+    }
+    let [_, _, low, high] = key.client.words;
+    let cookie = u64::from(high) << 32 | u64::from(low);
+    format!("service {} client in network namespace {cookie}", key.service)
+}
+
+fn affinity(row: &Affinity) -> String {
+    format!("backend {} used {} s ago", row.backend, age(row.last_used))
+}
+
+fn range(key: &RangeKey) -> String {
+    let of_addr = IpcacheKey { prefix_len: key.prefix_len.saturating_sub(32), addr: key.addr };
+    let net = ipcache_net(&of_addr).map_or_else(|| key.addr.to_string(), |net| net.to_string());
+    format!("service {} {net}", key.service)
+}
+
+fn pool(row: &SnatPool) -> String {
+    let first = u32::from(row.first.number());
+    format!("{} {} ports {first}-{}", row.v4, row.v6, first + u32::from(row.mask))
+}
+
+/// Address and port.
+fn place(addr: Addr, port: u16) -> String {
+    if addr.is_v4() { format!("{addr}:{port}") } else { format!("[{addr}]:{port}") }
 }
 
 fn recipe(recipe: &Recipe) -> String {
@@ -205,4 +333,37 @@ fn policy(value: &PolicyEntry) -> String {
     let verdict = if value.flags & policy_flag::ALLOW != 0 { "allow" } else { "deny" };
     let audit = if value.flags & policy_flag::AUDIT != 0 { " audit" } else { "" };
     format!("{verdict}{audit} precedence {:#x} cookie {}", value.precedence, value.cookie)
+}
+
+#[cfg(test)]
+mod tests {
+    use cirri_abi::Port;
+
+    use super::*;
+
+    #[test]
+    fn rows_of_services_are_in_words() {
+        let key = ServiceKey { addr: Addr::v4([10, 96, 0, 1]), port: Port::new(80), proto: 6, _pad: 0 };
+        assert_eq!(service_key(&key), "10.96.0.1:80/TCP");
+        assert_eq!(service_key(&ServiceKey { port: Port::new(0), proto: 0, ..key }), "10.96.0.1 all else");
+        let row = Service {
+            id: 3,
+            flags: service_flag::INSIDE_ONLY,
+            inside_first: 16,
+            inside_count: 4,
+            affinity: 10_800,
+            slot: 20_484,
+            ..Service::default()
+        };
+        assert_eq!(
+            service(&row),
+            "service 3 inside slots 16-19 outside nobody, random, snat, epoch slot 20484, affinity 10800 s, inside only"
+        );
+        let addr = Addr::v6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
+        let row =
+            Backend { addr, port: Port::new(53), proto: 17, state: BackendState::DRAINING, service: 3, _pad: [0; 2] };
+        assert_eq!(backend(&row), "[fd00::7]:53/UDP draining of service 3");
+        let key = RangeKey { prefix_len: 32 + 96 + 24, service: 3, addr: Addr::v4([192, 0, 2, 0]) };
+        assert_eq!(range(&key), "service 3 192.0.2.0/24");
+    }
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cirri_abi::{Addr, Identity, Ipcache, epoch_slot, ipcache_flag};
-use cirri_loader::{EdgeWanted, MapError};
 use cirri_loader::net::Neighbour;
+use cirri_loader::{EdgeWanted, MapError};
 use ipnet::IpNet;
 
 use super::core::Core;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use cirri_control::service::maglev;
 use serde_json::Value;
 
 use super::{Config, Dispatch, Forwarding, RoutingMode, StoreKind};
@@ -197,6 +198,14 @@ fn check_services(config: &Config) -> Result<(), ConfigError> {
             String::from(taken)
         ));
     }
+    if services.maglev_size != 0 && !maglev::SIZES.contains(&services.maglev_size) {
+        let sizes: Vec<String> = maglev::SIZES.iter().map(u32::to_string).collect();
+        return refuse(format!(
+            "services.maglevSize is {}; take 0 (by the number of backends) or one of {}",
+            services.maglev_size,
+            sizes.join(", ")
+        ));
+    }
     let returns_directly = services.forwarding != Forwarding::Snat;
     if returns_directly && services.dispatch == Dispatch::Ipip && config.routing.mode != RoutingMode::Direct {
         return refuse(
@@ -310,6 +319,7 @@ mod tests {
             ("services: {nodePorts: 40000-50000}", "masquerade.ports 49152-65535 overlap"),
             ("services: {nodePorts: 32767-30000}", "FIRST-LAST"),
             ("services: {forwarding: dsr, dispatch: ipip}", "routing.mode direct"),
+            ("services: {maglevSize: 1000}", "16381"),
             ("services: {acceleration: fast}", "best-effort"),
             ("services: {socket: {mode: some}}", "host"),
         ] {

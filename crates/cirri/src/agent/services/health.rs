@@ -45,9 +45,8 @@ pub async fn serve(shared: Arc<Shared>) {
             ports.serve(&wanted);
             core.serving.health = ports.status();
         }
-        let again = async {
-            if ports.has_failed() { tokio::time::sleep(RETRY).await } else { std::future::pending().await }
-        };
+        let again =
+            async { if ports.has_failed() { tokio::time::sleep(RETRY).await } else { std::future::pending().await } };
         tokio::select! {
             () = shared.health.notified() => {}
             () = again => {}
@@ -85,10 +84,10 @@ impl Ports {
     fn serve(&mut self, wanted: &BTreeMap<u16, Check>) {
         self.open.retain(|port, _| wanted.contains_key(port));
         for (number, check) in wanted {
-            let port = self.open.entry(*number).or_insert_with(|| Port {
-                check: watch::Sender::new(check.clone()),
-                serving: Err(String::new()),
-            });
+            let port = self
+                .open
+                .entry(*number)
+                .or_insert_with(|| Port { check: watch::Sender::new(check.clone()), serving: Err(String::new()) });
             port.check.send_if_modified(|now| {
                 let differs = now != check;
                 *now = check.clone();

@@ -10,9 +10,7 @@ use cirri_flow::Served;
 
 use super::Serving;
 use crate::agent::core::Core;
-use crate::api::{
-    BackendInfo, EdgeInfo, FrontendInfo, ServiceGet, ServiceInfo, ServicesStatus, SocketInfo,
-};
+use crate::api::{BackendInfo, EdgeInfo, FrontendInfo, ServiceGet, ServiceInfo, ServicesStatus, SocketInfo};
 use crate::config::SocketMode;
 
 impl Serving {
@@ -190,10 +188,7 @@ impl Core {
 }
 
 /// Adds to backends what they were given.
-pub fn count(
-    tables: &cirri_loader::Tables,
-    backends: &mut [BackendInfo],
-) -> Result<(), cirri_loader::MapError> {
+pub fn count(tables: &cirri_loader::Tables, backends: &mut [BackendInfo]) -> Result<(), cirri_loader::MapError> {
     let numbers: Vec<u32> = backends.iter().map(|backend| backend.number).filter(|number| *number != 0).collect();
     let counters: BTreeMap<u32, BackendCounter> = tables.backend_counters(numbers)?.into_iter().collect();
     for backend in backends {

@@ -20,9 +20,9 @@ impl Serving {
         if !self.resumed {
             return Ok(());
         }
-        let end = services.iter().flat_map(|(_, row)| {
-            [(row.inside_first, row.inside_count), (row.outside_first, row.outside_count)]
-        });
+        let end = services
+            .iter()
+            .flat_map(|(_, row)| [(row.inside_first, row.inside_count), (row.outside_first, row.outside_count)]);
         let end = end.filter(|(_, count)| *count > 0).map(|(first, count)| first.saturating_add(count)).max();
         let slots = first_slots(tables, end.unwrap_or_default())?;
         tracing::info!(addresses = services.len(), backends = backends.len(), "services of an earlier run");

@@ -79,10 +79,12 @@ fn write_kind(
         match write.as_ref() {
             Write::Backend(number, row) => {
                 if row.state == BackendState::ABSENT || row.state == BackendState::DOWN {
-                    released.extend(tables.backends.get(number)?.map(|was| Released {
-                        number: *number,
-                        datagrams: datagrams(&was),
-                    }));
+                    released.extend(
+                        tables
+                            .backends
+                            .get(number)?
+                            .map(|was| Released { number: *number, datagrams: datagrams(&was) }),
+                    );
                 } else if counted(number) && tables.backends.get(number)?.is_none_or(|was| was.service != row.service) {
                     tables.clear_backend_counter(*number)?;
                 }
