@@ -145,6 +145,28 @@ async fn attached_programs_outlive_the_process_and_an_upgrade_replaces_them_in_p
 }
 
 #[tokio::test]
+async fn a_device_has_the_programs_of_what_it_serves_and_no_others() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    veth(&place.net(), "eth0", "peer").await;
+    place
+        .namespace
+        .run(|| {
+            let mut datapath = instance.load();
+            let attached = |datapath: &Datapath| -> Vec<String> {
+                datapath.attachments().expect("listed").into_iter().map(|it| it.program).collect()
+            };
+            let on = |direction| programs_on("eth0", direction).len();
+            datapath.attach_network("eth0").expect("attached");
+            assert_eq!(attached(&datapath), ["from_network", "to_network"]);
+            assert_eq!((on(TcAttachType::Ingress), on(TcAttachType::Egress)), (1, 1));
+            datapath.attach_unwrap("eth0").expect("attached in their place");
+            assert_eq!(attached(&datapath), ["unwrap"]);
+            assert_eq!((on(TcAttachType::Ingress), on(TcAttachType::Egress)), (1, 0));
+        })
+        .expect("in the namespace");
+}
+
+#[tokio::test]
 async fn a_program_that_another_version_attached_and_this_one_does_not_goes() {
     let (instance, place) = (TestInstance::new(), TestNamespace::new());
     let ifindex = veth(&place.net(), "eth1", "eth0").await;

@@ -4,6 +4,7 @@
 //! <pin root>/<instance>/<ABI hash>/FLOWS4 ...     the maps, one complete set
 //! <pin root>/<instance>/<ABI hash>-new/           a set being made; never used
 //! <pin root>/<instance>/links/from_workload-12    program on device
+//! <pin root>/<instance>/links/connect4-0          program on the sockets of a cgroup
 //! ```
 //!
 //! A set is made aside and renamed when it is complete and every program has passed the verifier,
