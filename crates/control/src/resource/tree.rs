@@ -29,6 +29,11 @@ pub fn documents(file: &str, text: &str) -> Result<Vec<Tree>, ResourceError> {
     Ok(trees.into_iter().map(Tree::placed).collect())
 }
 
+/// Reads one JSON document, without places; `None` if it is none.
+pub fn json(text: &str) -> Option<Tree> {
+    serde_json::from_str::<serde_json::Value>(text).ok().map(Tree::unplaced)
+}
+
 /// A value and where it stands.
 #[derive(Debug)]
 pub struct Tree {
@@ -59,6 +64,24 @@ impl Tree {
     fn placed(spanned: Spanned<Tree>) -> Tree {
         let at = spanned.referenced;
         Tree { value: spanned.value.value, line: at.line(), column: at.column() }
+    }
+
+    fn unplaced(json: serde_json::Value) -> Tree {
+        let value = match json {
+            serde_json::Value::Null => Value::Null,
+            serde_json::Value::Bool(value) => Value::Bool(value),
+            serde_json::Value::Number(number) => match number.as_i128() {
+                Some(integer) => Value::Integer(integer),
+                None => Value::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            serde_json::Value::String(text) => Value::String(text),
+            serde_json::Value::Array(items) => Value::List(items.into_iter().map(Tree::unplaced).collect()),
+            serde_json::Value::Object(fields) => {
+                let field = |(name, value)| (Key { name, line: 0, column: 0 }, Tree::unplaced(value));
+                Value::Map(fields.into_iter().map(field).collect())
+            }
+        };
+        Tree { value, line: 0, column: 0 }
     }
 
     /// A cursor on the whole document.
