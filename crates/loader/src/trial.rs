@@ -109,7 +109,7 @@ impl<'a> Trial<'a> {
             if at_edge { (&mut self.measured_edge, MEASURED_EDGE) } else { (&mut self.measured, MEASURED) };
         let target = program_fd(self.ebpf, program)?;
         measured.set(0, target, 0).map_err(|error| in_map(map, "update", error))?;
-        self.template.set(0, template(shot), 0).map_err(|error| in_map(TEMPLATE, "update", error))?;
+        self.template.set(0, template(shot, at_edge), 0).map_err(|error| in_map(TEMPLATE, "update", error))?;
         let mut out = vec![0; shot.packet.len() + 256];
         let (skb, frame) = (skb_context(shot.ifindex), frame_context(shot));
         let options = TestRunOptions {
@@ -136,14 +136,16 @@ const MEASURED: &str = "MEASURED";
 const MEASURED_EDGE: &str = "MEASURED_EDGE";
 
 /// The words that `wrap` works from (`crates/bpf/src/wrap.rs`).
-fn template(shot: &Shot<'_>) -> [u64; 16] {
+fn template(shot: &Shot<'_>, at_edge: bool) -> [u64; 16] {
     let mut words = [0; 16];
     for (word, bytes) in words.iter_mut().zip(shot.packet.as_chunks::<8>().0).take(Trial::HEADERS / 8) {
         *word = u64::from_ne_bytes(*bytes);
     }
     let v6 = shot.packet.get(12..14) == Some(&[0x86, 0xdd]);
     let (vni, remote) = shot.tunnel.unwrap_or_default();
-    let settings = [shot.first, shot.flows.saturating_sub(1), v6.into(), shot.mark.into(), vni.into(), remote.into()];
+    // A frame at the edge has no mark, and may be another size after a repetition.
+    let mark = if at_edge { shot.packet.len() as u64 } else { shot.mark.into() };
+    let settings = [shot.first, shot.flows.saturating_sub(1), v6.into(), mark, vni.into(), remote.into()];
     for (word, setting) in words.iter_mut().skip(Trial::HEADERS / 8).zip(settings) {
         *word = setting;
     }
@@ -206,9 +208,10 @@ mod tests {
         packet.splice(12..14, [0x86, 0xdd]);
         let shot =
             Shot { packet: &packet, ifindex: 3, mark: 5, tunnel: Some((258, 9)), flows: 1024, first: 11, repeat: 1 };
-        let words = template(&shot);
+        let words = template(&shot, false);
         assert_eq!(words[0], 0x0707_0707_0707_0707);
         assert_eq!(words[9], 0x0707_0707_0707_0707);
         assert_eq!(words[10..], [11, 1023, 1, 5, 258, 9]);
+        assert_eq!(template(&shot, true)[13], 96);
     }
 }
