@@ -228,3 +228,67 @@ fn nth(range: IpNet, n: u32) -> IpAddr {
 fn hash(text: &str) -> u32 {
     text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
+
+#[cfg(test)]
+mod tests {
+    use cirri_control::resource::parse_documents;
+
+    use super::*;
+
+    fn manifest(name: &str, spec: &str) -> String {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{{spec}, ports: [{{name: a, port: 80}}, {{name: b, port: 81}}]}}\n"
+        )
+    }
+
+    fn allotted(text: &str, stored: &BTreeMap<String, String>) -> Vec<Service> {
+        let resources = allot(parse_documents("t.yaml", text).unwrap(), stored).unwrap();
+        resources.iter().map(|resource| Service::read(&resource.to_json()).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_service_gets_what_its_type_and_families_need_and_the_same_every_time() {
+        let text = [
+            manifest("one", "type: ClusterIP"),
+            manifest("two", "type: NodePort, ipFamilyPolicy: RequireDualStack"),
+            manifest("three", "type: LoadBalancer, ipFamilies: [IPv6], externalTrafficPolicy: Local"),
+            manifest("four", "clusterIP: None"),
+        ]
+        .concat();
+        let all = allotted(&text, &BTreeMap::new());
+        assert_eq!(all, allotted(&text, &BTreeMap::new()));
+        let families: Vec<Vec<bool>> =
+            all.iter().map(|service| service.cluster_ips().iter().map(IpAddr::is_ipv6).collect()).collect();
+        assert_eq!(families, [vec![false], vec![false, true], vec![true], vec![]]);
+        for service in &all[..3] {
+            assert!(service.cluster_ips().iter().all(|address| CLUSTER.iter().any(|range| range.contains(address))));
+        }
+        let ports = |service: &Service| service.spec.ports.iter().filter(|port| port.node_port >= 30_000).count();
+        assert_eq!(all.iter().map(ports).collect::<Vec<_>>(), [0, 2, 2, 0]);
+        assert!(all[2].load_balancer_ips().iter().all(|address| LOAD_BALANCER[1].contains(address)));
+        assert_eq!((all[2].load_balancer_ips().len(), all[1].load_balancer_ips().len()), (1, 0));
+        assert!(all[2].spec.health_check_node_port >= 30_000 && all[1].spec.health_check_node_port == 0);
+    }
+
+    #[test]
+    fn what_is_asked_for_by_name_stands_and_nobody_else_gets_it() {
+        let alone = allotted(&manifest("one", "type: NodePort"), &BTreeMap::new());
+        let wanted = alone[0].cluster_ips()[0];
+        let other = manifest("zero", &format!("type: NodePort, clusterIP: {wanted}"));
+        let both = allotted(&[manifest("one", "type: NodePort"), other].concat(), &BTreeMap::new());
+        assert_eq!(both[1].cluster_ips(), [wanted]);
+        assert_ne!(both[0].cluster_ips(), [wanted]);
+        let ports: BTreeSet<u16> = both.iter().flat_map(|s| s.spec.ports.iter().map(|port| port.node_port)).collect();
+        assert_eq!(ports.len(), 4);
+    }
+
+    #[test]
+    fn what_a_service_has_it_keeps() {
+        let text = manifest("one", "type: LoadBalancer, clusterIP: 10.96.7.7");
+        let first = allot(parse_documents("t.yaml", &text).unwrap(), &BTreeMap::new()).unwrap();
+        let stored = BTreeMap::from([(first[0].store_key(), first[0].to_json())]);
+        let again = allotted(&manifest("one", "type: LoadBalancer"), &stored);
+        assert_eq!(again[0].cluster_ips(), ["10.96.7.7".parse::<IpAddr>().unwrap()]);
+        assert_eq!(again, [Service::read(&first[0].to_json()).unwrap()]);
+    }
+}

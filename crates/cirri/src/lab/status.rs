@@ -16,6 +16,9 @@ pub fn observed(manifest: &str, pod: &PodRecord) -> String {
         let addresses: Vec<Value> = pod.addresses.iter().map(|address| json!({"ip": address})).collect();
         status["podIPs"] = addresses.into();
     }
+    if status["phase"].is_null() {
+        status["phase"] = "Running".into();
+    }
     let is_ready = |condition: &Value| condition["type"] == "Ready";
     if !status["conditions"].as_array().is_some_and(|conditions| conditions.iter().any(is_ready)) {
         let mut conditions = status["conditions"].as_array().cloned().unwrap_or_default();
@@ -23,4 +26,36 @@ pub fn observed(manifest: &str, pod: &PodRecord) -> String {
         status["conditions"] = conditions.into();
     }
     Resource::from_json(&document.to_string()).map_or_else(|_| manifest.to_owned(), |resource| resource.to_json())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(status: &str) -> Value {
+        let manifest = format!(
+            r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"a"}},"spec":{{"containers":[{{"name":"c"}}]}}{status}}}"#
+        );
+        let pod = PodRecord {
+            key: "default/a".parse().unwrap(),
+            node: "node1".into(),
+            netns: "/run/netns/x".into(),
+            container_id: "x".into(),
+            addresses: vec!["10.244.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
+            spec: super::super::state::PodSpec::default(),
+            complete: true,
+            error: None,
+        };
+        serde_json::from_str(&observed(&manifest, &pod)).unwrap()
+    }
+
+    #[test]
+    fn a_pod_that_runs_has_addresses_and_is_ready_unless_its_manifest_says_no() {
+        let pod = told("");
+        assert_eq!(pod["status"]["podIPs"], json!([{"ip": "10.244.0.2"}, {"ip": "fd00::2"}]));
+        assert_eq!(pod["status"]["conditions"][0]["status"], "True");
+        let pod = told(r#","status":{"conditions":[{"type":"Ready","status":"False"}]}"#);
+        assert_eq!(pod["status"]["conditions"][0]["status"], "False");
+        assert_eq!(pod["status"]["podIPs"][0]["ip"], "10.244.0.2");
+    }
 }
