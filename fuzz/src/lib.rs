@@ -124,8 +124,8 @@ fn node() -> Node {
         let entry = Ipcache { identity, flags, peer, slot, ..Ipcache::default() };
         node.put_ipcache(IpcacheKey { prefix_len: length, addr: addr(net) }, entry);
     }
-    node.put_route(addr("0.0.0.0"), 96, NextHop { ifindex: NETWORK, peer: u32::from_ne_bytes([192, 168, 0, 254]) });
-    node.put_route(addr("::"), 0, NextHop { ifindex: NETWORK, peer: 0 });
+    node.put_route(addr("0.0.0.0"), 96, NextHop { ifindex: NETWORK, peer: u32::from_ne_bytes([192, 168, 0, 254]), ..NextHop::default() });
+    node.put_route(addr("::"), 0, NextHop { ifindex: NETWORK, ..NextHop::default() });
     node
 }
 

@@ -229,8 +229,7 @@ pub mod dsr {
     pub const LENGTH_V4: u32 = 8;
     /// IPv6 destination option; unknown ones are skipped.
     pub const OPTION_V6: u8 = 0x1b;
-    /// Bytes of the IPv6 extension header: next, length, option type, option length, port and padding to
-    /// four, address.
+    /// Bytes of the IPv6 extension header: next, length, option type, option length, address, port, zeroes.
     pub const LENGTH_V6: u32 = 24;
     /// IP protocol of IPv4 in IP (RFC 2003).
     pub const IPIP: u8 = 4;

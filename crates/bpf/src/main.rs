@@ -5,53 +5,92 @@
 
 mod maps;
 mod seams;
+mod services;
 mod skb;
+mod socket;
 mod tables;
 mod wrap;
+mod xdp;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
+    bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_action, xdp_md},
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
-    macros::classifier,
-    programs::TcContext,
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
 };
-use cirri_abi::Hook;
-use cirri_datapath::{Packet, Verdict, process};
+use cirri_abi::{Hook, node_flag};
+use cirri_datapath::{Packet, Services, Verdict, fast_path, is_outer_of_host};
 
-use crate::{skb::Skb, tables::Kernel};
+use crate::{services::Maps, skb::Skb, tables::Kernel, xdp::Raw};
 
 /// Packets that come out of a workload: tcx ingress of its device.
 #[classifier]
 pub fn from_workload(ctx: TcContext) -> i32 {
-    run(Hook::FROM_WORKLOAD, ctx)
+    run::<{ Hook::FROM_WORKLOAD }>(ctx)
 }
 
 /// Packets that the node's stack sends into a workload: tcx egress of its device.
 #[classifier]
 pub fn to_workload(ctx: TcContext) -> i32 {
-    run(Hook::TO_WORKLOAD, ctx)
+    run::<{ Hook::TO_WORKLOAD }>(ctx)
 }
 
 /// Packets from the network: tcx ingress of the node's devices.
 #[classifier]
 pub fn from_network(ctx: TcContext) -> i32 {
-    run(Hook::FROM_NETWORK, ctx)
+    run::<{ Hook::FROM_NETWORK }>(ctx)
+}
+
+/// Packets of the network before the stack: XDP of the node's devices. What is for a service and for
+/// another node goes on from here; everything else goes on to the stack, and `from_network`.
+#[xdp]
+pub fn edge(ctx: XdpContext) -> u32 {
+    match fast_xdp(ctx.ctx) {
+        SLOW => act_xdp(ctx.ctx, seams::xdp::slow(Hook::FROM_NETWORK, ctx.ctx)),
+        action => action as u32,
+    }
+}
+
+/// Packets that the node's stack sends to the network: tcx egress of the node's devices. Only answers of
+/// the node's own backends are of interest.
+#[classifier]
+pub fn to_network(ctx: TcContext) -> i32 {
+    let serves = match Maps.node() {
+        Some(node) => node.flags & node_flag::HOST_BACKENDS != 0,
+        None => false,
+    };
+    if !serves || Skb::new(ctx.skb.skb).decided() {
+        return TC_ACT_OK;
+    }
+    run::<{ Hook::TO_NETWORK }>(ctx)
+}
+
+/// For a plain host behind a load balancer that sends in IPIP: takes the outer header off what is for
+/// this host. The stack then sees the packet as its client sent it.
+#[classifier]
+pub fn unwrap(ctx: TcContext) -> i32 {
+    let mut skb = Skb::new(ctx.skb.skb);
+    if let Some(header) = is_outer_of_host(&skb, &Maps) {
+        if !skb.close(header) {
+            return TC_ACT_SHOT;
+        }
+    }
+    TC_ACT_OK
 }
 
 /// Packets out of the overlay: tcx ingress of the overlay device.
 #[classifier]
 pub fn from_overlay(ctx: TcContext) -> i32 {
-    run(Hook::FROM_OVERLAY, ctx)
+    run::<{ Hook::FROM_OVERLAY }>(ctx)
 }
 
 /// Packets into the overlay: tcx egress of the overlay device.
 #[classifier]
 pub fn to_overlay(ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(ctx.skb.skb);
-    if skb.decided() {
+    if Skb::new(ctx.skb.skb).decided() {
         return TC_ACT_OK;
     }
-    act(seams::slow(Hook::TO_OVERLAY, &mut skb))
+    act(seams::tc::slow(Hook::TO_OVERLAY, ctx.skb.skb))
 }
 
 /// Does nothing: the floor that the other programs are measured beside.
@@ -61,10 +100,45 @@ pub fn floor(_ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn run(hook: u8, ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(ctx.skb.skb);
-    let verdict = process(hook, &mut skb, &Kernel(ctx.skb.skb), |skb, _| seams::slow(hook, skb));
-    act(verdict)
+fn run<const HOOK: u8>(ctx: TcContext) -> i32 {
+    match fast::<HOOK>(ctx.skb.skb) {
+        SLOW => act(seams::tc::slow(HOOK, ctx.skb.skb)),
+        action => action,
+    }
+}
+
+/// What the fast paths answer when they leave a packet to the slow one: no action has this number.
+const SLOW: i32 = i32::MIN;
+
+/// The fast path, in a frame of its own. Whatever way it gives up, the verifier sees the same program
+/// go on, and walks the slow path once.
+#[inline(never)]
+fn fast<const HOOK: u8>(ctx: *mut __sk_buff) -> i32 {
+    match fast_path(HOOK, &mut Skb::new(ctx), &Kernel(ctx)) {
+        Some(verdict) => act(verdict),
+        None => SLOW,
+    }
+}
+
+/// The same at XDP.
+#[inline(never)]
+fn fast_xdp(ctx: *mut xdp_md) -> i32 {
+    match fast_path(Hook::FROM_NETWORK, &mut Raw::new(ctx), &Kernel(ctx)) {
+        Some(verdict) => act_xdp(ctx, verdict) as i32,
+        None => SLOW,
+    }
+}
+
+/// What a verdict is at XDP.
+#[inline(always)]
+fn act_xdp(ctx: *mut xdp_md, verdict: Verdict) -> u32 {
+    match verdict {
+        Verdict::Drop(_) => xdp_action::XDP_DROP,
+        Verdict::Device { ifindex } if ifindex == Raw::new(ctx).ifindex() => xdp_action::XDP_TX,
+        // SAFETY: helper without pointers.
+        Verdict::Device { ifindex } => unsafe { bpf_redirect(ifindex, 0) as u32 },
+        _ => xdp_action::XDP_PASS,
+    }
 }
 
 /// The one place where a verdict becomes an action.

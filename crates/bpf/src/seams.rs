@@ -7,66 +7,148 @@
 
 use core::{ffi::c_void, ptr};
 
-use aya_ebpf::bindings::__sk_buff;
-use cirri_abi::DropReason;
-use cirri_datapath::{Next, Outcome, Refusal, Scratch, Stage, Verdict, run_stage, slow_path};
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
+use cirri_abi::{DropReason, Hook};
+use cirri_datapath::{Next, Outcome, Packet, Refusal, Scratch, Stage, Verdict, run_stage, slow_path};
 
-use crate::{maps::SCRATCH, skb::Skb, tables::Kernel};
+use crate::{
+    maps::SCRATCH,
+    skb::Skb,
+    tables::{Context, Kernel},
+    xdp::Raw,
+};
 
-/// The slow path, in a frame of its own: the fast path's stays small.
-#[inline(always)]
-pub fn slow(hook: u8, skb: &mut Skb) -> Verdict {
-    #[inline(never)]
-    fn seam(ctx: *mut __sk_buff, scratch: *mut c_void, hook: u32) {
-        // SAFETY: the caller's own exclusive reference, lent for this call.
-        let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
-        scratch.word = pack(Ok(Next::Done(slow_path(hook as u8, &mut Skb::new(ctx), &Kernel(ctx), scratch))));
-    }
-    let Some(scratch) = scratch() else {
-        return Verdict::Drop(DropReason::NO_CONFIG);
+/// The subprograms of one kind of packet: `slow`, the slow path in a frame of its own, so that the fast
+/// path's stays small; and `run`, one stage of it.
+macro_rules! seams {
+    ($module:ident, $context:ty, $packet:ident, [$($name:ident: $stage:ident,)*]) => {
+        pub mod $module {
+            use super::*;
+
+            /// The slow path.
+            #[inline(always)]
+            pub fn slow(hook: u8, ctx: *mut $context) -> Verdict {
+                #[inline(never)]
+                fn seam(ctx: *mut $context, scratch: *mut c_void, hook: u32) {
+                    // SAFETY: the caller's own exclusive reference, lent for this call.
+                    let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
+                    // Before the stack there is one hook only; a constant keeps the others' ways out.
+                    let hook = if <$packet as Packet>::RAW { Hook::FROM_NETWORK } else { hook as u8 };
+                    let verdict = slow_path(hook, &mut $packet::new(ctx), &Kernel(ctx), scratch);
+                    scratch.word = pack(Ok(Next::Done(verdict)));
+                }
+                let Some(scratch) = scratch() else {
+                    return Verdict::Drop(DropReason::NO_CONFIG);
+                };
+                seam(ctx, ptr::from_mut(scratch).cast(), hook as u32);
+                match unpack(scratch.word) {
+                    Ok(Next::Done(verdict)) => verdict,
+                    Ok(_) => Verdict::Continue,
+                    Err(refusal) => Verdict::Drop(refusal.reason),
+                }
+            }
+
+            /// One stage of it. What a kind of packet never comes to has no subprogram.
+            #[inline(always)]
+            pub fn run(stage: Stage, ctx: *mut $context, scratch: &mut Scratch) -> Outcome {
+                $(
+                    #[inline(never)]
+                    fn $name(ctx: *mut $context, scratch: *mut c_void) {
+                        // SAFETY: the caller's own exclusive reference, lent for this call.
+                        let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
+                        scratch.word = pack(run_stage(Stage::$stage, &mut $packet::new(ctx), &Kernel(ctx), scratch));
+                    }
+                )*
+                match stage {
+                    $(Stage::$stage => $name(ctx, ptr::from_mut(scratch).cast()),)*
+                    #[allow(unreachable_patterns, reason = "one kind of packet comes to every stage")]
+                    _ => return Err(DropReason::MISSED_TAIL_CALL.into()),
+                }
+                unpack(scratch.word)
+            }
+        }
     };
-    seam(skb.context(), ptr::from_mut(scratch).cast(), hook as u32);
-    match unpack(scratch.word) {
-        Ok(Next::Done(verdict)) => verdict,
-        Ok(_) => Verdict::Continue,
-        Err(refusal) => Verdict::Drop(refusal.reason),
+}
+
+seams!(tc, __sk_buff, Skb, [
+    parse: Parse,
+    extension: Extension,
+    transport: Transport,
+    link_local: LinkLocal,
+    related: Related,
+    meet: Meet,
+    revisit: Revisit,
+    replace: Replace,
+    advance: Advance,
+    check_source: CheckSource,
+    locate: Locate,
+    serve: Serve,
+    judge: Judge,
+    draft: Draft,
+    translate: Translate,
+    write: Write,
+    mark: Mark,
+    answer: Answer,
+    answer_v6: AnswerV6,
+    send_back: SendBack,
+    report: Report,
+]);
+
+seams!(xdp, xdp_md, Raw, [
+    parse: Parse,
+    extension: Extension,
+    transport: Transport,
+    meet: Meet,
+    revisit: Revisit,
+    replace: Replace,
+    advance: Advance,
+    check_source: CheckSource,
+    locate: Locate,
+    serve: Serve,
+    judge: Judge,
+    draft: Draft,
+    translate: Translate,
+    write: Write,
+    mark: Mark,
+    answer: Answer,
+    answer_v6: AnswerV6,
+    send_back: SendBack,
+    report: Report,
+]);
+
+impl Context for *mut __sk_buff {
+    #[inline(always)]
+    fn pointer(self) -> *mut c_void {
+        self.cast()
+    }
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: a field of the context.
+        unsafe { (*self).ifindex }
+    }
+
+    #[inline(always)]
+    fn run(self, stage: Stage, scratch: &mut Scratch) -> Outcome {
+        tc::run(stage, self, scratch)
     }
 }
 
-/// One stage of it.
-#[inline(always)]
-pub fn run(stage: Stage, ctx: *mut __sk_buff, scratch: &mut Scratch) -> Outcome {
-    macro_rules! seams {
-        ($($name:ident: $stage:ident,)*) => {
-            $(
-                #[inline(never)]
-                fn $name(ctx: *mut __sk_buff, scratch: *mut c_void) {
-                    // SAFETY: the caller's own exclusive reference, lent for this call.
-                    let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
-                    scratch.word = pack(run_stage(Stage::$stage, &mut Skb::new(ctx), &Kernel(ctx), scratch));
-                }
-            )*
-            match stage { $(Stage::$stage => $name(ctx, ptr::from_mut(scratch).cast()),)* }
-            unpack(scratch.word)
-        };
+impl Context for *mut xdp_md {
+    #[inline(always)]
+    fn pointer(self) -> *mut c_void {
+        self.cast()
     }
-    seams! {
-        parse: Parse,
-        extension: Extension,
-        transport: Transport,
-        link_local: LinkLocal,
-        related: Related,
-        meet: Meet,
-        revisit: Revisit,
-        replace: Replace,
-        advance: Advance,
-        check_source: CheckSource,
-        locate: Locate,
-        judge: Judge,
-        draft: Draft,
-        masquerade: Masquerade,
-        write: Write,
-        report: Report,
+
+    #[inline(always)]
+    fn ifindex(self) -> u32 {
+        // SAFETY: a field of the context.
+        unsafe { (*self).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn run(self, stage: Stage, scratch: &mut Scratch) -> Outcome {
+        xdp::run(stage, self, scratch)
     }
 }
 
@@ -91,8 +173,9 @@ fn pack(outcome: Outcome) -> u64 {
         Ok(Next::Done(Verdict::Device { ifindex })) => 4 | device(ifindex),
         Ok(Next::Done(Verdict::Neighbour { ifindex, peer })) => 5 | device(ifindex) | (peer as u64) << 32,
         Ok(Next::Done(Verdict::Drop(reason))) => 6 | (reason.code as u64) << 8,
-        Err(Refusal { reason, quiet: false }) => 7 | (reason.code as u64) << 8,
-        Err(Refusal { reason, quiet: true }) => 8 | (reason.code as u64) << 8,
+        Err(Refusal { reason, quiet: true, .. }) => 8 | (reason.code as u64) << 8,
+        Err(Refusal { reason, answer: true, .. }) => 9 | (reason.code as u64) << 8,
+        Err(Refusal { reason, .. }) => 7 | (reason.code as u64) << 8,
     }
 }
 
@@ -108,7 +191,8 @@ fn unpack(word: u64) -> Outcome {
         4 => Ok(Next::Done(Verdict::Device { ifindex })),
         5 => Ok(Next::Done(Verdict::Neighbour { ifindex, peer: (word >> 32) as u32 })),
         6 => Ok(Next::Done(Verdict::Drop(reason))),
-        7 => Err(Refusal { reason, quiet: false }),
-        _ => Err(Refusal { reason, quiet: true }),
+        7 => Err(Refusal { reason, quiet: false, answer: false }),
+        9 => Err(Refusal { reason, quiet: false, answer: true }),
+        _ => Err(Refusal { reason, quiet: true, answer: false }),
     }
 }

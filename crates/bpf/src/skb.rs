@@ -4,18 +4,22 @@ use core::{mem::MaybeUninit, ptr};
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key,
-        bpf_tunnel_key__bindgen_ty_1,
+        __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
+        BPF_F_ZERO_CSUM_TX,
+        bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET},
+        bpf_tunnel_key, bpf_tunnel_key__bindgen_ty_1,
     },
     helpers::{
-        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_type, bpf_skb_get_tunnel_key, bpf_skb_pull_data,
-        bpf_skb_set_tunnel_key,
+        bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_change_type,
+        bpf_skb_get_tunnel_key, bpf_skb_pull_data, bpf_skb_set_tunnel_key,
     },
 };
 use cirri_datapath::{Packet, TunnelKey, Wire};
 
 pub const AF_INET: u32 = 2;
 const PACKET_HOST: u32 = 0;
+/// Bytes of an Ethernet header.
+const ETHERNET: u32 = 14;
 /// Mark of packets that a hook of this node has decided on: Cilium's "overlay" (its contract C12).
 /// The kernel clears marks when a packet leaves a network namespace, so a workload cannot set it.
 const MARK_DECIDED: u32 = 0x0400;
@@ -34,11 +38,6 @@ impl Skb {
         Skb { ctx }
     }
 
-    #[inline(always)]
-    pub fn context(&self) -> *mut __sk_buff {
-        self.ctx
-    }
-
     /// Pointer to `size` bytes at `offset`, if the packet has them in its linear part.
     #[inline(always)]
     fn at(&self, offset: u32, size: usize) -> Option<*mut u8> {
@@ -54,6 +53,8 @@ impl Skb {
 }
 
 impl Packet for Skb {
+    const RAW: bool = false;
+
     #[inline(always)]
     fn load<W: Wire>(&self, offset: u32) -> Option<W> {
         let at = self.at(offset, size_of::<W>())?;
@@ -102,6 +103,37 @@ impl Packet for Skb {
             // SAFETY: the context is the program's own; pointers into the packet are not kept.
             unsafe { bpf_skb_pull_data(self.ctx, wanted) };
         }
+    }
+
+    #[inline(always)]
+    fn open(&mut self, at: u32, bytes: u32) -> bool {
+        // Behind the Ethernet header comes an outer IP header: the kernel must know where the inner one
+        // begins, to cut segments.
+        let (mode, flags) = match (at, bytes) {
+            (ETHERNET, 20) => (BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4),
+            (ETHERNET, _) => (BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6),
+            _ => (BPF_ADJ_ROOM_NET, 0),
+        };
+        // SAFETY: the context is the program's own; pointers into the packet are not kept.
+        unsafe { bpf_skb_adjust_room(self.ctx, bytes as i32, mode, flags as u64) == 0 }
+    }
+
+    #[inline(always)]
+    fn close(&mut self, bytes: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { bpf_skb_adjust_room(self.ctx, -(bytes as i32), BPF_ADJ_ROOM_MAC, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, length: u32) -> bool {
+        // SAFETY: as above.
+        unsafe { bpf_skb_change_tail(self.ctx, length, 0) == 0 }
+    }
+
+    #[inline(always)]
+    fn is_segmented(&self) -> bool {
+        // SAFETY: a field of the context.
+        unsafe { (*self.ctx).gso_segs > 1 }
     }
 
     #[inline(always)]

@@ -4,32 +4,28 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_ANY, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP,
-        bpf_fib_lookup as FibParams,
+        BPF_ANY, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, bpf_fib_lookup as FibParams,
     },
     helpers::{
-        bpf_fib_lookup, bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_map_delete_elem,
-        bpf_map_lookup_elem, bpf_map_update_elem, bpf_ringbuf_query,
+        bpf_fib_lookup, bpf_ktime_get_ns, bpf_map_delete_elem, bpf_map_lookup_elem, bpf_map_update_elem,
+        bpf_ringbuf_query,
     },
 };
 use cirri_abi::{
-    Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey,
-    NodeConfig, PolicyEntry, PolicyKey, Recipe, Tick, Tuple,
+    Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, PolicyEntry, PolicyKey,
+    Recipe, SnatPool, Tick, Tuple,
 };
 use cirri_datapath::{Flow, NextHop, Outcome, Packet, Scratch, Stage, Table, Tables};
 
 use crate::{
     maps::{
-        COUNTERS, DEVICES, ENDPOINTS, EPOCHS, EVENTS, FLOWS4, FLOWS6, FRAGMENTS, IPCACHE, NODE, PENDING4, PENDING6,
-        RULESETS,
+        BACKEND_COUNTERS, COUNTERS, DEVICES, ENDPOINTS, EPOCHS, EVENTS, FLOWS4, FLOWS6, FRAGMENTS, PENDING4, PENDING6,
+        RULESETS, SNAT_POOLS,
     },
-    seams,
     skb::AF_INET,
 };
 
 const AF_INET6: u8 = 10;
-/// Do not resolve the neighbour: `bpf_redirect_neigh` will (Linux 6.3).
-const BPF_FIB_LOOKUP_SKIP_NEIGH: u32 = 1 << 2;
 /// An event in the ring: itself and the kernel's header of 8 bytes.
 const EVENT_IN_RING: u64 = size_of::<FlowEvent>() as u64 + 8;
 /// Each time that so many bytes more have gathered in the ring of events its reader is woken: once for
@@ -37,10 +33,19 @@ const EVENT_IN_RING: u64 = size_of::<FlowEvent>() as u64 + 8;
 const WAKE_AT: u64 = 128 * 1024;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
-const FIB_TOO_LARGE: i64 = 8;
+
+/// What a program was called with.
+pub trait Context: Copy {
+    /// As helpers want it.
+    fn pointer(self) -> *mut c_void;
+    /// The device that the packet is met on.
+    fn ifindex(self) -> u32;
+    /// Runs a stage in a subprogram of its own.
+    fn run(self, stage: Stage, scratch: &mut Scratch) -> Outcome;
+}
 
 /// The maps of this object, and the packet's context where a helper wants it.
-pub struct Kernel(pub *mut __sk_buff);
+pub struct Kernel<C>(pub C);
 
 /// A recipe in its map.
 #[derive(Clone, Copy)]
@@ -82,7 +87,7 @@ impl Flow for FlowRef {
     }
 }
 
-impl Tables for Kernel {
+impl<C: Context> Tables for Kernel<C> {
     type Flow = FlowRef;
 
     #[inline(always)]
@@ -154,19 +159,14 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn ipcache(&self, addr: &Addr) -> Option<&Ipcache> {
-        deref(lookup(&raw const IPCACHE, &IpcacheKey { prefix_len: 128, addr: *addr }))
-    }
-
-    #[inline(always)]
     fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry> {
         let inner: *mut c_void = lookup(&raw const RULESETS, &(ruleset as u32))?;
         deref(lookup(inner.cast_const(), key))
     }
 
     #[inline(always)]
-    fn node(&self) -> Option<&NodeConfig> {
-        NODE.get(0)
+    fn snat_pool(&self, number: u32) -> Option<&SnatPool> {
+        SNAT_POOLS.get(number)
     }
 
     #[inline(always)]
@@ -175,8 +175,10 @@ impl Tables for Kernel {
         let mut params: FibParams = unsafe { core::mem::zeroed() };
         params.l4_protocol = tuple.proto;
         // As for a packet that came in where this one did.
-        // SAFETY: a field of the context.
-        params.ifindex = unsafe { (*self.0).ifindex };
+        params.ifindex = self.0.ifindex();
+        // Any length makes the kernel tell the route's MTU; a packet that is too large now does not
+        // make the route a bad one.
+        params.__bindgen_anon_1.tot_len = 1;
         let v4 = tuple.src.is_v4();
         if v4 {
             params.family = AF_INET as u8;
@@ -187,16 +189,39 @@ impl Tables for Kernel {
             params.__bindgen_anon_3.ipv6_src = tuple.src.words;
             params.__bindgen_anon_4.ipv6_dst = tuple.dst.words;
         }
-        let flags = BPF_FIB_LOOKUP_SKIP_NEIGH;
         // SAFETY: the block lives on this stack and its size is passed.
-        let answer = unsafe { bpf_fib_lookup(self.0.cast(), &mut params, size_of::<FibParams>() as i32, flags) };
-        // A packet that is too large now does not make the route a bad one.
-        if answer != FIB_SUCCESS && answer != FIB_NO_NEIGHBOUR && answer != FIB_TOO_LARGE {
+        let answer = unsafe { bpf_fib_lookup(self.0.pointer(), &mut params, size_of::<FibParams>() as i32, 0) };
+        let mut hop = NextHop::default();
+        if answer == FIB_SUCCESS {
+            hop.mac = params.dmac;
+            hop.own_mac = params.smac;
+            // SAFETY: the kernel leaves the MTU where it read the length.
+            hop.mtu = unsafe { params.__bindgen_anon_1.mtu_result };
+        } else if answer != FIB_NO_NEIGHBOUR {
             return None;
         }
-        // SAFETY: for IPv4 the kernel leaves the next hop here; all zeroes and addresses are valid.
-        let next = unsafe { params.__bindgen_anon_4.ipv4_dst };
-        Some(NextHop { ifindex: params.ifindex, peer: if v4 { next } else { 0 } })
+        hop.ifindex = params.ifindex;
+        if v4 {
+            // SAFETY: for IPv4 the kernel leaves the next hop here; all zeroes and addresses are valid.
+            hop.peer = unsafe { params.__bindgen_anon_4.ipv4_dst };
+        }
+        Some(hop)
+    }
+
+    #[inline(always)]
+    fn count_backend(&self, backend: u32, answer: bool, bytes: u32) {
+        if let Some(counter) = BACKEND_COUNTERS.get_ptr_mut(backend) {
+            // SAFETY: this CPU's own slot. A packet may come in between two that are counted at different
+            // hooks, and cost one count.
+            unsafe {
+                if answer {
+                    (*counter).answers = (*counter).answers.wrapping_add(1);
+                } else {
+                    (*counter).packets = (*counter).packets.wrapping_add(1);
+                    (*counter).bytes = (*counter).bytes.wrapping_add(bytes as u64);
+                }
+            }
+        }
     }
 
     #[inline(always)]
@@ -207,18 +232,6 @@ impl Tables for Kernel {
     #[inline(always)]
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
         update(&raw const FRAGMENTS, key, ports, BPF_ANY as u64);
-    }
-
-    #[inline(always)]
-    fn now(&self) -> Tick {
-        // SAFETY: helper without arguments.
-        Tick::from_ns(unsafe { bpf_ktime_get_coarse_ns() })
-    }
-
-    #[inline(always)]
-    fn random(&self) -> u32 {
-        // SAFETY: helper without arguments.
-        unsafe { bpf_get_prandom_u32() }
     }
 
     #[inline(always)]
@@ -249,7 +262,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn stage<P: Packet>(&self, stage: Stage, _packet: &mut P, scratch: &mut Scratch) -> Outcome {
-        seams::run(stage, self.0, scratch)
+        self.0.run(stage, scratch)
     }
 }
 
@@ -270,7 +283,7 @@ const fn select6(table: Table) -> *const c_void {
 }
 
 #[inline(always)]
-fn lookup<M, K, V>(map: *const M, key: &K) -> Option<*mut V> {
+pub fn lookup<M, K, V>(map: *const M, key: &K) -> Option<*mut V> {
     // SAFETY: `map` is a map of this object whose keys are `K` (its declaration, or the caller's
     // choice by table); the kernel reads exactly one key.
     let value = unsafe { bpf_map_lookup_elem(map.cast_mut().cast(), ptr::from_ref(key).cast()) };
@@ -278,7 +291,7 @@ fn lookup<M, K, V>(map: *const M, key: &K) -> Option<*mut V> {
 }
 
 #[inline(always)]
-fn update<M, K, V>(map: *const M, key: &K, value: &V, flags: u64) -> bool {
+pub fn update<M, K, V>(map: *const M, key: &K, value: &V, flags: u64) -> bool {
     // SAFETY: as in `lookup`, and for one value.
     unsafe {
         bpf_map_update_elem(map.cast_mut().cast(), ptr::from_ref(key).cast(), ptr::from_ref(value).cast(), flags) == 0
@@ -293,7 +306,7 @@ fn delete<M, K>(map: *const M, key: &K) {
 
 /// A value for reading. Values of these maps are written by user space only, whole.
 #[inline(always)]
-fn deref<'a, V>(value: Option<*mut V>) -> Option<&'a V> {
+pub fn deref<'a, V>(value: Option<*mut V>) -> Option<&'a V> {
     // SAFETY: a live map value; the program holds RCU until it returns.
     value.map(|value| unsafe { &*value })
 }

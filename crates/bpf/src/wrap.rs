@@ -7,11 +7,11 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, bpf_tunnel_key, bpf_tunnel_key__bindgen_ty_1},
+    bindings::{TC_ACT_SHOT, bpf_tunnel_key, bpf_tunnel_key__bindgen_ty_1, xdp_action},
     btf_maps::{Array, ProgramArray},
-    helpers::bpf_skb_set_tunnel_key,
-    macros::{btf_map, classifier},
-    programs::TcContext,
+    helpers::{bpf_skb_set_tunnel_key, bpf_xdp_adjust_head},
+    macros::{btf_map, classifier, xdp},
+    programs::{TcContext, XdpContext},
 };
 
 /// Bytes of headers that are restored; the packet must have them in its linear part.
@@ -31,6 +31,7 @@ struct Template {
     mask: u64,
     /// 1: the transport header follows an IPv6 header, else an IPv4 one.
     v6: u64,
+    /// The mark; at XDP, the packet's length.
     mark: u64,
     /// Identity to come out of the overlay with; 0 for a packet that did not.
     vni: u64,
@@ -42,6 +43,8 @@ struct Template {
 static TEMPLATE: Array<[u64; 16], 1> = Array::new();
 #[btf_map]
 static MEASURED: ProgramArray<1> = ProgramArray::new();
+#[btf_map]
+static MEASURED_EDGE: ProgramArray<1> = ProgramArray::new();
 
 const _: () = assert!(size_of::<Template>() == size_of::<[u64; 16]>());
 
@@ -62,24 +65,8 @@ pub fn wrap(ctx: TcContext) -> i32 {
     if packet + HEADERS > end as usize {
         return TC_ACT_SHOT;
     }
-    for (i, word) in template.headers.iter().enumerate() {
-        // SAFETY: within the bytes checked above. The address may be misaligned: the target's stores
-        // allow that for packets, and the verifier knows (as in `Skb::load`).
-        unsafe { ptr::write((packet + i * 8) as *mut u64, *word) };
-    }
-    if template.mask != 0 {
-        let flow = template.counter & template.mask;
-        template.counter = template.counter.wrapping_add(1);
-        let transport = packet + if template.v6 != 0 { 54 } else { 34 };
-        let sport = (SPORT_FIRST + (flow & (SPORTS - 1)) as u16).to_be();
-        // SAFETY: as above.
-        unsafe {
-            ptr::write(transport as *mut u16, sport);
-            let dport = (transport + 2) as *mut u16;
-            let moved = u16::from_be(ptr::read(dport)).wrapping_add((flow / SPORTS) as u16);
-            ptr::write(dport, moved.to_be());
-        }
-    }
+    // SAFETY: the bytes were checked above.
+    unsafe { restore(packet, template) };
     // SAFETY: writable fields of the context.
     unsafe {
         (*ctx.skb.skb).mark = template.mark as u32;
@@ -92,6 +79,72 @@ pub fn wrap(ctx: TcContext) -> i32 {
     // SAFETY: nothing here needs to be dropped.
     unsafe { MEASURED.tail_call(&ctx, 0) };
     TC_ACT_SHOT
+}
+
+/// The same at XDP, where the packet's length is put back too: what was opened for an outer header.
+#[xdp]
+pub fn wrap_edge(ctx: XdpContext) -> u32 {
+    let Some(template) = TEMPLATE.get_ptr_mut(0) else {
+        return xdp_action::XDP_ABORTED;
+    };
+    // SAFETY: as in `wrap`.
+    let template = unsafe { &mut *template.cast::<Template>() };
+    // SAFETY: fields of the context, volatile as in `Skb::at`.
+    let bounds = || unsafe {
+        (
+            ptr::read_volatile(&raw const (*ctx.ctx).data) as usize,
+            ptr::read_volatile(&raw const (*ctx.ctx).data_end) as usize,
+        )
+    };
+    let (start, end) = bounds();
+    // SAFETY: a constant pointer's value through memory, so that the verifier sees a number from here on.
+    let length = unsafe {
+        let mut length = 0;
+        ptr::write_volatile(&mut length, (end - start) as i32);
+        ptr::read_volatile(&length)
+    };
+    let grown = length - template.mark as i32;
+    if grown != 0 {
+        // SAFETY: the context is the program's own; the bounds are read again.
+        unsafe { bpf_xdp_adjust_head(ctx.ctx, grown) };
+    }
+    let (packet, end) = bounds();
+    if packet + HEADERS > end {
+        return xdp_action::XDP_ABORTED;
+    }
+    // SAFETY: the bytes were checked above.
+    unsafe { restore(packet, template) };
+    // SAFETY: nothing here needs to be dropped.
+    unsafe { MEASURED_EDGE.tail_call(&ctx, 0) };
+    xdp_action::XDP_ABORTED
+}
+
+/// Writes the headers, and another flow's ports if there are to be many.
+///
+/// # Safety
+///
+/// `packet` points to at least [`HEADERS`] bytes of the packet.
+#[inline(always)]
+unsafe fn restore(packet: usize, template: &mut Template) {
+    for (i, word) in template.headers.iter().enumerate() {
+        // SAFETY: within the bytes that the caller checked. The address may be misaligned: the target's
+        // stores allow that for packets, and the verifier knows (as in `Skb::load`).
+        unsafe { ptr::write((packet + i * 8) as *mut u64, *word) };
+    }
+    if template.mask == 0 {
+        return;
+    }
+    let flow = template.counter & template.mask;
+    template.counter = template.counter.wrapping_add(1);
+    let transport = packet + if template.v6 != 0 { 54 } else { 34 };
+    let sport = (SPORT_FIRST + (flow & (SPORTS - 1)) as u16).to_be();
+    // SAFETY: as above.
+    unsafe {
+        ptr::write(transport as *mut u16, sport);
+        let dport = (transport + 2) as *mut u16;
+        let moved = u16::from_be(ptr::read(dport)).wrapping_add((flow / SPORTS) as u16);
+        ptr::write(dport, moved.to_be());
+    }
 }
 
 /// Makes the packet one out of the overlay. The kernel has one kind of tunnel metadata for both

@@ -1,9 +1,9 @@
 //! Carrying a recipe out.
 
-use cirri_abi::{Action, DropReason, GATEWAY_MAC, Hook, Port, Recipe, Rewrite, proto};
+use cirri_abi::{Action, DropReason, GATEWAY_MAC, Hook, Port, Recipe, Rewrite, Tuple, proto};
 
 use crate::{
-    Verdict,
+    Verdict, dsr,
     parse::Parsed,
     traits::{Packet, Tables},
     wire::{self, L3},
@@ -39,7 +39,16 @@ pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &R
     if recipe.rewrite != Rewrite::NONE && !rewrite(packet, recipe, headers) {
         return refuse(tables, packet, DropReason::WRITE_ERROR);
     }
+    if recipe.action == Action::IPIP && !dsr::wrap(packet, tables, recipe, headers.v6) {
+        return refuse(tables, packet, DropReason::WRITE_ERROR);
+    }
     dispatch(packet, tables, recipe)
+}
+
+/// Whether a recipe can be carried out before the stack: its next hop is known by its Ethernet address.
+#[inline(always)]
+pub(crate) fn is_raw(recipe: &Recipe) -> bool {
+    matches!(recipe.action, Action::DEVICE | Action::IPIP) && recipe.mac != [0; 6]
 }
 
 /// Sends the packet the recipe's way, as it is.
@@ -63,7 +72,17 @@ pub(crate) fn dispatch<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe:
             packet.set_decided();
             Verdict::Device { ifindex: recipe.out }
         }
-        Action::DEVICE => Verdict::Neighbour { ifindex: recipe.out, peer: recipe.peer },
+        Action::DEVICE | Action::IPIP if P::RAW => {
+            let macs = wire::Macs { dst: wire::mac_words(recipe.mac), src: wire::mac_words(recipe.own_mac) };
+            if !packet.store(0, &macs) {
+                return refuse(tables, packet, DropReason::WRITE_ERROR);
+            }
+            Verdict::Device { ifindex: recipe.out }
+        }
+        Action::DEVICE | Action::IPIP => {
+            packet.set_decided();
+            Verdict::Neighbour { ifindex: recipe.out, peer: recipe.peer }
+        }
         _ => Verdict::Continue,
     }
 }
@@ -125,13 +144,14 @@ pub(crate) const fn difference(old: u32, new: u32) -> u32 {
     fold(!old as u64 + new as u64)
 }
 
-/// The difference between two addresses.
+/// The difference between the addresses of two tuples.
 #[inline(always)]
-pub(crate) fn address_difference(old: &cirri_abi::Addr, new: &cirri_abi::Addr) -> u32 {
+pub(crate) fn tuple_difference(old: &Tuple, new: &Tuple) -> u32 {
     let mut sum = 0u64;
     let mut i = 0;
     while i < 4 {
-        sum += !old.words[i] as u64 + new.words[i] as u64;
+        sum += !old.src.words[i] as u64 + new.src.words[i] as u64;
+        sum += !old.dst.words[i] as u64 + new.dst.words[i] as u64;
         i += 1;
     }
     fold(sum)

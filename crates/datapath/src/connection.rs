@@ -13,6 +13,7 @@ use crate::{
     door, epochs,
     parse::remember_ports,
     place::{Place, PlaceKind, is_behind, peer_identity},
+    service::{self, Served},
     slow::{Current, Next, Outcome, Scratch, is_syn},
     traits::{Flow, NextHop, Packet, Table, Tables},
     wire::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
@@ -34,7 +35,7 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         }
     };
     flow.copy_to(&mut s.old);
-    if s.pending && s.old.state == State::NEW && s.old.flags & recipe_flag::REPLY == 0 {
+    if s.pending && s.old.state == State::NEW && s.old.flags & (recipe_flag::REPLY | recipe_flag::ONE_WAY) == 0 {
         // Without the entry for its answers, which may have been evicted, they would be strangers.
         let answer = s.parsed.tuple.rewritten(&s.old).turned();
         if tables.flow(Table::Pending, &answer).is_none() && tables.flow(Table::Flows, &answer).is_none() {
@@ -57,9 +58,34 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     s.reopened = syn && !s.pending;
     s.stale = s.reopened || !same || epochs(tables, &s.old.slots) != s.old.epoch;
     s.current = Current::Old;
+    if s.stale && !keeps_backend(tables, s) {
+        return Ok(Next::Go);
+    }
     s.from.identity = s.old.src_identity;
     s.to.identity = s.old.dst_identity;
     Ok(Next::Carry)
+}
+
+/// Whether the connection stays with the backend that its service gave it. If not, it begins anew, with
+/// another; what its old one still answers goes its way.
+#[inline(always)]
+fn keeps_backend<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
+    if s.old.backend == 0 || s.old.flags & recipe_flag::REPLY != 0 {
+        return true;
+    }
+    let kept = !s.reopened
+        && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, s.parsed.tuple.proto);
+    if !kept {
+        let answer = s.parsed.tuple.rewritten(&s.old).turned();
+        let table = if s.pending { Table::Pending } else { Table::Flows };
+        tables.remove(table, &s.parsed.tuple);
+        tables.remove(table, &answer);
+        s.replaces = false;
+        s.reopened = false;
+        s.stale = false;
+        s.current = Current::Forward;
+    }
+    kept
 }
 
 /// Whether the node that lives there vouches for a sender from the overlay.
@@ -87,8 +113,16 @@ pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         s.opener = s.parsed.tuple;
         s.answer = s.parsed.tuple.rewritten(&s.old).turned();
     }
+    s.translated = s.answer.turned();
+    s.translated.src = s.opener.src;
+    s.translated.sport = s.opener.sport;
+    if s.old.action == Action::IPIP {
+        s.translated.dst = s.old.destination;
+        s.translated.dport = s.old.destination_port;
+    }
+    s.served = Served { backend: s.old.backend, slot: s.old.slots[2], ..Served::default() };
     s.from.set_address(tables, &s.opener.src)?;
-    s.to.set_address(tables, &s.opener.dst)?;
+    s.to.set_address(tables, &s.translated.dst)?;
     if s.hook == Hook::FROM_OVERLAY
         && let Some(key) = packet.tunnel_key()
     {
@@ -108,6 +142,13 @@ pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     let (own, other) = if reply { (&mut s.reverse, &mut s.forward) } else { (&mut s.forward, &mut s.reverse) };
     keep(own, &s.old, s.reopened);
     through(own, s.hook, door(s.hook, packet));
+    if own.flags & recipe_flag::ONE_WAY != 0 {
+        tables.insert(table, &s.opener, own, false);
+        tables.count(CounterIndex::RENEWED, packet.length());
+        s.current = Current::Forward;
+        s.event.kind = if s.reopened { EventKind::NEW } else { EventKind::RENEWED };
+        return Ok(Next::Go);
+    }
     let opposite_tuple = if reply { &s.opener } else { &s.answer };
     let opposite = match tables.flow(table, opposite_tuple) {
         Some(opposite) if is_answered_by(opposite_tuple, opposite.recipe(), &s.parsed.tuple) => opposite,
@@ -160,6 +201,10 @@ fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
     new.destination = old.destination;
     new.destination_port = old.destination_port;
     new.backend = old.backend;
+    new.flags |= old.flags & (recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION);
+    if old.action == Action::IPIP {
+        new.action = Action::IPIP;
+    }
     new.csum_delta = old.csum_delta;
     new.state = old.state;
     if reopened {
@@ -179,7 +224,7 @@ fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
 /// the recipe is stale from the beginning.
 #[inline(always)]
 pub(crate) fn snapshot<T: Tables>(tables: &T, s: &mut Scratch) {
-    s.slots = [s.from.slot, s.to.slot, 0];
+    s.slots = [s.from.slot, s.to.slot, s.served.slot];
     s.epoch = epochs(tables, &s.slots);
     if tables.epoch(epoch_slot::PLACES) != s.places {
         s.epoch = s.epoch.wrapping_sub(1);
@@ -195,8 +240,8 @@ pub(crate) fn draft<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRe
         None => return Err(DropReason::NO_CONFIG),
     };
     let now = tables.now();
-    direction(tables, &s.from, &s.to, &s.opener, tunnel, now, &mut s.forward)?;
-    direction(tables, &s.to, &s.from, &s.answer, tunnel, now, &mut s.reverse)?;
+    direction(tables, &s.from, &s.to, &s.translated, tunnel, now, &mut s.forward)?;
+    direction(tables, &s.to, &s.from, &s.translated.turned(), tunnel, now, &mut s.reverse)?;
     s.reverse.flags = recipe_flag::REPLY;
     for recipe in [&mut s.forward, &mut s.reverse] {
         recipe.slots = s.slots;
@@ -225,7 +270,8 @@ fn direction<T: Tables>(
     recipe.since = now;
     (recipe.hook, recipe.door) = match from.kind {
         PlaceKind::Local => (Hook::FROM_WORKLOAD, from.ifindex),
-        PlaceKind::Host => (Hook::TO_WORKLOAD, to.ifindex),
+        PlaceKind::Host if to.kind == PlaceKind::Local => (Hook::TO_WORKLOAD, to.ifindex),
+        PlaceKind::Host => (Hook::TO_NETWORK, 0),
         PlaceKind::Remote if overlay != 0 => (Hook::FROM_OVERLAY, from.identity.id),
         PlaceKind::Remote | PlaceKind::World => (Hook::FROM_NETWORK, 0),
     };
@@ -243,12 +289,20 @@ fn direction<T: Tables>(
             recipe.peer = to.peer;
         }
         PlaceKind::Remote | PlaceKind::World => {
-            let Some(NextHop { ifindex, peer }) = tables.route(tuple) else {
+            if recipe.hook == Hook::TO_NETWORK {
+                // The stack has routed it.
+                recipe.action = Action::CONTINUE;
+                return Ok(());
+            }
+            let Some(NextHop { ifindex, peer, mac, own_mac, mtu }) = tables.route(tuple) else {
                 return Err(DropReason::FIB_FAILED);
             };
             recipe.action = Action::DEVICE;
             recipe.out = ifindex;
             recipe.peer = peer;
+            recipe.mac = mac;
+            recipe.own_mac = own_mac;
+            recipe.mtu = mtu;
         }
     }
     Ok(())
@@ -264,10 +318,15 @@ pub(crate) fn write<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratc
     s.forward.packets = 1;
     s.forward.bytes = packet.length() as u64;
     s.forward.tcp_flags = s.parsed.tcp_flags;
-    if !tables.insert(Table::Pending, &s.answer, &s.reverse, false)
+    let one_way = s.forward.flags & recipe_flag::ONE_WAY != 0;
+    if (!one_way && !tables.insert(Table::Pending, &s.answer, &s.reverse, false))
         || !tables.insert(Table::Pending, &s.opener, &s.forward, false)
     {
         return Err(DropReason::FLOW_INSERT_FAILED.into());
+    }
+    if s.served.backend != 0 {
+        tables.count_connection(s.served.backend);
+        tables.count_backend(s.served.backend, false, packet.length());
     }
     remember_ports(tables, &s.parsed);
     Ok(Next::Go)
@@ -283,7 +342,13 @@ pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     };
     flow.touch(tables.now(), packet.length());
     remember_ports(tables, &s.parsed);
+    if s.current().flags & recipe_flag::ONE_WAY != 0 {
+        return advance_one_way(packet, tables, s, &flow);
+    }
     let recipe = s.current();
+    if recipe.backend != 0 {
+        tables.count_backend(recipe.backend, recipe.flags & recipe_flag::REPLY != 0, packet.length());
+    }
     let flags = s.parsed.tcp_flags;
     let reply = recipe.flags & recipe_flag::REPLY != 0;
     let tcp = tuple.proto == proto::TCP;
@@ -321,6 +386,31 @@ pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         if flags & TCP_RST != 0 {
             opposite.set_state(State::CLOSING, TCP_RST);
         }
+        if first_close {
+            s.event.kind = EventKind::CLOSE;
+        }
+    }
+    Ok(Next::Go)
+}
+
+/// A connection whose answers take another way counts as established when its opener has sent what it
+/// sends only with an answer in hand; a stream of datagrams, with its second.
+#[inline(always)]
+fn advance_one_way<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, flow: &T::Flow) -> Outcome {
+    let recipe = s.current();
+    let flags = s.parsed.tcp_flags;
+    let tcp = s.parsed.tuple.proto == proto::TCP;
+    let closing = flags & (TCP_FIN | TCP_RST) != 0;
+    tables.count_backend(recipe.backend, false, packet.length());
+    let first_close = closing && recipe.tcp_flags & (TCP_FIN | TCP_RST) == 0;
+    if s.pending && !(tcp && flags & TCP_SYN != 0) {
+        flow.set_state(if closing { State::CLOSING } else { State::ESTABLISHED }, flags);
+        if tables.promote(&s.parsed.tuple, flow, &mut s.spare) {
+            tables.remove(Table::Pending, &s.parsed.tuple);
+            tables.count(CounterIndex::PROMOTED, packet.length());
+        }
+    } else if closing {
+        flow.set_state(State::CLOSING, flags);
         if first_close {
             s.event.kind = EventKind::CLOSE;
         }

@@ -25,7 +25,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     let ports = match quoted(packet, inner, v6, &mut s.opener) {
         Ok(ports) => ports,
         // The node's stack may still read something in it.
-        Err(_) if hook == Hook::FROM_NETWORK => return unrelated(packet, tables, s),
+        Err(_) if matches!(hook, Hook::FROM_NETWORK | Hook::TO_NETWORK) => return unrelated(packet, tables, s),
         Err(reason) => return Err(reason.into()),
     };
     if s.opener.src != s.parsed.tuple.dst {
@@ -65,7 +65,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
 #[inline(always)]
 fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> Outcome {
     let own = match s.hook {
-        Hook::FROM_NETWORK => true,
+        Hook::FROM_NETWORK | Hook::TO_NETWORK => true,
         Hook::FROM_WORKLOAD => s.opener.dst == s.parsed.tuple.src && is_host(tables, &s.parsed.tuple.dst),
         Hook::TO_WORKLOAD => is_host(tables, &s.parsed.tuple.src),
         _ => is_host(tables, &s.parsed.tuple.dst),

@@ -20,25 +20,33 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod answer;
 mod carry;
 mod connection;
+mod dsr;
+mod ends;
 mod icmp;
-mod masquerade;
 mod neighbour;
 mod parse;
 mod place;
 mod policy;
+mod service;
 mod slow;
+mod socket;
 mod traits;
+mod translate;
 mod wire;
 
+pub use dsr::is_outer_of_host;
 pub use parse::Parsed;
 pub use place::{Place, PlaceKind};
+pub use service::Served;
 pub use slow::{Current, Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
-pub use traits::{Flow, NextHop, Packet, Table, Tables, TunnelKey};
+pub use socket::{Attempt, Socket, SocketVerdict, bind, reach, restore};
+pub use traits::{Flow, NextHop, Packet, Services, Table, Tables, TunnelKey};
 pub use wire::{Cursor, Wire};
 
-use cirri_abi::{DropReason, FlowKey4, Hook, Port, Recipe, Tick, Tuple, proto};
+use cirri_abi::{Action, Addr, DropReason, FlowKey4, Hook, Port, Recipe, Tick, Tuple, proto, recipe_flag};
 
 /// What the hook does with the packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +90,55 @@ pub fn process<P: Packet, T: Tables>(
     }
 }
 
+/// The first half of [`process`]; `None` asks for [`slow_path`].
+#[inline(always)]
+pub fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
+    match established(hook, packet, tables) {
+        None if hook == Hook::TO_NETWORK && !may_answer(packet, tables) => Some(Verdict::Continue),
+        other => other,
+    }
+}
+
+/// Whether what the node's stack sends may be of a connection that a table knows. Most of it is not, and
+/// must not pay for more.
+#[inline(always)]
+fn may_answer<P: Packet, T: Tables>(packet: &P, tables: &T) -> bool {
+    let Some(eth) = packet.load::<wire::Ethernet>(0) else {
+        return false;
+    };
+    let mut tuple = Tuple::default();
+    let l4 = match u16::from_be(eth.ethertype) {
+        wire::ETHERTYPE_IPV4 => {
+            let Some(ip) = packet.load::<wire::Ipv4>(wire::L3) else {
+                return false;
+            };
+            tuple.src = Addr::v4_word(ip.src);
+            tuple.dst = Addr::v4_word(ip.dst);
+            tuple.proto = ip.proto;
+            wire::L3 + 20
+        }
+        wire::ETHERTYPE_IPV6 => {
+            let Some(ip) = packet.load::<wire::Ipv6>(wire::L3) else {
+                return false;
+            };
+            tuple.src = Addr { words: ip.src };
+            tuple.dst = Addr { words: ip.dst };
+            tuple.proto = ip.next;
+            wire::L3 + 40
+        }
+        _ => return false,
+    };
+    if matches!(tuple.proto, proto::ICMP | proto::ICMPV6) {
+        return true;
+    }
+    let Some(ports) = packet.load::<wire::Ports>(l4) else {
+        return false;
+    };
+    tuple.sport = Port { be: ports.sport };
+    tuple.dport = Port { be: ports.dport };
+    tables.flow(Table::Flows, &tuple).is_some() || tables.flow(Table::Pending, &tuple).is_some()
+}
+
 /// The established packet: parse just enough, one lookup, obey.
 ///
 /// What the network sends to the node's own address is the node's, and the overlay's among it, unless
@@ -90,7 +147,7 @@ pub fn process<P: Packet, T: Tables>(
 /// `None` sends the packet to the slow path: no flow, another door, an epoch that moved, a TCP flag
 /// that changes state, a fragment, IP options, ICMP, a VLAN tag, anything unusual.
 #[inline(always)]
-fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
+fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
     if packet.tagged() {
         return None;
     }
@@ -102,7 +159,7 @@ fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Opti
                 return None;
             }
             let (sport, dport) = established_ports(packet, wire::L3 + 20, ip.proto)?;
-            if hook == Hook::FROM_NETWORK && masquerade::is_for_node(tables, |node| node.v4.word() == ip.dst, dport) {
+            if hook == Hook::FROM_NETWORK && translate::is_for_node(tables, |node| node.v4.word() == ip.dst, dport) {
                 return Some(Verdict::Continue);
             }
             let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: 0, _pad2: 0 };
@@ -111,7 +168,7 @@ fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Opti
         wire::ETHERTYPE_IPV6 => {
             let ip: wire::Ipv6 = packet.load(wire::L3)?;
             let (sport, dport) = established_ports(packet, wire::L3 + 40, ip.next)?;
-            if hook == Hook::FROM_NETWORK && masquerade::is_for_node(tables, |node| node.v6.words == ip.dst, dport) {
+            if hook == Hook::FROM_NETWORK && translate::is_for_node(tables, |node| node.v6.words == ip.dst, dport) {
                 return Some(Verdict::Continue);
             }
             let [s0, s1, s2, s3] = ip.src;
@@ -133,7 +190,16 @@ fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Opti
     if recipe.hook != hook || recipe.door != door(hook, packet) || epochs(tables, &recipe.slots) != recipe.epoch {
         return None;
     }
+    if P::RAW && !carry::is_raw(recipe) {
+        return Some(Verdict::Continue);
+    }
+    if recipe.action == Action::IPIP && dsr::is_too_long(packet, recipe, if headers.v6 { 40 } else { 20 }) {
+        return None;
+    }
     flow.touch(tables.now(), packet.length());
+    if recipe.backend != 0 {
+        tables.count_backend(recipe.backend, recipe.flags & recipe_flag::REPLY != 0, packet.length());
+    }
     Some(carry::carry(packet, tables, recipe, &headers))
 }
 
@@ -171,7 +237,7 @@ fn door<P: Packet>(hook: u8, packet: &P) -> u32 {
             Some(key) => place::peer_identity(key.vni).id,
             None => NO_DOOR,
         },
-        Hook::FROM_NETWORK => 0,
+        Hook::FROM_NETWORK | Hook::TO_NETWORK => 0,
         _ => packet.ifindex(),
     }
 }

@@ -112,10 +112,7 @@ fn checksum(ip: &wire::Ipv6, message: &wire::Neighbour) -> u16 {
     sum += u16::from_ne_bytes([message.kind, message.code]) as u64;
     sum += u16::from_ne_bytes([message.option, message.option_length]) as u64;
     sum += message.mac[0] as u64 + message.mac[1] as u64 + message.mac[2] as u64;
-    sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    !(sum as u16)
+    !wire::fold_checksum(sum)
 }
 
 #[inline(always)]

@@ -1,17 +1,19 @@
 //! The slow path: everything that is not an established packet.
 
 use cirri_abi::{
-    Action, Addr, CounterIndex, Direction, DropReason, EventKind, FlowEvent, Hook, Identity, Port, Recipe, Tuple,
-    VXLAN_PORT, Verdict as Said, endpoint_flag, epoch_slot, event_flag, ipcache_flag, node_flag, proto, recipe_flag,
+    Action, Addr, CounterIndex, Direction, DropReason, EventKind, FlowEvent, Forwarding, Hook, Port, Recipe, State,
+    Tuple, Verdict as Said, epoch_slot, event_flag, node_flag, proto, recipe_flag,
 };
 
 use crate::{
-    Verdict, carry, connection, door, icmp, masquerade, neighbour,
+    Verdict, carry, connection, door, dsr, ends, icmp, neighbour,
     parse::{Class, MAX_EXTENSIONS, Parsed, is_extension, parse_network, parse_transport, step_over},
-    place::{Place, PlaceKind, block_of, is_behind, is_host, peer_identity},
+    place::{Place, PlaceKind, is_host},
     policy::{Judgement, judge},
+    service::{self, Served},
     traits::{Packet, Tables},
-    wire::{TCP_ACK, TCP_SYN},
+    translate,
+    wire::{self, TCP_ACK, TCP_SYN},
 };
 
 /// What the slow path works on. Too large for the kernel's stack; all zeroes is a valid start.
@@ -43,6 +45,21 @@ pub struct Scratch {
     pub epoch: u32,
     /// The epoch of [`epoch_slot::PLACES`] when the packet came.
     pub places: u32,
+    /// The packet's tuple as its receiver will see it, its source aside: a service's backend in place of
+    /// the service.
+    pub translated: Tuple,
+    /// What its service decided.
+    pub served: Served,
+    /// The backend that another node has chosen, as the IPIP header said that was taken off ...
+    pub outer_dst: Addr,
+    /// ... with its port.
+    pub outer_port: Port,
+    /// The port ...
+    pub option_port: Port,
+    /// ... and the address of the service that another node received the packet for, as its option says.
+    pub option_addr: Addr,
+    /// The longest packet that its sender may send, where this one is too long; else 0.
+    pub mtu: u16,
     /// The ICMP type that policy is asked for.
     pub icmp_type: u8,
     /// Where the packet was met.
@@ -57,6 +74,8 @@ pub struct Scratch {
     pub reopened: bool,
     /// The recipe that this packet is to obey.
     pub current: Current,
+    /// Start of the refused packet, which its answer quotes.
+    pub quoted: [u32; 12],
     /// Room for [`Tables::promote`].
     pub spare: Recipe,
     /// For the host: what a stage answered, where it keeps that in memory.
@@ -113,14 +132,24 @@ pub enum Stage {
     CheckSource,
     /// Find the receiver.
     Locate,
+    /// Find the service that it is for, and choose a backend.
+    Serve,
     /// Ask policy.
     Judge,
     /// Draft the recipes of both directions.
     Draft,
-    /// Give the connection the node's address, if it leaves for the world.
-    Masquerade,
+    /// Put in what becomes of its addresses: a service's backend, masquerade, direct return.
+    Translate,
     /// Write the recipes of both directions.
     Write,
+    /// Put the service's address into the packet, for the backend's node.
+    Mark,
+    /// Make the answer to what is refused; [`Next::Carry`] leaves it to the next.
+    Answer,
+    /// The same for ICMPv6.
+    AnswerV6,
+    /// Send it back.
+    SendBack,
     /// Tell user space.
     Report,
 }
@@ -146,18 +175,28 @@ pub struct Refusal {
     pub reason: DropReason,
     /// Ordinary link-local chatter.
     pub quiet: bool,
+    /// The sender is told, by a reset or an ICMP error.
+    pub answer: bool,
+}
+
+impl Refusal {
+    /// A refusal that the sender is told of.
+    #[inline(always)]
+    pub(crate) const fn answered(reason: DropReason) -> Refusal {
+        Refusal { reason, quiet: false, answer: true }
+    }
 }
 
 impl From<DropReason> for Refusal {
     #[inline(always)]
     fn from(reason: DropReason) -> Refusal {
-        Refusal { reason, quiet: false }
+        Refusal { reason, quiet: false, answer: false }
     }
 }
 
 #[inline(always)]
 pub(crate) const fn quiet(reason: DropReason) -> Refusal {
-    Refusal { reason, quiet: true }
+    Refusal { reason, quiet: true, answer: false }
 }
 
 /// Decides on a packet from the beginning, remembers the decision, reports it, carries it out.
@@ -167,28 +206,64 @@ pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scr
     match decide(packet, tables, scratch) {
         Ok(Next::Done(verdict)) => verdict,
         Ok(_) => carry::carry(packet, tables, scratch.current(), &carry::Headers::parsed(&scratch.parsed)),
-        Err(refusal) => {
-            tables.count(CounterIndex::reason(refusal.reason.code, scratch.judgement.direction), packet.length());
-            if !refusal.quiet {
-                scratch.event.kind = EventKind::DROP;
-                scratch.event.reason = refusal.reason.code;
-                let _ = tables.stage(Stage::Report, packet, scratch);
-            }
-            Verdict::Drop(refusal.reason)
-        }
+        Err(refusal) => refuse(packet, tables, scratch, refusal),
     }
+}
+
+/// What a recipe's first packets need beyond the recipe.
+#[inline(always)]
+fn prepare<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
+    if P::RAW && !carry::is_raw(s.current()) {
+        return Ok(Next::Done(Verdict::Continue));
+    }
+    if s.current().flags & recipe_flag::ONE_WAY == 0 {
+        return Ok(Next::Carry);
+    }
+    tables.stage(Stage::Mark, packet, s)?;
+    Ok(Next::Carry)
+}
+
+/// Counts a refusal, tells user space, and the sender if that is due.
+#[inline(always)]
+fn refuse<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch, refusal: Refusal) -> Verdict {
+    tables.count(CounterIndex::reason(refusal.reason.code, s.judgement.direction), packet.length());
+    if refusal.quiet {
+        return Verdict::Drop(refusal.reason);
+    }
+    s.event.kind = EventKind::DROP;
+    s.event.reason = refusal.reason.code;
+    let _ = tables.stage(Stage::Report, packet, s);
+    if refusal.answer && answer(packet, tables, s).is_ok() {
+        let ifindex = packet.ifindex();
+        return if s.hook == Hook::FROM_WORKLOAD { Verdict::Local { ifindex } } else { Verdict::Device { ifindex } };
+    }
+    Verdict::Drop(refusal.reason)
+}
+
+/// Turns the packet into an answer to itself.
+#[inline(always)]
+fn answer<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Result<(), Refusal> {
+    if let Next::Carry = tables.stage(Stage::Answer, packet, s)? {
+        tables.stage(Stage::AnswerV6, packet, s)?;
+    }
+    tables.stage(Stage::SendBack, packet, s)?;
+    Ok(())
 }
 
 #[inline(always)]
 fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     match read(packet, tables, s)? {
         Next::Go => {}
+        // The only thing that can be done, said so that no other verdict seems possible.
+        _ if P::RAW => return Ok(Next::Done(Verdict::Continue)),
         other => return Ok(other),
     }
     match s.parsed.class {
-        Class::Flow if s.hook == Hook::TO_OVERLAY => return host_to_overlay(packet, tables, &s.parsed),
-        Class::IcmpError if s.hook == Hook::TO_OVERLAY => return host_to_overlay(packet, tables, &s.parsed),
+        Class::Flow if s.hook == Hook::TO_OVERLAY => return ends::host_to_overlay(packet, tables, &s.parsed),
+        Class::IcmpError if s.hook == Hook::TO_OVERLAY => return ends::host_to_overlay(packet, tables, &s.parsed),
         Class::Flow => {}
+        // The tables of workloads and of the overlay are the stack's to reach.
+        _ if P::RAW => return Ok(Next::Done(Verdict::Continue)),
         Class::IcmpError => {
             if s.hook == Hook::FROM_WORKLOAD {
                 tables.stage(Stage::CheckSource, packet, s)?;
@@ -197,38 +272,68 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
         }
         Class::Arp | Class::LinkLocal | Class::Other => return tables.stage(Stage::LinkLocal, packet, s),
     }
-    // The node's own traffic must not pay for what follows.
     match tables.stage(Stage::Meet, packet, s)? {
+        Next::Carry if P::RAW && !carry::is_raw(&s.old) => return Ok(Next::Done(Verdict::Continue)),
         Next::Carry => return known(packet, tables, s),
-        _ if s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none() => {
-            return Ok(Next::Done(Verdict::Continue));
-        }
         _ => {}
     }
-    tables.stage(Stage::CheckSource, packet, s)?;
+    match s.hook {
+        // What the node's stack sends is its own, unless it answers.
+        Hook::TO_NETWORK => return Ok(Next::Done(Verdict::Continue)),
+        Hook::FROM_WORKLOAD => {
+            tables.stage(Stage::CheckSource, packet, s)?;
+            tables.stage(Stage::Serve, packet, s)?;
+        }
+        Hook::FROM_NETWORK => {
+            tables.stage(Stage::Serve, packet, s)?;
+        }
+        _ => s.translated = s.parsed.tuple,
+    }
+    // The node's own traffic must not pay for what follows.
+    if s.hook == Hook::FROM_NETWORK && !s.served.yes && !concerns_workload(tables, s, P::RAW) {
+        return Ok(Next::Done(Verdict::Continue));
+    }
+    if s.hook != Hook::FROM_WORKLOAD {
+        tables.stage(Stage::CheckSource, packet, s)?;
+    }
     match tables.stage(Stage::Locate, packet, s)? {
         Next::Go => {}
+        // The only thing that can be done, said so that no other verdict seems possible.
+        _ if P::RAW => return Ok(Next::Done(Verdict::Continue)),
         other => return Ok(other),
     }
+    if P::RAW && !matches!(s.to.kind, PlaceKind::World | PlaceKind::Remote) {
+        return Ok(Next::Done(Verdict::Continue));
+    }
     s.opener = s.parsed.tuple;
-    s.answer = s.parsed.tuple.turned();
+    s.answer = s.translated.turned();
     s.icmp_type = s.parsed.icmp[0];
     connection::snapshot(tables, s);
     tables.stage(Stage::Judge, packet, s)?;
     tables.count(CounterIndex::DECIDED, packet.length());
     tables.stage(Stage::Draft, packet, s)?;
+    if P::RAW && !carry::is_raw(&s.forward) {
+        return Ok(Next::Done(Verdict::Continue));
+    }
     // The door it did come through, which may be another than the one it should have.
     s.forward.hook = s.hook;
     s.forward.door = door(s.hook, packet);
     if s.hook == Hook::TO_WORKLOAD {
         s.forward.action = Action::CONTINUE;
     }
-    tables.stage(Stage::Masquerade, packet, s)?;
+    tables.stage(Stage::Translate, packet, s)?;
     tables.stage(Stage::Write, packet, s)?;
     tables.count(CounterIndex::reason(0, s.judgement.direction), packet.length());
     s.event.kind = EventKind::NEW;
     tables.stage(Stage::Report, packet, s)?;
-    Ok(Next::Carry)
+    prepare(packet, tables, s)
+}
+
+/// Whether a packet from the network that is for no service is for a workload, or for a backend of this
+/// node by another node's choice.
+#[inline(always)]
+fn concerns_workload<T: Tables>(tables: &T, s: &Scratch, raw: bool) -> bool {
+    !raw && (s.option_addr != Addr::UNSPECIFIED || tables.endpoint(&s.parsed.tuple.dst).is_some())
 }
 
 /// A packet of a connection that a table knows.
@@ -248,7 +353,7 @@ fn known<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> O
     if s.event.kind != 0 {
         tables.stage(Stage::Report, packet, s)?;
     }
-    Ok(Next::Carry)
+    prepare(packet, tables, s)
 }
 
 /// Takes the packet apart: into `parsed`.
@@ -289,7 +394,7 @@ fn walk_extensions<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scr
 /// unless it is for a workload.
 #[inline(always)]
 fn unreadable<T: Tables>(tables: &T, s: &Scratch, reason: DropReason) -> Outcome {
-    if s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none() {
+    if s.hook == Hook::TO_NETWORK || (s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none()) {
         return Ok(Next::Done(Verdict::Continue));
     }
     Err(reason.into())
@@ -300,11 +405,16 @@ fn unreadable<T: Tables>(tables: &T, s: &Scratch, reason: DropReason) -> Outcome
 pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     match stage {
         Stage::Parse => take_apart(packet, tables, s),
-        Stage::Extension => match step_over(packet, &mut s.parsed) {
-            Ok(true) => Ok(Next::Go),
-            Ok(false) => Ok(Next::Carry),
-            Err(reason) => unreadable(tables, s, reason),
-        },
+        Stage::Extension => {
+            if s.parsed.tuple.proto == dsr::DESTINATION_OPTIONS {
+                dsr::read_option(packet, tables, s, s.parsed.l4);
+            }
+            match step_over(packet, &mut s.parsed) {
+                Ok(true) => Ok(Next::Go),
+                Ok(false) => Ok(Next::Carry),
+                Err(reason) => unreadable(tables, s, reason),
+            }
+        }
         Stage::Transport => transport(packet, tables, s),
         Stage::LinkLocal => link_local(packet, tables, s),
         Stage::Related => icmp::related(packet, tables, s),
@@ -312,25 +422,64 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
         Stage::Revisit => connection::revisit(packet, tables, s),
         Stage::Replace => connection::replace(packet, tables, s),
         Stage::Advance => connection::advance(packet, tables, s),
-        Stage::CheckSource => check_source(packet, tables, s),
-        Stage::Locate => locate(packet, tables, s),
+        Stage::CheckSource => ends::check_source(packet, tables, s),
+        Stage::Locate => ends::locate(packet, tables, s),
+        Stage::Serve => service::serve(packet, tables, s),
         Stage::Judge => {
-            judge(tables, &s.from, &s.to, &s.opener, s.icmp_type, &mut s.judgement)?;
+            judge(tables, &s.from, &s.to, &s.translated, s.icmp_type, &mut s.judgement)?;
             Ok(Next::Go)
         }
         Stage::Draft => {
             connection::draft(tables, s)?;
             Ok(Next::Go)
         }
-        Stage::Masquerade => {
-            if masquerade::wanted(tables, s)? {
-                masquerade::bind(tables, s)?;
-            }
+        Stage::Translate => {
+            translate::translate(tables, s)?;
             Ok(Next::Go)
         }
         Stage::Write => connection::write(packet, tables, s),
+        Stage::Mark => mark(packet, s),
+        Stage::Answer => crate::answer::compose(packet, s),
+        Stage::AnswerV6 => crate::answer::compose_v6(packet, s),
+        Stage::SendBack => crate::answer::send_back(packet, s),
         Stage::Report => report(packet, tables, s),
     }
+}
+
+/// A packet whose answers take another way: it must fit, and until its connection is established it
+/// carries the service's address.
+#[inline(always)]
+fn mark<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
+    let tuple = s.parsed.tuple;
+    let v6 = !tuple.src.is_v4();
+    let first = s.current().packets <= 1;
+    let recipe = s.current();
+    if recipe.action == Action::IPIP {
+        let overhead = dsr::overhead(Forwarding::DSR_IPIP, v6);
+        if dsr::is_too_long(packet, recipe, overhead) {
+            s.mtu = recipe.mtu.wrapping_sub(overhead as u16);
+            return Err(Refusal::answered(DropReason::FRAGMENTATION_NEEDED));
+        }
+        return Ok(Next::Carry);
+    }
+    let opens = tuple.proto != proto::TCP || is_syn(&s.parsed);
+    if recipe.flags & recipe_flag::DSR_OPTION == 0 || recipe.state != State::NEW || !opens || s.parsed.later_fragment {
+        return Ok(Next::Carry);
+    }
+    let overhead = dsr::overhead(Forwarding::DSR_OPTION, v6);
+    if dsr::is_too_long(packet, recipe, overhead) {
+        if !first {
+            // Its backend's node may know the connection from an earlier packet.
+            return Ok(Next::Carry);
+        }
+        s.mtu = recipe.mtu.wrapping_sub(overhead as u16);
+        return Err(Refusal::answered(DropReason::FRAGMENTATION_NEEDED));
+    }
+    if !dsr::write_option(packet, &tuple.dst, tuple.dport) {
+        return Err(DropReason::UNSUPPORTED_DSR.into());
+    }
+    s.parsed.l4 += overhead;
+    Ok(Next::Carry)
 }
 
 /// Bytes that the slow path may look at: the longest headers it walks, and a quoted packet.
@@ -344,9 +493,15 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
     s.forward.flags = 0;
     s.forward.action = 0;
     s.forward.out = 0;
+    s.forward.backend = 0;
+    s.forward.packets = 0;
     s.replaces = false;
     s.stale = false;
     s.event.reason = 0;
+    s.mtu = 0;
+    s.outer_dst = Addr::UNSPECIFIED;
+    s.option_addr = Addr::UNSPECIFIED;
+    s.served = Served::default();
     s.places = tables.epoch(epoch_slot::PLACES);
     let direction = if s.hook == Hook::FROM_WORKLOAD { Direction::EGRESS } else { Direction::INGRESS };
     s.judgement = Judgement { direction, ..Judgement::default() };
@@ -355,15 +510,21 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
         // At the network it is for the VLAN's own device. A workload's tag would go out with the packet,
         // into a network that the node is in and the workload is not.
         return match s.hook {
-            Hook::FROM_NETWORK => Ok(Next::Done(Verdict::Continue)),
+            Hook::FROM_NETWORK | Hook::TO_NETWORK => Ok(Next::Done(Verdict::Continue)),
             _ => Err(DropReason::UNSUPPORTED_L2.into()),
         };
     }
     packet.pull(PULL);
-    match parse_network(packet, &mut s.parsed) {
-        Ok(()) => Ok(Next::Go),
-        Err(reason) => unreadable(tables, s, reason),
+    if let Err(reason) = parse_network(packet, &mut s.parsed) {
+        return unreadable(tables, s, reason);
     }
+    if s.hook == Hook::FROM_NETWORK && !P::RAW {
+        dsr::unwrap(packet, tables, s)?;
+    }
+    if s.parsed.class == Class::Flow && s.parsed.tuple.src.is_v4() && s.parsed.l4 >= wire::L3 + 28 {
+        dsr::read_option(packet, tables, s, wire::L3 + 20);
+    }
+    Ok(Next::Go)
 }
 
 /// The table of fragments remembers datagrams of workloads only. Later fragments of the node's own
@@ -406,123 +567,6 @@ fn link_local<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> 
     }
 }
 
-/// Who may have sent this, as far as the hook can tell. Leaves the sender's place in `from`.
-#[inline(always)]
-fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
-    let src = &s.parsed.tuple.src;
-    match s.hook {
-        Hook::FROM_WORKLOAD => {
-            let Some(endpoint) = tables.device(packet.ifindex()) else {
-                return Err(DropReason::NOT_READY.into());
-            };
-            s.from.set_endpoint(endpoint, block_of(tables, src));
-            let own = if src.is_v4() { *src == endpoint.v4 } else { *src == endpoint.v6 };
-            if !(own && *src != Addr::UNSPECIFIED) && endpoint.flags & endpoint_flag::ANY_SOURCE == 0 {
-                // A workload's stack talks from its link-local address before it has another.
-                let chatter = !src.is_v4() && (neighbour::is_link_local(src) || *src == Addr::UNSPECIFIED);
-                return Err(Refusal { reason: DropReason::INVALID_SOURCE_IP, quiet: chatter });
-            }
-        }
-        Hook::FROM_OVERLAY => {
-            let Some(key) = packet.tunnel_key() else {
-                return Err(DropReason::NO_TUNNEL_KEY.into());
-            };
-            let Some(entry) = tables.ipcache(src) else {
-                return Err(DropReason::NO_CONFIG.into());
-            };
-            if !is_behind(entry, &key) {
-                return Err(DropReason::UNKNOWN_SENDER.into());
-            }
-            if key.vni == Identity::UNKNOWN.id {
-                return Err(DropReason::INVALID_IDENTITY.into());
-            }
-            s.from.set_entry(entry);
-            s.from.identity = peer_identity(key.vni);
-        }
-        _ => {
-            // From the node's stack, or from the network: the address says who it is, so it must
-            // not be one that can only come another way.
-            if let Err(reason) = s.from.set_address(tables, src) {
-                return Err(match s.hook {
-                    // Nobody can be there, or it is one of our own addresses that nobody has yet.
-                    Hook::FROM_NETWORK if reason != DropReason::NO_CONFIG => DropReason::INVALID_SOURCE_IP.into(),
-                    _ => quiet(reason),
-                });
-            }
-            if s.hook == Hook::FROM_NETWORK {
-                let Some(node) = tables.node() else {
-                    return Err(DropReason::NO_CONFIG.into());
-                };
-                let tunnelled = node.flags & node_flag::TUNNEL != 0
-                    && s.from.kind == PlaceKind::Remote
-                    && s.from.identity != Identity::REMOTE_NODE;
-                if s.from.kind == PlaceKind::Local || s.from.kind == PlaceKind::Host || tunnelled {
-                    return Err(DropReason::INVALID_SOURCE_IP.into());
-                }
-            }
-        }
-    }
-    Ok(Next::Go)
-}
-
-/// The other end of a connection that no table knows.
-#[inline(always)]
-fn locate<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
-    let dst = &s.parsed.tuple.dst;
-    match s.hook {
-        Hook::FROM_WORKLOAD => {
-            if let Err(reason) = s.to.set_address(tables, dst) {
-                return Err(Refusal { reason, quiet: reason == DropReason::UNKNOWN_L3_TARGET });
-            }
-            let node = s.to.kind == PlaceKind::Host || s.to.identity == Identity::REMOTE_NODE;
-            if node && s.parsed.tuple.proto == proto::UDP && s.parsed.tuple.dport == Port::new(VXLAN_PORT) {
-                return Err(DropReason::ENCAPSULATION_PROHIBITED.into());
-            }
-        }
-        Hook::TO_WORKLOAD => {
-            let Some(endpoint) = tables.device(packet.ifindex()) else {
-                return Err(DropReason::NOT_READY.into());
-            };
-            if *dst != endpoint.v4 && *dst != endpoint.v6 {
-                return Err(quiet(DropReason::UNKNOWN_L3_TARGET));
-            }
-            s.to.set_endpoint(endpoint, block_of(tables, dst));
-        }
-        _ => {
-            s.to.set_address(tables, dst)?;
-            match s.to.kind {
-                PlaceKind::Local => {}
-                PlaceKind::Host => {
-                    // Out of the overlay it may still carry the workload's gateway as its receiver.
-                    packet.set_for_us();
-                    return Ok(Next::Done(Verdict::Continue));
-                }
-                _ => return Err(DropReason::UNROUTABLE.into()),
-            }
-        }
-    }
-    Ok(Next::Go)
-}
-
-/// The node's own traffic to another node's workloads. Packets of workloads come here too, already
-/// decided on.
-#[inline(always)]
-fn host_to_overlay<P: Packet, T: Tables>(packet: &mut P, tables: &T, parsed: &Parsed) -> Outcome {
-    let Some(entry) = tables.ipcache(&parsed.tuple.dst) else {
-        return Err(DropReason::NO_CONFIG.into());
-    };
-    if entry.flags & ipcache_flag::REMOTE == 0 {
-        return Err(quiet(DropReason::NO_TUNNEL_PEER));
-    }
-    if !is_host(tables, &parsed.tuple.src) {
-        return Err(DropReason::INVALID_SOURCE_IP.into());
-    }
-    if !packet.set_tunnel_key(entry.peer, Identity::HOST.id) {
-        return Err(DropReason::NO_TUNNEL_PEER.into());
-    }
-    Ok(Next::Done(Verdict::Continue))
-}
-
 /// Tells user space what happened. The kind, and for a drop the reason, already stand in the event.
 #[inline(always)]
 fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
@@ -533,6 +577,7 @@ fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
         return Ok(Next::Go);
     }
     let (out, action, flags) = (s.current().out, s.current().action, s.current().flags);
+    let backend = if s.served.backend != 0 { s.served.backend } else { s.current().backend };
     let event = &mut s.event;
     event.tuple = s.parsed.tuple;
     // An answer that was judged anew was judged as its opener's, the other way round.
@@ -560,6 +605,7 @@ fn report<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outc
     event.flags = if flags & recipe_flag::REPLY != 0 { event_flag::REPLY } else { 0 };
     event.action = action;
     event.icmp = s.parsed.icmp;
+    event.backend = backend;
     tables.emit(event);
     Ok(Next::Go)
 }

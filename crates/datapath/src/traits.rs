@@ -1,8 +1,8 @@
 //! The two doors of the room: the packet, and the tables.
 
 use cirri_abi::{
-    Addr, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache, NodeConfig, PolicyEntry, PolicyKey,
-    Recipe, Tick, Tuple,
+    Addr, Affinity, AffinityKey, Backend, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache,
+    NodeConfig, PolicyEntry, PolicyKey, Port, Recipe, Service, ServiceKey, SnatPool, Tick, Tuple,
 };
 
 use crate::{Outcome, Scratch, Stage, Wire};
@@ -12,6 +12,10 @@ use crate::{Outcome, Scratch, Stage, Wire};
 /// Offsets are bytes from the start of the Ethernet header. Every access is checked by the host;
 /// `None` and `false` mean that the packet is too short or the kernel refused.
 pub trait Packet {
+    /// Met before the stack (XDP): it can be dropped, passed on, or sent out of a device to a next hop
+    /// whose Ethernet address is known; nothing else.
+    const RAW: bool;
+
     /// Reads a header.
     fn load<W: Wire>(&self, offset: u32) -> Option<W>;
     /// Writes a header.
@@ -24,6 +28,15 @@ pub trait Packet {
     fn ifindex(&self) -> u32;
     /// Makes sure that the first `length` bytes (or all, if there are fewer) can be loaded.
     fn pull(&mut self, length: u32);
+    /// Opens `bytes` of room behind the first `at` bytes: behind the Ethernet header (14), for an outer
+    /// IP header of the packet's own family, or behind the IP header without options, for options.
+    fn open(&mut self, at: u32, bytes: u32) -> bool;
+    /// Takes away `bytes` behind the Ethernet header: an outer IP header of the inner one's family.
+    fn close(&mut self, bytes: u32) -> bool;
+    /// Cuts the packet to `length` bytes, or extends it with zeroes.
+    fn resize(&mut self, length: u32) -> bool;
+    /// Whether it stands for several packets that are cut to size when they leave.
+    fn is_segmented(&self) -> bool;
     /// Adds a difference (as `bpf_csum_diff` forms it) to the IPv4 header checksum at `offset`.
     fn update_l3_checksum(&mut self, offset: u32, delta: u32) -> bool;
     /// Adds a difference to the transport checksum at `offset`. `pseudo`: the difference is of
@@ -72,16 +85,50 @@ pub trait Flow {
 }
 
 /// Where a route leads.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct NextHop {
     /// Device to leave by.
     pub ifindex: u32,
     /// IPv4 neighbour in network order; 0 to let the kernel ask its routes.
     pub peer: u32,
+    /// Its Ethernet address, zeroes if nobody knows.
+    pub mac: [u8; 6],
+    /// The Ethernet address of the device; zeroes with `mac`.
+    pub own_mac: [u8; 6],
+    /// Longest packet, bytes from the IP header on; 0: unknown.
+    pub mtu: u16,
+}
+
+/// What is asked to find a service and choose a backend, at every hook and in the system calls.
+pub trait Services {
+    /// The service of exactly this key.
+    fn service(&self, key: &ServiceKey) -> Option<&Service>;
+    /// A backend by its number.
+    fn backend(&self, number: u32) -> Option<&Backend>;
+    /// The backend in a slot; 0 for none.
+    fn service_slot(&self, index: u32) -> u32;
+    /// The backend that a client keeps.
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    /// Lets a client keep a backend.
+    fn keep_affinity(&self, key: &AffinityKey, affinity: &Affinity);
+    /// Whether a service (by number) names the range that an address is in.
+    fn in_range(&self, service: u32, addr: &Addr) -> bool;
+    /// Whether a service may be behind this port of the node's addresses.
+    fn node_port(&self, port: Port) -> bool;
+    /// What is known about an address, by longest prefix.
+    fn ipcache(&self, addr: &Addr) -> Option<&Ipcache>;
+    /// This node.
+    fn node(&self) -> Option<&NodeConfig>;
+    /// The tick of now.
+    fn now(&self) -> Tick;
+    /// A number that a sender cannot foresee.
+    fn random(&self) -> u32;
+    /// Counts a connection that was given to a backend.
+    fn count_connection(&self, backend: u32);
 }
 
 /// Everything the packet path remembers or is told.
-pub trait Tables {
+pub trait Tables: Services {
     /// A recipe in its table.
     type Flow: Flow;
 
@@ -105,13 +152,11 @@ pub trait Tables {
     fn endpoint(&self, addr: &Addr) -> Option<&Endpoint>;
     /// The workload of this node behind this device.
     fn device(&self, ifindex: u32) -> Option<&Endpoint>;
-    /// What is known about an address, by longest prefix.
-    fn ipcache(&self, addr: &Addr) -> Option<&Ipcache>;
     /// What a rule set answers; see `cirri_abi::policy` for how keys are asked. `None` also if the
     /// slot holds no rule set.
     fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry>;
-    /// This node.
-    fn node(&self) -> Option<&NodeConfig>;
+    /// Where connections of a service get their source from.
+    fn snat_pool(&self, number: u32) -> Option<&SnatPool>;
     /// Where the node's routes lead for a packet of this tuple.
     fn route(&self, tuple: &Tuple) -> Option<NextHop>;
 
@@ -120,10 +165,8 @@ pub trait Tables {
     /// Remembers them.
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
 
-    /// The tick of now.
-    fn now(&self) -> Tick;
-    /// A number that a sender cannot foresee, to spread masquerade ports.
-    fn random(&self) -> u32;
+    /// Counts a packet of `bytes` to a backend, or its answer.
+    fn count_backend(&self, backend: u32, answer: bool, bytes: u32);
     /// Adds a packet of `bytes` to a counter; see `cirri_abi::CounterIndex`.
     fn count(&self, index: u32, bytes: u32);
     /// Fills in the time and reports. A full ring counts a lost event.

@@ -185,6 +185,35 @@ header! {
         offset: u8,
         flags: u8,
     }
+    /// TCP without options.
+    struct TcpFull {
+        sport: u16,
+        dport: u16,
+        seq: [u16; 2],
+        ack: [u16; 2],
+        offset: u8,
+        flags: u8,
+        window: u16,
+        checksum: u16,
+        urgent: u16,
+    }
+    /// A service's address in an IPv4 option; see `cirri_abi::dsr`.
+    struct ServiceOption4 {
+        kind: u8,
+        length: u8,
+        port: u16,
+        addr: [u16; 2],
+    }
+    /// A service's address in an IPv6 destination options header; see `cirri_abi::dsr`.
+    struct ServiceOption6 {
+        next: u8,
+        length: u8,
+        kind: u8,
+        option_length: u8,
+        addr: [u32; 4],
+        port: u16,
+        zero: u16,
+    }
     /// The ports alone: TCP, UDP, SCTP.
     struct Ports {
         sport: u16,
@@ -240,12 +269,50 @@ pub(crate) const FRAGMENT_MASK: u16 = 0x3fffu16.to_be();
 /// The fragment offset alone.
 pub(crate) const FRAGMENT_OFFSET: u16 = 0x1fffu16.to_be();
 
+/// The don't-fragment bit.
+pub(crate) const DONT_FRAGMENT: u16 = 0x4000u16.to_be();
+
 pub(crate) const TCP_FIN: u8 = 0x01;
 pub(crate) const TCP_SYN: u8 = 0x02;
 pub(crate) const TCP_RST: u8 = 0x04;
 pub(crate) const TCP_ACK: u8 = 0x10;
 /// Flags that change state: such segments take the slow path.
 pub(crate) const TCP_STATE_FLAGS: u8 = TCP_FIN | TCP_SYN | TCP_RST;
+
+/// An IPv4 header without options, its checksum included. `length` is of the whole packet, bytes.
+#[inline(always)]
+pub(crate) fn ipv4_header(src: u32, dst: u32, proto: u8, length: u16, id: u16, ttl: u8) -> Ipv4 {
+    let mut ip = Ipv4 {
+        version_ihl: 0x45,
+        tos: 0,
+        length: length.to_be(),
+        id,
+        fragment: DONT_FRAGMENT,
+        ttl,
+        proto,
+        checksum: 0,
+        src,
+        dst,
+    };
+    let sum = u16::from_ne_bytes([0x45, 0]) as u64
+        + ip.length as u64
+        + id as u64
+        + DONT_FRAGMENT as u64
+        + u16::from_ne_bytes([ttl, proto]) as u64
+        + src as u64
+        + dst as u64;
+    ip.checksum = !fold_checksum(sum);
+    ip
+}
+
+/// Folds a sum of words in memory order, which works as in network order (RFC 1071).
+#[inline(always)]
+pub(crate) const fn fold_checksum(sum: u64) -> u16 {
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}
 
 /// Offset of the checksum in each transport header.
 #[inline(always)]

@@ -276,6 +276,8 @@ impl Icmp {
 }
 
 impl Packet for Frame {
+    const RAW: bool = false;
+
     fn load<W: Wire>(&self, offset: u32) -> Option<W> {
         let start = offset as usize;
         let bytes = self.bytes.get(start..start + W::SIZE)?;
@@ -304,6 +306,33 @@ impl Packet for Frame {
     }
 
     fn pull(&mut self, _length: u32) {}
+
+    fn open(&mut self, at: u32, bytes: u32) -> bool {
+        let at = at as usize;
+        if at > self.bytes.len() {
+            return false;
+        }
+        self.bytes.splice(at..at, vec![0; bytes as usize]);
+        true
+    }
+
+    fn close(&mut self, bytes: u32) -> bool {
+        let end = 14 + bytes as usize;
+        if end > self.bytes.len() {
+            return false;
+        }
+        self.bytes.drain(14..end);
+        true
+    }
+
+    fn resize(&mut self, length: u32) -> bool {
+        self.bytes.resize(length as usize, 0);
+        true
+    }
+
+    fn is_segmented(&self) -> bool {
+        false
+    }
 
     fn update_l3_checksum(&mut self, offset: u32, delta: u32) -> bool {
         let Some(old) = self.load::<u16>(offset) else {
@@ -343,6 +372,76 @@ impl Packet for Frame {
     fn set_for_us(&mut self) {
         self.for_us = true;
     }
+}
+
+/// A frame before the stack, as XDP sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RawFrame(pub Frame);
+
+impl Packet for RawFrame {
+    const RAW: bool = true;
+
+    fn load<W: Wire>(&self, offset: u32) -> Option<W> {
+        self.0.load(offset)
+    }
+
+    fn store<W: Wire>(&mut self, offset: u32, value: &W) -> bool {
+        self.0.store(offset, value)
+    }
+
+    fn length(&self) -> u32 {
+        self.0.length()
+    }
+
+    fn tagged(&self) -> bool {
+        false
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.0.ifindex
+    }
+
+    fn pull(&mut self, _length: u32) {}
+
+    fn open(&mut self, at: u32, bytes: u32) -> bool {
+        self.0.open(at, bytes)
+    }
+
+    fn close(&mut self, bytes: u32) -> bool {
+        self.0.close(bytes)
+    }
+
+    fn resize(&mut self, length: u32) -> bool {
+        self.0.resize(length)
+    }
+
+    fn is_segmented(&self) -> bool {
+        false
+    }
+
+    fn update_l3_checksum(&mut self, offset: u32, delta: u32) -> bool {
+        self.0.update_l3_checksum(offset, delta)
+    }
+
+    fn update_l4_checksum(&mut self, offset: u32, delta: u32, pseudo: bool, udp: bool, v6: bool) -> bool {
+        self.0.update_l4_checksum(offset, delta, pseudo, udp, v6)
+    }
+
+    fn tunnel_key(&self) -> Option<TunnelKey> {
+        None
+    }
+
+    fn set_tunnel_key(&mut self, _peer: u32, _vni: u32) -> bool {
+        false
+    }
+
+    fn decided(&self) -> bool {
+        false
+    }
+
+    fn set_decided(&mut self) {}
+
+    fn set_for_us(&mut self) {}
 }
 
 /// Which checksums of a frame are wrong; empty if all hold. Knows what [`build`] builds.

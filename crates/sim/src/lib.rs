@@ -9,6 +9,8 @@
 mod frame;
 mod node;
 mod prefix;
+mod services;
 
-pub use frame::{Build, Frame, Icmp, TcpFlags, build, checksum_errors};
+pub use frame::{Build, Frame, Icmp, RawFrame, TcpFlags, build, checksum_errors};
 pub use node::{Node, Ran, Ruleset};
+pub use services::SimSocket;

@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use cirri_abi::{
-    Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Ipcache, IpcacheKey,
-    NodeConfig, PolicyEntry, PolicyKey, Recipe, RulesetSlot, Tick, Tuple,
+    Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Hook, Ipcache, IpcacheKey,
+    NodeConfig, PolicyEntry, PolicyKey, Recipe, RulesetSlot, SnatPool, Tick, Tuple,
 };
 use cirri_datapath::{Flow, NextHop, Scratch, Table, Tables, Verdict, process, slow_path};
 
-use crate::frame::Frame;
+use crate::frame::{Frame, RawFrame};
 use crate::prefix::{Prefixes, cut};
+use crate::services::ServiceTables;
 
 /// The tables of one node, and its clock.
 ///
@@ -22,18 +23,18 @@ use crate::prefix::{Prefixes, cut};
 pub struct Node {
     endpoints: HashMap<Addr, Endpoint>,
     devices: HashMap<u32, Endpoint>,
-    ipcache: Prefixes<[u8; 16], Ipcache>,
+    pub(crate) ipcache: Prefixes<[u8; 16], Ipcache>,
     rulesets: HashMap<RulesetSlot, Ruleset>,
     epochs: HashMap<u16, u32>,
     routes: Prefixes<[u8; 16], NextHop>,
-    config: NodeConfig,
+    pub(crate) config: NodeConfig,
+    pub(crate) services: ServiceTables,
     established: FlowTable,
     pending: FlowTable,
     fragments: RefCell<HashMap<FragmentKey, FragmentPorts>>,
     counters: RefCell<HashMap<u32, Counter>>,
     events: RefCell<Vec<FlowEvent>>,
-    now_ns: Cell<u64>,
-    random: Cell<u32>,
+    pub(crate) now_ns: Cell<u64>,
 }
 
 /// One compiled rule set.
@@ -69,7 +70,7 @@ impl Ruleset {
 impl Node {
     /// A node with empty tables. Nothing passes until it is configured.
     pub fn new(config: NodeConfig) -> Node {
-        Node { config, now_ns: Cell::new(1 << 40), random: Cell::new(0x9e37_79b9), ..Node::default() }
+        Node { config, now_ns: Cell::new(1 << 40), ..Node::default() }
     }
 
     /// Puts a workload behind its device and under its addresses.
@@ -140,6 +141,15 @@ impl Node {
         let mut scratch = Scratch::default();
         let verdict = process(hook, &mut frame, self, |frame, node| slow_path(hook, frame, node, &mut scratch));
         Ran { verdict, frame }
+    }
+
+    /// Sends a packet from the network through XDP.
+    pub fn run_edge(&self, frame: Frame) -> Ran {
+        let mut scratch = Scratch::default();
+        let hook = Hook::FROM_NETWORK;
+        let mut frame = RawFrame(frame);
+        let verdict = process(hook, &mut frame, self, |frame, node| slow_path(hook, frame, node, &mut scratch));
+        Ran { verdict, frame: frame.0 }
     }
 
     /// The recipe of a tuple in a table.
@@ -297,17 +307,23 @@ impl Tables for Node {
         self.devices.get(&ifindex)
     }
 
-    fn ipcache(&self, addr: &Addr) -> Option<&Ipcache> {
-        let bytes = addr.octets();
-        self.ipcache.longest(|length| cut(bytes, length))
-    }
-
     fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry> {
         self.rulesets.get(&ruleset)?.get(key)
     }
 
-    fn node(&self) -> Option<&NodeConfig> {
-        Some(&self.config)
+    fn snat_pool(&self, number: u32) -> Option<&SnatPool> {
+        self.services.pools.get(&number)
+    }
+
+    fn count_backend(&self, backend: u32, answer: bool, bytes: u32) {
+        let mut counters = self.services.counters.borrow_mut();
+        let counter = counters.entry(backend).or_default();
+        if answer {
+            counter.answers += 1;
+        } else {
+            counter.packets += 1;
+            counter.bytes += u64::from(bytes);
+        }
     }
 
     fn route(&self, tuple: &Tuple) -> Option<NextHop> {
@@ -321,20 +337,6 @@ impl Tables for Node {
 
     fn remember_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
         self.fragments.borrow_mut().insert(*key, *ports);
-    }
-
-    fn now(&self) -> Tick {
-        Tick::from_ns(self.now_ns.get())
-    }
-
-    fn random(&self) -> u32 {
-        // xorshift: any spread will do here, and tests want the same one each time.
-        let mut x = self.random.get();
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        self.random.set(x);
-        x
     }
 
     fn count(&self, index: u32, bytes: u32) {

@@ -1,0 +1,194 @@
+//! What becomes of a new connection's addresses: a service's backend, masquerade, direct return.
+
+use cirri_abi::{
+    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, NodeConfig, Port, Rewrite, VXLAN_PORT,
+    node_flag, proto, recipe_flag,
+};
+
+use crate::{
+    carry::tuple_difference,
+    place::PlaceKind,
+    slow::Scratch,
+    traits::{Table, Tables},
+};
+
+/// Whether what is `addressed` to this node's address and that port is the node's own business: no
+/// answer to a translated connection, and for no service.
+#[inline(always)]
+pub(crate) fn is_for_node<T: Tables>(tables: &T, addressed: impl FnOnce(&NodeConfig) -> bool, port: Port) -> bool {
+    match tables.node() {
+        Some(node) if addressed(node) => {
+            port.number().wrapping_sub(node.masquerade_first.number()) > node.masquerade_mask && !tables.node_port(port)
+        }
+        _ => false,
+    }
+}
+
+/// The stage: puts the rewrites into both drafts, and claims a source port where one is needed.
+#[inline(always)]
+pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropReason> {
+    if s.served.yes {
+        if is_returned_directly(s) {
+            return return_directly(s);
+        }
+        s.forward.backend = s.served.backend;
+        s.reverse.backend = s.served.backend;
+        s.forward.rewrite = Rewrite::DESTINATION;
+        s.forward.destination = s.translated.dst;
+        s.forward.destination_port = s.translated.dport;
+        s.reverse.rewrite = Rewrite::SOURCE;
+        s.reverse.source = s.opener.dst;
+        s.reverse.source_port = s.opener.dport;
+    } else if s.option_addr != Addr::UNSPECIFIED && s.from.kind == PlaceKind::World {
+        s.reverse.rewrite = Rewrite::SOURCE;
+        s.reverse.source = s.option_addr;
+        s.reverse.source_port = s.option_port;
+    }
+    if s.opener.proto == proto::SCTP && (s.served.yes && s.translated.dport != s.opener.dport) {
+        // Its checksum covers the ports, and is none that could be adjusted.
+        return Err(DropReason::MASQUERADE_UNSUPPORTED);
+    }
+    if let Some(source) = wanted_source(tables, s)? {
+        return bind(tables, s, &source);
+    }
+    s.forward.csum_delta = tuple_difference(&s.opener, &s.opener.rewritten(&s.forward));
+    s.reverse.csum_delta = tuple_difference(&s.answer, &s.answer.rewritten(&s.reverse));
+    Ok(())
+}
+
+/// Whether the backend's node answers the client itself.
+#[inline(always)]
+fn is_returned_directly(s: &Scratch) -> bool {
+    let away = matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World);
+    let possible = match s.served.forwarding {
+        Forwarding::DSR_OPTION => true,
+        Forwarding::DSR_IPIP => s.forward.action == Action::DEVICE,
+        _ => false,
+    };
+    s.hook == Hook::FROM_NETWORK && away && possible
+}
+
+#[inline(always)]
+fn return_directly(s: &mut Scratch) -> Result<(), DropReason> {
+    s.forward.backend = s.served.backend;
+    s.forward.destination = s.translated.dst;
+    s.forward.destination_port = s.translated.dport;
+    if s.served.forwarding == Forwarding::DSR_IPIP {
+        s.forward.action = Action::IPIP;
+        s.forward.flags |= recipe_flag::ONE_WAY;
+    } else {
+        s.forward.rewrite = Rewrite::DESTINATION;
+        s.forward.flags |= recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION;
+        s.forward.csum_delta = tuple_difference(&s.opener, &s.translated);
+    }
+    Ok(())
+}
+
+/// Where a connection gets its source from.
+struct Source {
+    addr: Addr,
+    first: u16,
+    mask: u16,
+    /// Its own port is as good as any, also outside the range.
+    own: bool,
+}
+
+/// Whether this new connection leaves under another address than its own, and which.
+#[inline(always)]
+fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, DropReason> {
+    let v4 = s.opener.src.is_v4();
+    let Some(node) = tables.node() else {
+        return Err(DropReason::NO_CONFIG);
+    };
+    let (first, mask) = (node.masquerade_first.number(), node.masquerade_mask);
+    if s.from.kind == PlaceKind::Local {
+        if s.served.yes && s.to.kind == PlaceKind::Local && s.to.ifindex == s.from.ifindex {
+            // It reaches itself: without another source it would answer itself directly.
+            return Ok(Some(Source { addr: if v4 { GATEWAY_V4 } else { GATEWAY_V6 }, first, mask, own: true }));
+        }
+        let flag = if v4 { node_flag::MASQUERADE_V4 } else { node_flag::MASQUERADE_V6 };
+        if s.to.kind != PlaceKind::World || s.to.plain || node.flags & flag == 0 {
+            return Ok(None);
+        }
+        // The receiver may be a node by an address that nobody told us. From our node's own address it
+        // would take this for the overlay's, whose VNI could then be any identity.
+        if s.opener.proto == proto::UDP && s.translated.dport == Port::new(VXLAN_PORT) {
+            return Err(DropReason::ENCAPSULATION_PROHIBITED);
+        }
+    } else if !(s.served.yes && s.hook == Hook::FROM_NETWORK)
+        || !matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World)
+    {
+        return Ok(None);
+    }
+    let echo = s.parsed.icmp[0] == if v4 { 8 } else { 128 };
+    match s.opener.proto {
+        proto::TCP | proto::UDP => {}
+        proto::ICMP | proto::ICMPV6 if echo => {}
+        _ => return Err(DropReason::MASQUERADE_UNSUPPORTED),
+    }
+    if s.served.yes
+        && s.served.pool != 0
+        && let Some(pool) = tables.snat_pool(s.served.pool)
+    {
+        let addr = if v4 { pool.v4 } else { pool.v6 };
+        return source(addr, pool.first.number(), pool.mask);
+    }
+    source(if v4 { node.v4 } else { node.v6 }, first, mask)
+}
+
+#[inline(always)]
+fn source(addr: Addr, first: u16, mask: u16) -> Result<Option<Source>, DropReason> {
+    if addr == Addr::UNSPECIFIED {
+        return Err(DropReason::NO_MASQUERADE_PORT);
+    }
+    Ok(Some(Source { addr, first, mask, own: false }))
+}
+
+/// Ports tried before the connection is refused (Cilium's contract N1.8 tries as many).
+const ATTEMPTS: u16 = 32;
+
+/// Takes a port whose answers no other connection expects, and puts the rewrite into both recipes.
+///
+/// The answer's pending entry is the claim: it is inserted only if it is new, so two CPUs cannot
+/// take the same port. Then the established are asked, in this order: a connection is in their table
+/// before it leaves the pending one.
+#[inline(always)]
+fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), DropReason> {
+    s.forward.rewrite |= Rewrite::SOURCE;
+    s.forward.source = source.addr;
+    s.reverse.rewrite |= Rewrite::DESTINATION;
+    s.reverse.destination = s.opener.src;
+    s.reverse.destination_port = s.opener.sport;
+    s.answer.dst = source.addr;
+    // Ports are in no difference of addresses, so these hold for every port.
+    s.forward.csum_delta = tuple_difference(&s.opener, &s.opener.rewritten(&s.forward));
+    s.reverse.csum_delta = tuple_difference(&s.answer, &s.answer.rewritten(&s.reverse));
+
+    // The client's own port if it may be: easier to follow for people.
+    let own = s.opener.sport.number();
+    let mut port =
+        if source.own || own.wrapping_sub(source.first) <= source.mask { own } else { pick(tables.random(), source) };
+    // Two ports in a row, then anywhere: neighbours of a taken port are more likely taken than others.
+    for i in 0..ATTEMPTS {
+        if i == 1 {
+            port = source.first.wrapping_add(port.wrapping_sub(source.first).wrapping_add(1) & source.mask);
+        } else if i > 1 {
+            port = pick(tables.random(), source);
+        }
+        s.forward.source_port = Port::new(port);
+        s.answer.dport = Port::new(port);
+        if !tables.insert(Table::Pending, &s.answer, &s.reverse, true) {
+            continue;
+        }
+        if tables.flow(Table::Flows, &s.answer).is_none() {
+            return Ok(());
+        }
+        tables.remove(Table::Pending, &s.answer);
+    }
+    Err(DropReason::NO_MASQUERADE_PORT)
+}
+
+#[inline(always)]
+fn pick(random: u32, source: &Source) -> u16 {
+    source.first.wrapping_add(random as u16 & source.mask)
+}
