@@ -318,6 +318,9 @@ pub struct MapInfo {
     pub key_size: u32,
     /// Bytes of a value.
     pub value_size: u32,
+    /// Kernel memory it takes, bytes.
+    #[serde(default)]
+    pub memory_bytes: u64,
     /// What it is for.
     pub about: String,
 }

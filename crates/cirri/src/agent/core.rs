@@ -256,9 +256,11 @@ impl Core {
         if std::mem::take(&mut self.rows_stale) {
             self.desire_rows();
         }
-        if self.serving.take_changes() || !self.filled {
+        if self.serving.take_changes() {
             // Whether a backend is on this node stands there.
             self.rows.node.set("node", self.node_config());
+        }
+        if !self.filled {
             self.desire_sockets();
         }
         self.filled = true;

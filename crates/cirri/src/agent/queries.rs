@@ -173,6 +173,7 @@ impl Core {
                 max_entries: status.max_entries,
                 key_size: status.key_size,
                 value_size: status.value_size,
+                memory_bytes: status.memory,
                 about: status.about.to_owned(),
             }
         };

@@ -119,8 +119,12 @@ impl Core {
     /// Rows to write before the rule sets, and rows to write after: a block that is new must be in
     /// the address cache first, one that is gone must leave the rule sets first.
     fn split_ipcache(&self, now: Instant) -> (Vec<DueAddress>, Vec<DueAddress>) {
+        let due = self.rows.ipcache.due(now);
+        if due.is_empty() {
+            return (due, Vec::new());
+        }
         let live: BTreeSet<u32> = self.cluster.blocks().iter().map(|(_, number)| number).collect();
-        self.rows.ipcache.due(now).into_iter().partition(|due| {
+        due.into_iter().partition(|due| {
             due.desired.is_some() && due.actual.is_none_or(|actual| actual.block == 0 || live.contains(&actual.block))
         })
     }

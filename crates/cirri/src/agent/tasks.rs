@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_abi::{Identity, epoch_slot};
+use cirri_control::identity::Identities;
 use cirri_control::ipam::ClusterPool;
 use cirri_control::labels::IdentityLabels;
 use cirri_loader::net::{ForeignRoutes, Neighbours};
@@ -180,7 +181,8 @@ pub async fn number(shared: Arc<Shared>) {
     loop {
         let (wanted, known) = {
             let core = shared.core.lock().await;
-            (core.unnumbered.clone(), core.view.identities.clone())
+            let known = if core.unnumbered.is_empty() { Identities::default() } else { core.view.identities.clone() };
+            (core.unnumbered.clone(), known)
         };
         let mut failed = false;
         for labels in wanted {

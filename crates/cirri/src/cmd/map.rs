@@ -47,7 +47,7 @@ pub fn run(client: &ClientArgs, args: &MapArgs) -> Result<()> {
 }
 
 fn list(maps: &[MapInfo]) -> String {
-    let mut table = Table::new(["name", "kind", "entries", "max", "key", "value", "about"]);
+    let mut table = Table::new(["name", "kind", "entries", "max", "key", "value", "memory", "about"]);
     for map in maps {
         table.row([
             map.name.clone(),
@@ -56,6 +56,7 @@ fn list(maps: &[MapInfo]) -> String {
             map.max_entries.to_string(),
             map.key_size.to_string(),
             map.value_size.to_string(),
+            format!("{} KiB", map.memory_bytes.div_ceil(1024)),
             map.about.clone(),
         ]);
     }

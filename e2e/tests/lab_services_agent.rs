@@ -1,0 +1,348 @@
+//! The agent keeps services as the cluster's state says: through restarts, beside what others break, when there are ten
+//! thousand of them, and when something is wrong with one.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use cirri_abi::{Addr, Backend, BackendState, Port, Service, ServiceKey, ServiceSlot};
+use cirri_e2e::lab::{Lab, eventually, printed};
+use cirri_loader::Tables;
+use cirri_store::{Etcd, EtcdOptions, PREFIX, Store};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Maps that hold what services are made of; a restart must not change them.
+const MAPS: [&str; 6] = ["SERVICES", "BACKENDS", "SERVICE_SLOTS", "NODE_PORTS", "SOURCE_RANGES", "EPOCHS"];
+
+const SHOP: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec: {nodeName: node1, containers: [{name: c, image: none, ports: [{containerPort: 80}]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: api, namespace: shop, labels: {app: api}}
+spec: {nodeName: node1, containers: [{name: c, image: none, ports: [{containerPort: 80}]}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  type: LoadBalancer
+  clusterIP: 10.96.0.10
+  selector: {app: web}
+  sessionAffinity: ClientIP
+  loadBalancerSourceRanges: [198.51.100.0/24]
+  ports: [{name: http, port: 80, nodePort: 30080}]
+status: {loadBalancer: {ingress: [{ip: 192.0.2.10}]}}
+"#;
+const API: &str = r#"
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: api
+  namespace: shop
+  annotations: {service.cilium.io/lb-algorithm: maglev}
+spec:
+  clusterIP: 10.96.0.11
+  selector: {app: api}
+  ports: [{name: http, port: 80}]
+"#;
+
+#[test]
+fn services_outlive_a_restart_and_what_is_broken_or_left_over_is_put_right() {
+    let lab = Lab::up("svcrest", 1, &[]).unwrap();
+    let all = [SHOP, API].concat();
+    lab.apply(&all).unwrap();
+    let before = tables(&lab);
+    let rows = |map: &str| before.iter().find(|(name, _)| *name == map).map(|(_, rows)| rows.len()).unwrap();
+    // Three addresses and ports of one service, one of the other, and three addresses alone.
+    assert_eq!(
+        (rows("SERVICES"), rows("BACKENDS"), rows("NODE_PORTS"), rows("SOURCE_RANGES")),
+        (7, 2, 1, 1),
+        "{before:?}"
+    );
+    lab.restart("node1", &["--kill"]).unwrap();
+    assert_eq!(tables(&lab), before, "after a restart");
+
+    lab.kill_agent("node1").unwrap();
+    damage(&lab);
+    lab.restart("node1", &[]).unwrap();
+    let now = tables(&lab);
+    for (was, is) in before.iter().zip(&now).filter(|(was, _)| was.0 != "EPOCHS" && was.0 != "SERVICE_SLOTS") {
+        assert_eq!(was, is, "after repair");
+    }
+
+    // A service that goes while the agent is away.
+    lab.kill_agent("node1").unwrap();
+    let manifests = lab.list().unwrap().directory.join("nodes/node1/manifests");
+    std::fs::remove_file(manifests.join("Service.shop.api.yaml")).unwrap();
+    lab.restart("node1", &[]).unwrap();
+    let services: Vec<Value> = lab.ask("node1", &["service", "list"]).unwrap();
+    assert!(services.iter().all(|service| service["name"] == "web") && services.len() == 1, "{services:?}");
+    let left = dump(&lab, "SERVICES");
+    assert!(left.len() == 5 && left.iter().all(|row| !row.contains("10.96.0.11")), "{left:?}");
+    assert_eq!(dump(&lab, "BACKENDS").len(), 1);
+}
+
+/// What a fault could leave: a row changed, a backend emptied, and things that are nobody's.
+fn damage(lab: &Lab) {
+    let tables = Tables::open(Path::new("/sys/fs/bpf/cirri"), &format!("lab-{}-node1", lab.name())).unwrap();
+    let entries = tables.services.entries().unwrap();
+    let web = |key: &ServiceKey| key.addr == Addr::v4([10, 96, 0, 10]) && key.port.number() == 80;
+    let (key, row) = entries.iter().find(|(key, _)| web(key)).unwrap();
+    tables.services.put(key, &Service { inside_count: row.inside_count + 5, affinity: 1, ..*row }).unwrap();
+    let lb = entries.iter().find(|(key, _)| key.addr == Addr::v4([192, 0, 2, 10]) && key.proto == 6).unwrap();
+    assert!(tables.services.delete(&lb.0).unwrap());
+    let stray = ServiceKey { addr: Addr::v4([10, 96, 9, 9]), port: Port::new(99), proto: 6, _pad: 0 };
+    tables
+        .services
+        .put(&stray, &Service { id: 77, inside_first: 5000, inside_count: 1, ..Service::default() })
+        .unwrap();
+    let backend = Backend { state: BackendState::ACTIVE, service: 77, proto: 6, ..Backend::default() };
+    tables.backends.put(&500, &Backend { addr: Addr::v4([10, 1, 1, 1]), port: Port::new(9), ..backend }).unwrap();
+    tables.slots.put(&5000, &ServiceSlot { backend: 500 }).unwrap();
+    tables.node_ports.put(&3, &u64::MAX).unwrap();
+}
+
+#[test]
+fn a_node_answers_how_many_local_backends_a_service_has() {
+    let lab = Lab::up("svchealth", 2, &[]).unwrap();
+    let service = |name: &str, ip: u8, port: u16| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{type: LoadBalancer, \
+             clusterIP: 10.96.1.{ip}, externalTrafficPolicy: Local, healthCheckNodePort: {port}, selector: {{app: web}}, \
+             ports: [{{port: 80, nodePort: {}}}]}}\n",
+            port + 100
+        )
+    };
+    let taken = lab.netns("node:node2").unwrap().run(|| TcpListener::bind("0.0.0.0:32101")).unwrap().unwrap();
+    let pods = SHOP.split("---\napiVersion: v1\nkind: Service").next().unwrap();
+    let both = [pods, &service("lb", 1, 32100), &service("other", 2, 32101)].concat();
+    lab.apply(&both).unwrap();
+
+    let world = lab.netns("world").unwrap();
+    let ask = |node: u8, port: u16| {
+        let url = format!("http://172.31.255.{node}:{port}/healthz");
+        printed(&world, &["curl", "-s", "--max-time", "5", "-w", " %{http_code} %{content_type}", &url])
+    };
+    let ready = r#"{"service":{"namespace":"shop","name":"lb"},"localEndpoints":1,"serviceProxyHealthy":true}"#;
+    let none = ready.replace(":1,", ":0,");
+    let answers =
+        |node, expected: &str| eventually("the health check answers so", PATIENCE, || ask(node, 32100) == expected);
+    answers(11, &format!("{ready} 200 application/json"));
+    answers(12, &format!("{none} 503 application/json"));
+    let ipv6 = printed(&world, &["curl", "-s", "--max-time", "5", "http://[fd00:c1:ab::11]:32100/"]);
+    assert_eq!(ipv6, ready);
+
+    // The port is somebody else's on the second node; that is told, and mended once it is free.
+    let check = |lab: &Lab, port: u16| -> Value {
+        let status: Value = lab.ask("node2", &["status"]).unwrap();
+        let checks = status["services"]["health_checks"].as_array().unwrap().clone();
+        checks.into_iter().find(|check| check["port"] == port).unwrap_or(Value::Null)
+    };
+    assert!(check(&lab, 32101)["error"].as_str().unwrap().contains("in use"), "{}", check(&lab, 32101));
+    assert_eq!(check(&lab, 32100)["error"], "");
+    drop(taken);
+    eventually("a port that is free again answers", PATIENCE, || check(&lab, 32101)["error"] == "");
+
+    // A service that is gone answers no more.
+    lab.apply(&[pods, &service("other", 2, 32101)].concat()).unwrap();
+    let refused = || world.run(|| std::net::TcpStream::connect("172.31.255.11:32100").is_err()).unwrap();
+    eventually("a health check closes with its service", PATIENCE, refused);
+}
+
+#[test]
+fn what_is_wrong_with_a_service_is_told_and_the_last_good_state_stays() {
+    let lab = Lab::up("svcbad", 1, &["--set", "bpf.maps.backends=4"]).unwrap();
+    lab.apply(SHOP).unwrap();
+    let problems = |lab: &Lab| -> Vec<String> {
+        let status: Value = lab.ask("node1", &["status"]).unwrap();
+        serde_json::from_value(status["services"]["problems"].clone()).unwrap()
+    };
+    assert_eq!(problems(&lab), Vec::<String>::new());
+    let good = dump(&lab, "SERVICES");
+    let told = |more: &str, words: &[&str]| {
+        lab.apply(&[SHOP, more].concat()).unwrap();
+        let told = problems(&lab);
+        let named = |problem: &&String| words.iter().all(|word| problem.contains(word));
+        assert_eq!(told.iter().filter(named).count(), 1, "{words:?} once in {told:?}");
+        assert!(good.is_subset(&dump(&lab, "SERVICES")), "the good service stays: {:?}", dump(&lab, "SERVICES"));
+    };
+    let service = |name: &str, spec: &str| {
+        format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {spec}\n")
+    };
+    let twice = service("zweite", "{clusterIP: 10.96.0.10, selector: {app: api}, ports: [{port: 80}]}");
+    told(&twice, &["shop/web", "shop/zweite", "10.96.0.10"]);
+    let node_port =
+        "{type: NodePort, clusterIP: 10.96.0.12, selector: {app: api}, ports: [{port: 80, nodePort: 29999}]}";
+    told(&service("far", node_port), &["shop/far", "29999", "30000"]);
+    let family = "
+---
+apiVersion: v1
+kind: Service
+metadata: {name: wrong, namespace: shop, annotations: {service.cilium.io/lb-algorithm: best}}
+spec: {clusterIP: 10.96.0.13, ports: [{port: 80}]}
+";
+    told(family, &["shop/wrong", "best", "maglev"]);
+    // More backends than the table has room for.
+    let endpoints: String = (1..=9).map(|i| format!("- {{addresses: [10.99.0.{i}]}}\n")).collect();
+    let many = format!(
+        "{}---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: many-1, namespace: shop, labels: \
+         {{kubernetes.io/service-name: many}}}}\naddressType: IPv4\nports: [{{port: 80}}]\nendpoints:\n{endpoints}",
+        service("many", "{clusterIP: 10.96.0.14, ports: [{port: 80}]}")
+    );
+    told(&many, &["shop/many", "9", "backends"]);
+    let shown: Vec<Value> = lab.ask("node1", &["service", "get", "shop/many"]).unwrap();
+    assert!(shown[0]["state"].as_str().unwrap().starts_with("error: "), "{shown:?}");
+    // Gone with their cause.
+    lab.apply(SHOP).unwrap();
+    assert_eq!((problems(&lab), dump(&lab, "SERVICES")), (Vec::new(), good));
+}
+
+/// Services of the load, and backends of each.
+const SERVICES: usize = 10_000;
+const BACKENDS: usize = 10;
+/// Changes of one service while all stand.
+const CHANGES: usize = 200;
+/// The issue's bound on applying all of them.
+const APPLIED_IN: Duration = Duration::from_secs(10);
+/// Its bound on one change, in 99 of 100 cases.
+const CHANGED_IN: Duration = Duration::from_millis(50);
+
+#[test]
+fn ten_thousand_services_are_applied_in_seconds_and_one_change_in_milliseconds() {
+    let lab = Lab::up("svcload", 2, &[]).unwrap();
+    let memory = |lab: &Lab| -> (u64, u64) {
+        let status: Value = lab.ask("node1", &["status"]).unwrap();
+        let maps: Vec<Value> = lab.ask("node1", &["map", "list"]).unwrap();
+        let kernel = maps.iter().map(|map| map["memory_bytes"].as_u64().unwrap()).sum();
+        (status["memory_bytes"].as_u64().unwrap(), kernel)
+    };
+    let empty = memory(&lab);
+    let resources: Vec<(String, String)> = (0..SERVICES).flat_map(|n| [service(n), slice(n, 0)]).collect();
+    let entries: Vec<(String, Vec<u8>)> =
+        resources.into_iter().map(|(key, json)| (format!("{PREFIX}{key}"), json.into_bytes())).collect();
+    let begun = Instant::now();
+    let revision = put(&lab, &entries);
+    let written = begun.elapsed();
+    wait(&lab, revision);
+    let applied = begun.elapsed();
+    let full = memory(&lab);
+    println!(
+        "{SERVICES} services x {BACKENDS} backends: in etcd after {written:?}, in force on node1 after {applied:?}"
+    );
+    println!(
+        "memory of the agent: {} -> {} KiB, of its maps: {} -> {} KiB",
+        empty.0 >> 10,
+        full.0 >> 10,
+        empty.1 >> 10,
+        full.1 >> 10
+    );
+    let status: Value = lab.ask("node1", &["status"]).unwrap();
+    assert_eq!(status["services"]["ready"], SERVICES * BACKENDS, "{status}");
+    wait_on(&lab, "node2", revision);
+
+    let mut took = Vec::new();
+    for change in 0..CHANGES {
+        let (key, json) = slice(change * 7 % SERVICES, change % 2 + 1);
+        let begun = Instant::now();
+        let revision = put(&lab, &[(format!("{PREFIX}{key}"), json.into_bytes())]);
+        wait(&lab, revision);
+        took.push(begun.elapsed());
+    }
+    took.sort_unstable();
+    let status: Value = lab.ask("node1", &["status"]).unwrap();
+    println!(
+        "one change, from before the write to etcd: p50 {:?}, p99 {:?}",
+        took[CHANGES / 2],
+        took[CHANGES * 99 / 100]
+    );
+    println!("one change, from seen to in force: {}", status["latency"]);
+    assert!(took[CHANGES * 99 / 100] < CHANGED_IN, "p99 of one change: {:?}", took[CHANGES * 99 / 100]);
+    assert!(applied < APPLIED_IN, "applied in {applied:?}");
+
+    let begun = Instant::now();
+    lab.restart("node1", &["--kill"]).unwrap();
+    wait(&lab, revision);
+    println!("restart of the agent with all of them: {:?}", begun.elapsed());
+    let after: Value = lab.ask("node1", &["status"]).unwrap();
+    assert_eq!(after["services"]["ready"], status["services"]["ready"]);
+}
+
+/// A service, as the store has it.
+fn service(n: usize) -> (String, String) {
+    let json = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{n}"), "namespace": "load"},
+        "spec": {"clusterIP": format!("10.{}.{}.{}", 100 + n / 65_536, n / 256 % 256, n % 256), "ports": [{"name": "http", "port": 80}]}
+    });
+    (format!("resources/Service/load/s{n}"), json.to_string())
+}
+
+/// Its backends; the first one's address says which version this is.
+fn slice(n: usize, version: usize) -> (String, String) {
+    let address = |i: usize| {
+        let host = if i == 0 { 200 + version } else { i };
+        format!("10.{}.{}.{host}", 200 + n / 256, n % 256)
+    };
+    let endpoints: Vec<Value> =
+        (0..BACKENDS).map(|i| json!({"addresses": [address(i)], "conditions": {"ready": true}})).collect();
+    let json = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"name": format!("s{n}-1"), "namespace": "load", "labels": {"kubernetes.io/service-name": format!("s{n}")}},
+        "addressType": "IPv4", "ports": [{"name": "http", "port": 8080}], "endpoints": endpoints
+    });
+    (format!("resources/EndpointSlice/load/s{n}-1"), json.to_string())
+}
+
+/// Writes to the lab's etcd; the revision that holds it.
+fn put(lab: &Lab, entries: &[(String, Vec<u8>)]) -> u64 {
+    let inside = cirri_loader::net::Namespace::open(lab.list().unwrap().net).unwrap();
+    let written = inside.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let store = Etcd::new(&EtcdOptions::new(["http://172.31.255.1:2379"])).unwrap();
+            for chunk in entries.chunks(100) {
+                let chunk: Vec<(&str, &[u8])> =
+                    chunk.iter().map(|(key, value)| (key.as_str(), value.as_slice())).collect();
+                store.put_all(&chunk).await.unwrap();
+            }
+            store.health().await.unwrap().revision
+        })
+    });
+    written.unwrap()
+}
+
+fn wait(lab: &Lab, revision: u64) {
+    wait_on(lab, "node1", revision);
+}
+
+/// Waits until a node enforces a revision.
+fn wait_on(lab: &Lab, node: &str, revision: u64) {
+    let mut socket = UnixStream::connect(lab.socket(node)).unwrap();
+    let question = json!({"method": "wait", "params": {"revision": revision, "timeout_ms": 120_000}});
+    socket.write_all(format!("{question}\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    BufReader::new(socket).read_line(&mut answer).unwrap();
+    let answer: Value = serde_json::from_str(&answer).unwrap();
+    assert!(answer["result"]["enforced_revision"].as_u64() >= Some(revision), "{answer}");
+}
+
+fn tables(lab: &Lab) -> Vec<(&'static str, BTreeSet<String>)> {
+    MAPS.iter().map(|map| (*map, dump(lab, map))).collect()
+}
+
+fn dump(lab: &Lab, map: &str) -> BTreeSet<String> {
+    let rows: Vec<Value> = lab.ask("node1", &["map", "dump", map, "--limit", "0"]).unwrap();
+    rows.iter().map(Value::to_string).collect()
+}
