@@ -317,8 +317,12 @@ fn service_port(
     drained: &BTreeSet<Target>,
 ) -> ServicePort {
     let mut port = ServicePort::new(service.id());
-    port.frontends =
-        vec![Frontend { addr: Addr::from(service.address), port: service.port, kind: FrontendKind::LoadBalancer }];
+    port.frontends = vec![Frontend {
+        addr: Addr::from(service.address),
+        port: service.port,
+        kind: FrontendKind::LoadBalancer,
+        shared: false,
+    }];
     for (index, backend) in service.backends.iter().enumerate() {
         let target = Target { service: service.name.clone(), backend: backend.name.clone() };
         let state = state_of(&target, backend.weight, health, drained);

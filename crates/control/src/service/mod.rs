@@ -88,6 +88,9 @@ pub struct Frontend {
     pub port: u16,
     /// Why.
     pub kind: FrontendKind,
+    /// Whether the address is also used for other things than services, as a node's own is: what no
+    /// service has there is left alone then, otherwise it is refused.
+    pub shared: bool,
 }
 
 /// Who serves.
@@ -97,7 +100,8 @@ pub struct Backend {
     pub addr: IpAddr,
     /// On which port.
     pub port: u16,
-    /// `cirri_abi::BackendState`. Whoever stands in a set of the service port is `ACTIVE`.
+    /// `cirri_abi::BackendState`. Who stands in a set is `ACTIVE`, or `DRAINING` where nobody else is
+    /// left.
     pub state: u8,
     /// Share of new connections, relative to the others; 1 unless given, 0: none.
     pub weight: u16,

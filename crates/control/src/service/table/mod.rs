@@ -9,9 +9,11 @@
 //! to is never written again; ranges and numbers that were given back are reused as late as possible.
 //! The epoch moves last.
 
+mod change;
 mod error;
 mod numbers;
 mod restore;
+mod rows;
 #[cfg(test)]
 mod tests;
 mod wanted;
@@ -20,8 +22,10 @@ pub use error::TableError;
 pub use restore::Restored;
 
 use super::{Backend, PortId, ServicePort};
-use cirri_abi::{Addr, Port, RangeKey, Service, ServiceKey, epoch_slot, map, service_flag};
+use change::{Change, Planned};
+use cirri_abi::{Addr, RangeKey, Service, ServiceKey, epoch_slot, map};
 use numbers::{Numbers, Ranges};
+use rows::{NodePorts, Refusal, is_own};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use wanted::{Make, Place, Wanted};
@@ -139,6 +143,8 @@ struct Live {
     number: u32,
     rows: Vec<(ServiceKey, Service)>,
     backends: HashMap<Place, (u32, cirri_abi::Backend)>,
+    /// Those of the rows whose addresses have other uses too.
+    shared: Vec<ServiceKey>,
     ranges: Vec<RangeKey>,
     sets: Vec<Set>,
 }
@@ -165,15 +171,6 @@ enum Owner {
     Port(Arc<PortId>),
     /// What was there before, under this service number.
     Inherited(u32),
-}
-
-/// The row of an address alone.
-#[derive(Clone, Copy, Debug, Default)]
-struct Refusal {
-    /// How many other rows the address has.
-    rows: u32,
-    /// Whether it stands in the table.
-    stands: bool,
 }
 
 impl Tables {
@@ -352,7 +349,8 @@ impl Tables {
         let mut addresses = HashSet::new();
         for (key, _) in &wanted.rows {
             rows += usize::from(!self.owners.contains_key(key));
-            if !is_own(key.addr) && !self.addresses.contains_key(&key.addr) {
+            let refuses = !is_own(key.addr) && !wanted.shared.contains(key);
+            if refuses && !self.addresses.contains_key(&key.addr) {
                 addresses.insert(key.addr);
             }
         }
@@ -410,263 +408,6 @@ impl Tables {
         }
         Ok(taken)
     }
-
-    /// Carries a change out in these books and answers how to do it in the kernel's tables.
-    fn carry_out(&mut self, change: &mut Change<'_>) -> Vec<Write> {
-        let Change { port, wanted, old, planned, places } = change;
-        let number = match old.number {
-            0 => self.numbers.take().unwrap_or_default(),
-            number => number,
-        };
-        let id = Arc::new(port.id.clone());
-        let mut writes = Vec::new();
-        let mut live = Live { number, ..Live::default() };
-        let mut late = Vec::new();
-
-        // Backends: those that begin to take connections before the rows, the others after them.
-        let mut numbers = Vec::with_capacity(wanted.backends.len());
-        for (place, state) in &wanted.backends {
-            let before = old.backends.remove(place);
-            let n = before.map_or_else(|| self.backends.take().unwrap_or_default(), |(n, _)| n);
-            let row = cirri_abi::Backend {
-                addr: place.0,
-                port: Port::new(place.1),
-                proto: port.id.protocol,
-                state: *state,
-                service: number,
-                _pad: [0; 2],
-            };
-            match before {
-                Some((_, known)) if known == row => {}
-                Some(_) if *state != cirri_abi::BackendState::ACTIVE => late.push(Write::Backend(n, row)),
-                _ => writes.push(Write::Backend(n, row)),
-            }
-            numbers.push(n);
-            live.backends.insert(*place, (n, row));
-        }
-        let mut gone: Vec<u32> = old.backends.values().map(|(n, _)| *n).collect();
-        gone.sort_unstable();
-
-        let inside = self.settle(&planned[0], places[0], wanted, &wanted.inside, &numbers, &mut writes);
-        let outside = match planned[1] {
-            Planned::Shared => inside.clone(),
-            _ => self.settle(&planned[1], places[1], wanted, &wanted.outside, &numbers, &mut writes),
-        };
-        for key in &wanted.ranges {
-            let key = RangeKey { service: number, ..*key };
-            match old.ranges.iter().position(|known| *known == key) {
-                Some(at) => {
-                    old.ranges.swap_remove(at);
-                }
-                None => {
-                    self.ranges += 1;
-                    writes.push(Write::Range(key));
-                }
-            }
-            live.ranges.push(key);
-        }
-        let part = |set: &Option<Set>| set.as_ref().map_or((0, 0), |set| (set.first, set.count));
-        let ((inside_first, inside_count), (outside_first, outside_count)) = (part(&inside), part(&outside));
-        for (key, flags) in &wanted.rows {
-            let row = Service {
-                id: number,
-                flags: *flags,
-                inside_first,
-                inside_count,
-                outside_first,
-                outside_count,
-                affinity: port.affinity,
-                pool: port.pool,
-                slot: epoch_of(number),
-                algorithm: port.algorithm,
-                forwarding: port.forwarding,
-                _pad: 0,
-            };
-            let before = old.rows.iter().position(|(known, _)| known == key).map(|at| old.rows.swap_remove(at).1);
-            if before != Some(row) {
-                writes.push(Write::Service(*key, row));
-            }
-            self.claim(*key, &id, &mut writes);
-            live.rows.push((*key, row));
-        }
-        for (key, _) in std::mem::take(&mut old.rows) {
-            self.release(key, &mut writes);
-        }
-        writes.append(&mut late);
-        for n in gone {
-            self.give_back_backend(n, &mut writes);
-        }
-        for key in std::mem::take(&mut old.ranges) {
-            self.ranges -= 1;
-            writes.push(Write::RemoveRange(key));
-        }
-        if !writes.is_empty() {
-            writes.push(Write::Bump(epoch_of(number)));
-        }
-
-        live.sets.extend(inside);
-        live.sets.extend(outside.filter(|set| live.sets.first().is_none_or(|inside| inside.first != set.first)));
-        for set in &old.sets {
-            if !live.sets.iter().any(|kept| kept.first == set.first) {
-                self.slots.give_back(set.first, set.count);
-            }
-        }
-        for (index, backend) in port.backends.iter().enumerate().rev() {
-            if let Some((n, _)) = live.backends.get(&(backend.addr.into(), backend.port)) {
-                self.by_backend.insert(*n, (id.clone(), index));
-            }
-        }
-        self.by_number.insert(number, id.clone());
-        self.ports.insert(id, Installed { port: (*port).clone(), live });
-        writes
-    }
-
-    fn settle(
-        &self,
-        planned: &Planned,
-        first: u32,
-        wanted: &Wanted,
-        members: &[(usize, u16)],
-        numbers: &[u32],
-        writes: &mut Vec<Write>,
-    ) -> Option<Set> {
-        match planned {
-            Planned::Empty | Planned::Shared => None,
-            Planned::Kept(set) => Some(set.clone()),
-            Planned::New(count) => {
-                let backends = slots_of(wanted, members, |index| numbers[index]);
-                writes.push(Write::Slots { first, backends });
-                let numbered = members.iter().map(|(index, weight)| (numbers[*index], *weight)).collect();
-                Some(Set { first, count: *count, made: Made::Of(wanted.make, numbered) })
-            }
-        }
-    }
-
-    /// Books a row, and writes what belongs to its address. If a process before this one left the row
-    /// to another service, it has just been replaced in place.
-    fn claim(&mut self, key: ServiceKey, id: &Arc<PortId>, writes: &mut Vec<Write>) {
-        let before = self.owners.insert(key, Owner::Port(id.clone()));
-        if let Some(Owner::Inherited(number)) = before
-            && let Some(live) = self.inherited.get_mut(&number)
-        {
-            live.rows.retain(|(known, _)| *known != key);
-        }
-        if is_own(key.addr) {
-            writes.extend(self.node_ports.open(key.port.number(), before.is_none()));
-            return;
-        }
-        let refusal = self.addresses.entry(key.addr).or_default();
-        refusal.rows += u32::from(before.is_none());
-        if !std::mem::replace(&mut refusal.stands, true) {
-            self.refusals += 1;
-            writes.push(Write::Service(refuse_key(key.addr), refuse_row()));
-        }
-    }
-
-    /// Takes a row away, and the address's own with the last of them.
-    fn release(&mut self, key: ServiceKey, writes: &mut Vec<Write>) {
-        self.owners.remove(&key);
-        writes.push(Write::RemoveService(key));
-        if is_own(key.addr) {
-            writes.extend(self.node_ports.close(key.port.number()));
-            return;
-        }
-        if let Some(refusal) = self.addresses.get_mut(&key.addr) {
-            refusal.rows -= 1;
-            if refusal.rows == 0 {
-                self.forget(key.addr, writes);
-            }
-        }
-    }
-
-    /// Takes an address's own row away.
-    fn forget(&mut self, addr: Addr, writes: &mut Vec<Write>) {
-        if self.addresses.remove(&addr).is_some_and(|refusal| refusal.stands) {
-            self.refusals -= 1;
-            writes.push(Write::RemoveService(refuse_key(addr)));
-        }
-    }
-
-    fn give_back_backend(&mut self, number: u32, writes: &mut Vec<Write>) {
-        writes.push(Write::Backend(number, cirri_abi::Backend::default()));
-        self.by_backend.remove(&number);
-        self.backends.give_back(number);
-    }
-
-    /// Takes everything away that stands under a service number.
-    fn clear(&mut self, live: Live) -> Vec<Write> {
-        let mut writes = Vec::new();
-        for (key, _) in live.rows {
-            self.release(key, &mut writes);
-        }
-        let mut gone: Vec<u32> = live.backends.values().map(|(n, _)| *n).collect();
-        gone.sort_unstable();
-        for number in gone {
-            self.give_back_backend(number, &mut writes);
-        }
-        for key in live.ranges {
-            self.ranges -= 1;
-            writes.push(Write::RemoveRange(key));
-        }
-        for set in live.sets {
-            self.slots.give_back(set.first, set.count);
-        }
-        self.numbers.give_back(live.number);
-        writes.push(Write::Bump(epoch_of(live.number)));
-        writes
-    }
-}
-
-/// A change that has been checked.
-struct Change<'a> {
-    port: &'a ServicePort,
-    wanted: Wanted,
-    old: Live,
-    /// Inside, outside.
-    planned: [Planned; 2],
-    /// First slots of those that are new.
-    places: [u32; 2],
-}
-
-/// What becomes of one set.
-enum Planned {
-    Empty,
-    /// It stands already.
-    Kept(Set),
-    /// It is to be written and takes this many slots.
-    New(u32),
-    /// Outside is the same as inside.
-    Shared,
-}
-
-/// The ports of the node's own addresses: how many rows each has, and the bits in the kernel.
-#[derive(Clone, Debug, Default)]
-struct NodePorts {
-    rows: HashMap<u16, u32>,
-    words: BTreeMap<u32, u64>,
-}
-
-impl NodePorts {
-    /// Sets the port's bit, for a row that is new or one that was there.
-    fn open(&mut self, port: u16, new: bool) -> Option<Write> {
-        *self.rows.entry(port).or_default() += u32::from(new);
-        let word = self.words.entry(u32::from(port) / 64).or_default();
-        let bits = *word | 1 << (port % 64);
-        (std::mem::replace(word, bits) != bits).then_some(Write::NodePorts { word: u32::from(port) / 64, bits })
-    }
-
-    /// Clears the port's bit with the last of its rows.
-    fn close(&mut self, port: u16) -> Option<Write> {
-        let rows = self.rows.get_mut(&port)?;
-        *rows -= 1;
-        if *rows > 0 {
-            return None;
-        }
-        self.rows.remove(&port);
-        let word = self.words.get_mut(&(u32::from(port) / 64))?;
-        *word &= !(1 << (port % 64));
-        Some(Write::NodePorts { word: u32::from(port) / 64, bits: *word })
-    }
 }
 
 /// The epoch slot of the service with this number.
@@ -687,17 +428,4 @@ fn slots_of(wanted: &Wanted, members: &[(usize, u16)], number: impl Fn(usize) ->
 /// The name of a backend in Maglev tables: address and port as people write them.
 fn name_of(place: Place) -> String {
     std::net::SocketAddr::new(place.0.into(), place.1).to_string()
-}
-
-/// Whether rows with this address are for the node's own addresses.
-fn is_own(addr: Addr) -> bool {
-    addr == Addr::ANY_V4 || addr == Addr::UNSPECIFIED
-}
-
-fn refuse_key(addr: Addr) -> ServiceKey {
-    ServiceKey { addr, ..ServiceKey::default() }
-}
-
-fn refuse_row() -> Service {
-    Service { flags: service_flag::REFUSE, slot: epoch_of(0), ..Service::default() }
 }

@@ -91,7 +91,7 @@ impl Tables {
         let forgotten = |refusal: &Refusal| refusal.rows == 0;
         let addresses: Vec<_> = self.addresses.iter().filter(|(_, it)| forgotten(it)).map(|(addr, _)| *addr).collect();
         for addr in addresses {
-            self.forget(addr, &mut writes);
+            self.settle_refusal(addr, &mut writes);
         }
         writes.extend(self.node_ports.sweep());
         writes

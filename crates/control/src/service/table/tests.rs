@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::service::{Frontend, FrontendKind};
-use cirri_abi::{Algorithm, BackendState, proto};
+use cirri_abi::{Algorithm, BackendState, Port, proto, service_flag};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -130,11 +130,11 @@ fn id(service: usize) -> PortId {
 fn cluster_ip(service: usize, port: u16) -> Frontend {
     let service = service as u32;
     let addr = Addr::v4([10, 96, (service >> 8) as u8, service as u8]);
-    Frontend { addr, port, kind: FrontendKind::ClusterIp }
+    Frontend { addr, port, kind: FrontendKind::ClusterIp, shared: false }
 }
 
 fn node_port(port: u16) -> Frontend {
-    Frontend { addr: Addr::ANY_V4, port, kind: FrontendKind::NodePort }
+    Frontend { addr: Addr::ANY_V4, port, kind: FrontendKind::NodePort, shared: false }
 }
 
 fn backend(number: u32) -> Backend {
@@ -184,9 +184,9 @@ fn one_service_writes_these_rows_in_this_order() {
             Write::Backend(2, row(2)),
             Write::Slots { first: 0, backends: vec![1, 2] },
             Write::Service(key(cluster, 80), served(service_flag::INSIDE_ONLY)),
-            Write::Service(ServiceKey { addr: cluster, ..ServiceKey::default() }, refused),
             Write::Service(key(Addr::ANY_V4, 30_080), served(0)),
             Write::NodePorts { word: 470, bits: 1 },
+            Write::Service(ServiceKey { addr: cluster, ..ServiceKey::default() }, refused),
             Write::Bump(slot),
         ]
     );
@@ -311,7 +311,7 @@ fn ranges_close_addresses_for_the_world_and_no_others() {
     let mut kernel = Kernel::default();
     let world = Addr::v4([203, 0, 113, 1]);
     let mut port = service(1, [1]);
-    port.frontends.push(Frontend { addr: world, port: 80, kind: FrontendKind::LoadBalancer });
+    port.frontends.push(Frontend { addr: world, port: 80, kind: FrontendKind::LoadBalancer, shared: false });
     port.frontends.push(node_port(30_000));
     port.ranges = vec!["192.0.2.7/24".parse().unwrap(), "fd00::/8".parse().unwrap()];
     kernel.carry_out(tables.set(&port).unwrap());
@@ -328,6 +328,30 @@ fn ranges_close_addresses_for_the_world_and_no_others() {
     assert_eq!(flags(&kernel)[2], service_flag::RANGES | service_flag::RANGES_DENY);
     kernel.carry_out(tables.set(&ServicePort { ranges: Vec::new(), ..port }).unwrap());
     assert_eq!((flags(&kernel)[2], kernel.ranges.len()), (service_flag::INSIDE_ONLY, 0));
+}
+
+#[test]
+fn an_address_with_other_uses_refuses_nothing() {
+    let mut tables = Tables::new(small());
+    let mut kernel = Kernel::default();
+    let refuses = |kernel: &Kernel| kernel.services.values().any(|row| row.flags & service_flag::REFUSE != 0);
+    let host = Frontend { addr: Addr::v4([192, 0, 2, 1]), port: 80, kind: FrontendKind::ExternalIp, shared: true };
+    let mut port = ServicePort { frontends: vec![host], ..service(1, [1]) };
+    kernel.carry_out(tables.set(&port).unwrap());
+    assert!(!refuses(&kernel));
+    let other = ServicePort { frontends: vec![Frontend { port: 81, shared: false, ..host }], ..service(2, [2]) };
+    kernel.carry_out(tables.set(&other).unwrap());
+    assert!(!refuses(&kernel), "one of its rows says so");
+    port.frontends[0].shared = false;
+    kernel.carry_out(tables.set(&port).unwrap());
+    assert!(refuses(&kernel), "the node lost the address");
+    port.frontends[0].shared = true;
+    kernel.carry_out(tables.set(&port).unwrap());
+    assert!(!refuses(&kernel), "and got it back");
+    kernel.carry_out(tables.remove(&id(1)));
+    assert!(refuses(&kernel));
+    kernel.carry_out(tables.remove(&id(2)));
+    assert_eq!((kernel.services.len(), tables.usage()), (0, Usage::default()));
 }
 
 #[test]
@@ -394,7 +418,8 @@ fn a_broken_table_is_put_right() {
         (row.inside_first, row.outside_first) = (first, first);
     }
     kernel.backends.insert(40, kernel.backends[&1]);
-    kernel.services.insert(refuse_key(Addr::v4([9, 9, 9, 9])), refuse_row());
+    let refused = Service { flags: service_flag::REFUSE, ..Service::default() };
+    kernel.services.insert(ServiceKey { addr: Addr::v4([9, 9, 9, 9]), ..ServiceKey::default() }, refused);
     kernel.node_ports.insert(3, 0xff);
     kernel.broken = true;
     let mut again = Tables::new(small());
@@ -461,6 +486,10 @@ fn step() -> impl Strategy<Value = Step> {
             // A shared address now and then, so that services meet.
             port.frontends =
                 frontends.into_iter().map(|at| cluster_ip(if at == 3 { 77 } else { number }, 80 + at)).collect();
+            if affinity == 1 {
+                // An address that is not only for services, now and then.
+                port.frontends[0].shared = maglev;
+            }
             if node {
                 port.frontends.push(node_port(30_000 + number as u16));
             }

@@ -14,6 +14,8 @@ pub type Place = (Addr, u16);
 pub struct Wanted {
     /// The rows' keys and flags.
     pub rows: Vec<(ServiceKey, u32)>,
+    /// Keys whose addresses have other uses too.
+    pub shared: Vec<ServiceKey>,
     /// Place and state. Where several are given for one place, the first counts.
     pub backends: Vec<(Place, u8)>,
     /// Indexes into `backends`, with weight.
@@ -40,6 +42,7 @@ impl Wanted {
     pub fn of(port: &ServicePort) -> Result<Wanted, TableError> {
         let id = || Box::new(port.id.clone());
         let mut rows: Vec<(ServiceKey, u32)> = Vec::with_capacity(port.frontends.len());
+        let mut shared: Vec<ServiceKey> = Vec::new();
         for frontend in &port.frontends {
             if is_v6(frontend.addr) != port.id.v6 {
                 return Err(TableError::FrontendFamily { id: id(), addr: frontend.addr.into() });
@@ -49,6 +52,9 @@ impl Wanted {
             }
             let key =
                 ServiceKey { addr: frontend.addr, port: Port::new(frontend.port), proto: port.id.protocol, _pad: 0 };
+            if frontend.shared && !shared.contains(&key) {
+                shared.push(key);
+            }
             let flags = flags(port, frontend.kind);
             match rows.iter_mut().find(|(known, _)| *known == key) {
                 // One address for two reasons: what either of them opens is open, what either of
@@ -108,7 +114,7 @@ impl Wanted {
                 }
             }
         }
-        Ok(Wanted { rows, backends, inside, outside, make, ranges })
+        Ok(Wanted { rows, shared, backends, inside, outside, make, ranges })
     }
 }
 
