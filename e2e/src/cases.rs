@@ -195,7 +195,11 @@ impl Addresses {
         self.0.get(name)?.iter().copied().find(|address| address.is_ipv4() == (family == Family::V4))
     }
 
-    fn fill_in(&self, text: &str) -> Result<String, CaseError> {
+    /// The text with its placeholders filled in.
+    ///
+    /// # Errors
+    /// If one names nobody.
+    pub fn fill_in(&self, text: &str) -> Result<String, CaseError> {
         let mut filled = String::new();
         let mut rest = text;
         while let Some((before, after)) = rest.split_once("{{") {

@@ -147,7 +147,7 @@ pub struct Probed {
     pub protocol: String,
     /// 4 or 6.
     pub family: u8,
-    /// `allowed`, `denied` or `error`.
+    /// `allowed`, `denied`, `refused` or `error`.
     pub verdict: String,
     /// Why, unless it was allowed.
     pub error: Option<String>,
@@ -156,6 +156,21 @@ pub struct Probed {
     pub ms: f64,
     /// The pod that answered, if its server says so.
     pub answered_by: Option<String>,
+    /// How often it was tried.
+    pub tries: u32,
+    /// Who answered, and how often.
+    pub answers: Vec<Answered>,
+}
+
+/// Answers of one pod to one client.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Answered {
+    /// The pod.
+    pub by: String,
+    /// The client's address that it saw.
+    pub client: IpAddr,
+    /// How often.
+    pub count: u32,
 }
 
 impl Lab {

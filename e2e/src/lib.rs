@@ -11,6 +11,7 @@ pub mod mutate;
 pub mod pairs;
 pub mod random;
 pub mod reference;
+pub mod services;
 pub mod wiring;
 
 /// Says how much a test did, past the test harness, which keeps what passing tests print to itself:

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use super::echo::Port;
-use super::probe::Cell;
+use super::probe::{Answered, Cell};
 use super::prober::Verdict;
 
 /// Widest table whose columns carry names; a wider one numbers them.
@@ -57,12 +57,8 @@ fn line(cell: &Cell) -> String {
     }
     if cell.tries > 1 {
         let _ = write!(text, "  {} tries", cell.tries);
-        for (pod, count) in &cell.backends {
-            let _ = write!(text, ", {count} answered by {pod}");
-        }
-        let clients: Vec<String> = cell.clients.keys().map(ToString::to_string).collect();
-        if !clients.is_empty() {
-            let _ = write!(text, "; they saw {}", clients.join(" and "));
+        for Answered { by, client, count } in &cell.answers {
+            let _ = write!(text, ", {count} answered by {by}, which saw {client}");
         }
     } else if let (Some(pod), Some(client)) = (&outcome.answered_by, outcome.seen_client) {
         let _ = write!(text, "  answered by {pod}, which saw {client}");
@@ -172,8 +168,7 @@ mod tests {
             family,
             outcome: Outcome { verdict, error: None, time_ms: 1.0, answered_by: None, seen_client: None },
             tries: 1,
-            backends: BTreeMap::new(),
-            clients: BTreeMap::new(),
+            answers: Vec::new(),
         }
     }
 

@@ -160,10 +160,19 @@ pub struct Cell {
     pub outcome: Outcome,
     /// How often it was tried.
     pub tries: u32,
-    /// The pods that answered, and how often each.
-    pub backends: BTreeMap<String, u32>,
-    /// The client's addresses that they saw, and how often each.
-    pub clients: BTreeMap<IpAddr, u32>,
+    /// Who answered, and how often.
+    pub answers: Vec<Answered>,
+}
+
+/// Answers of one pod to one client.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answered {
+    /// The pod, as its server says.
+    pub by: String,
+    /// The client's address that it saw.
+    pub client: IpAddr,
+    /// How often.
+    pub count: u32,
 }
 
 /// A party that can ask or be asked.
@@ -373,15 +382,13 @@ impl Cell {
     /// `None` without a single try.
     fn of(job: &Job, (source, destination): (String, String), outcomes: &[Outcome]) -> Option<Self> {
         let failed = outcomes.iter().rev().find(|outcome| outcome.verdict != Verdict::Allowed);
-        let (mut backends, mut clients) = (BTreeMap::new(), BTreeMap::new());
+        let mut answers: BTreeMap<(&str, IpAddr), u32> = BTreeMap::new();
         for outcome in outcomes {
-            if let Some(pod) = &outcome.answered_by {
-                *backends.entry(pod.clone()).or_default() += 1;
-            }
-            if let Some(client) = outcome.seen_client {
-                *clients.entry(client).or_default() += 1;
+            if let (Some(by), Some(client)) = (&outcome.answered_by, outcome.seen_client) {
+                *answers.entry((by, client)).or_default() += 1;
             }
         }
+        let answers = answers.into_iter().map(|((by, client), count)| Answered { by: by.to_owned(), client, count });
         Some(Self {
             source,
             destination,
@@ -391,8 +398,7 @@ impl Cell {
             family: if job.to.is_ipv4() { 4 } else { 6 },
             outcome: failed.or(outcomes.last())?.clone(),
             tries: u32::try_from(outcomes.len()).unwrap_or(u32::MAX),
-            backends,
-            clients,
+            answers: answers.collect(),
         })
     }
 }
@@ -464,7 +470,7 @@ mod tests {
         let outcomes = [answered("a/b"), refused, answered("a/b"), answered("a/c")];
         let cell = Cell::of(&job, ("x".into(), "y".into()), &outcomes).unwrap();
         assert_eq!((cell.outcome.verdict, cell.tries), (Verdict::Refused, 4));
-        assert_eq!(cell.backends, [("a/b".into(), 2), ("a/c".into(), 1)].into());
-        assert_eq!(cell.clients.values().sum::<u32>(), 3);
+        let counts: Vec<(&str, u32)> = cell.answers.iter().map(|answer| (answer.by.as_str(), answer.count)).collect();
+        assert_eq!(counts, [("a/b", 2), ("a/c", 1)]);
     }
 }
