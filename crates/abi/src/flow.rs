@@ -227,6 +227,9 @@ pub mod recipe_flag {
     pub const REPLY: u8 = 1;
     /// The answers take another way (DSR): there is no recipe for the opposite direction.
     pub const ONE_WAY: u8 = 2;
+    /// The opposite direction's packets arrive translated: another node received them for a service, and
+    /// this direction alone puts the service's address back.
+    pub const HALF: u8 = 8;
     /// Until it is established its packets carry the service's address in an IP option.
     pub const DSR_OPTION: u8 = 4;
 }
@@ -284,6 +287,12 @@ impl Tuple {
             out.dport = recipe.destination_port;
         }
         out
+    }
+
+    /// The tuple that the opposite direction's packets arrive with, if packets of this one obey `recipe`.
+    #[inline(always)]
+    pub const fn opposite(&self, recipe: &Recipe) -> Tuple {
+        if recipe.flags & recipe_flag::HALF != 0 { self.turned() } else { self.rewritten(recipe).turned() }
     }
 
     /// The key of the IPv4 tables; meaningful only if the addresses are IPv4.

@@ -46,7 +46,7 @@ pub fn from_network(ctx: TcContext) -> i32 {
 #[xdp]
 pub fn edge(ctx: XdpContext) -> u32 {
     match fast_xdp(ctx.ctx) {
-        SLOW => act_xdp(ctx.ctx, seams::xdp::slow(Hook::FROM_NETWORK, ctx.ctx)),
+        SLOW => act_xdp(ctx.ctx, seams::xdp::slow(Hook::FROM_NETWORK, ctx.ctx).verdict()),
         action => action as u32,
     }
 }
@@ -90,7 +90,7 @@ pub fn to_overlay(ctx: TcContext) -> i32 {
     if Skb::new(ctx.skb.skb).decided() {
         return TC_ACT_OK;
     }
-    act(seams::tc::slow(Hook::TO_OVERLAY, ctx.skb.skb))
+    act(seams::tc::slow(Hook::TO_OVERLAY, ctx.skb.skb).verdict())
 }
 
 /// Does nothing: the floor that the other programs are measured beside.
@@ -99,10 +99,16 @@ pub fn floor(_ctx: TcContext) -> i32 {
     TC_ACT_OK
 }
 
+/// The same before the stack.
+#[xdp]
+pub fn floor_edge(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_TX
+}
+
 #[inline(always)]
 fn run<const HOOK: u8>(ctx: TcContext) -> i32 {
     match fast::<HOOK>(ctx.skb.skb) {
-        SLOW => act(seams::tc::slow(HOOK, ctx.skb.skb)),
+        SLOW => act(seams::tc::slow(HOOK, ctx.skb.skb).verdict()),
         action => action,
     }
 }
@@ -115,7 +121,7 @@ const SLOW: i32 = i32::MIN;
 #[inline(never)]
 fn fast<const HOOK: u8>(ctx: *mut __sk_buff) -> i32 {
     match fast_path(HOOK, &mut Skb::new(ctx), &Kernel(ctx)) {
-        Some(verdict) => act(verdict),
+        Some(packed) => act(packed.verdict()),
         None => SLOW,
     }
 }
@@ -124,7 +130,7 @@ fn fast<const HOOK: u8>(ctx: *mut __sk_buff) -> i32 {
 #[inline(never)]
 fn fast_xdp(ctx: *mut xdp_md) -> i32 {
     match fast_path(Hook::FROM_NETWORK, &mut Raw::new(ctx), &Kernel(ctx)) {
-        Some(verdict) => act_xdp(ctx, verdict) as i32,
+        Some(packed) => act_xdp(ctx, packed.verdict()) as i32,
         None => SLOW,
     }
 }

@@ -9,7 +9,7 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use cirri_abi::{DropReason, Hook};
-use cirri_datapath::{Next, Outcome, Packet, Refusal, Scratch, Stage, Verdict, run_stage, slow_path};
+use cirri_datapath::{Next, Outcome, Packed, Packet, Refusal, Scratch, Stage, run_stage, slow_path};
 
 use crate::{
     maps::SCRATCH,
@@ -27,25 +27,20 @@ macro_rules! seams {
 
             /// The slow path.
             #[inline(always)]
-            pub fn slow(hook: u8, ctx: *mut $context) -> Verdict {
+            pub fn slow(hook: u8, ctx: *mut $context) -> Packed {
                 #[inline(never)]
                 fn seam(ctx: *mut $context, scratch: *mut c_void, hook: u32) {
                     // SAFETY: the caller's own exclusive reference, lent for this call.
                     let scratch = unsafe { &mut *scratch.cast::<Scratch>() };
                     // Before the stack there is one hook only; a constant keeps the others' ways out.
                     let hook = if <$packet as Packet>::RAW { Hook::FROM_NETWORK } else { hook as u8 };
-                    let verdict = slow_path(hook, &mut $packet::new(ctx), &Kernel(ctx), scratch);
-                    scratch.word = pack(Ok(Next::Done(verdict)));
+                    scratch.word = slow_path(hook, &mut $packet::new(ctx), &Kernel(ctx), scratch).word;
                 }
                 let Some(scratch) = scratch() else {
-                    return Verdict::Drop(DropReason::NO_CONFIG);
+                    return Packed::drop(DropReason::NO_CONFIG);
                 };
                 seam(ctx, ptr::from_mut(scratch).cast(), hook as u32);
-                match unpack(scratch.word) {
-                    Ok(Next::Done(verdict)) => verdict,
-                    Ok(_) => Verdict::Continue,
-                    Err(refusal) => Verdict::Drop(refusal.reason),
-                }
+                Packed { word: scratch.word }
             }
 
             /// One stage of it. What a kind of packet never comes to has no subprogram.
@@ -161,18 +156,13 @@ fn scratch<'a>() -> Option<&'a mut Scratch> {
     Some(unsafe { &mut *scratch })
 }
 
-/// An outcome as a register: kind in the low byte, then device or reason, then the neighbour.
+/// An outcome as a register: a verdict's own, or a number that is no verdict's.
 #[inline(always)]
 fn pack(outcome: Outcome) -> u64 {
-    let device = |ifindex: u32| (ifindex as u64 & 0xff_ffff) << 8;
     match outcome {
         Ok(Next::Go) => 0,
         Ok(Next::Carry) => 1,
-        Ok(Next::Done(Verdict::Continue)) => 2,
-        Ok(Next::Done(Verdict::Local { ifindex })) => 3 | device(ifindex),
-        Ok(Next::Done(Verdict::Device { ifindex })) => 4 | device(ifindex),
-        Ok(Next::Done(Verdict::Neighbour { ifindex, peer })) => 5 | device(ifindex) | (peer as u64) << 32,
-        Ok(Next::Done(Verdict::Drop(reason))) => 6 | (reason.code as u64) << 8,
+        Ok(Next::Done(packed)) => packed.word,
         Err(Refusal { reason, quiet: true, .. }) => 8 | (reason.code as u64) << 8,
         Err(Refusal { reason, answer: true, .. }) => 9 | (reason.code as u64) << 8,
         Err(Refusal { reason, .. }) => 7 | (reason.code as u64) << 8,
@@ -181,18 +171,13 @@ fn pack(outcome: Outcome) -> u64 {
 
 #[inline(always)]
 fn unpack(word: u64) -> Outcome {
-    let ifindex = (word >> 8) as u32 & 0xff_ffff;
     let reason = DropReason { code: (word >> 8) as u8 };
     match word & 0xff {
         0 => Ok(Next::Go),
         1 => Ok(Next::Carry),
-        2 => Ok(Next::Done(Verdict::Continue)),
-        3 => Ok(Next::Done(Verdict::Local { ifindex })),
-        4 => Ok(Next::Done(Verdict::Device { ifindex })),
-        5 => Ok(Next::Done(Verdict::Neighbour { ifindex, peer: (word >> 32) as u32 })),
-        6 => Ok(Next::Done(Verdict::Drop(reason))),
         7 => Err(Refusal { reason, quiet: false, answer: false }),
+        8 => Err(Refusal { reason, quiet: true, answer: false }),
         9 => Err(Refusal { reason, quiet: false, answer: true }),
-        _ => Err(Refusal { reason, quiet: true, answer: false }),
+        _ => Ok(Next::Done(Packed { word })),
     }
 }

@@ -3,7 +3,7 @@
 use cirri_abi::{Action, DropReason, GATEWAY_MAC, Hook, Port, Recipe, Rewrite, Tuple, proto};
 
 use crate::{
-    Verdict, dsr,
+    Packed, dsr,
     parse::Parsed,
     traits::{Packet, Tables},
     wire::{self, L3},
@@ -35,7 +35,7 @@ impl Headers {
 
 /// Rewrites the packet and says where it goes.
 #[inline(always)]
-pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe, headers: &Headers) -> Verdict {
+pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe, headers: &Headers) -> Packed {
     if recipe.rewrite != Rewrite::NONE && !rewrite(packet, recipe, headers) {
         return refuse(tables, packet, DropReason::WRITE_ERROR);
     }
@@ -53,7 +53,7 @@ pub(crate) fn is_raw(recipe: &Recipe) -> bool {
 
 /// Sends the packet the recipe's way, as it is.
 #[inline(always)]
-pub(crate) fn dispatch<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe) -> Verdict {
+pub(crate) fn dispatch<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe) -> Packed {
     match recipe.action {
         Action::LOCAL => {
             let macs = wire::Macs { dst: wire::mac_words(recipe.mac), src: wire::mac_words(GATEWAY_MAC) };
@@ -63,34 +63,34 @@ pub(crate) fn dispatch<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe:
             if recipe.hook != Hook::FROM_WORKLOAD {
                 packet.set_for_us();
             }
-            Verdict::Local { ifindex: recipe.out }
+            Packed::local(recipe.out)
         }
         Action::TUNNEL => {
             if !packet.set_tunnel_key(recipe.peer, recipe.src_identity.id) {
                 return refuse(tables, packet, DropReason::NO_TUNNEL_PEER);
             }
             packet.set_decided();
-            Verdict::Device { ifindex: recipe.out }
+            Packed::device(recipe.out)
         }
         Action::DEVICE | Action::IPIP if P::RAW => {
             let macs = wire::Macs { dst: wire::mac_words(recipe.mac), src: wire::mac_words(recipe.own_mac) };
             if !packet.store(0, &macs) {
                 return refuse(tables, packet, DropReason::WRITE_ERROR);
             }
-            Verdict::Device { ifindex: recipe.out }
+            Packed::device(recipe.out)
         }
         Action::DEVICE | Action::IPIP => {
             packet.set_decided();
-            Verdict::Neighbour { ifindex: recipe.out, peer: recipe.peer }
+            Packed::neighbour(recipe.out, recipe.peer)
         }
-        _ => Verdict::Continue,
+        _ => Packed::CONTINUE,
     }
 }
 
 #[inline(always)]
-fn refuse<P: Packet, T: Tables>(tables: &T, packet: &P, reason: DropReason) -> Verdict {
+fn refuse<P: Packet, T: Tables>(tables: &T, packet: &P, reason: DropReason) -> Packed {
     tables.count(cirri_abi::CounterIndex::reason(reason.code, cirri_abi::Direction::EGRESS), packet.length());
-    Verdict::Drop(reason)
+    Packed::drop(reason)
 }
 
 /// Replaces the ends' addresses and ports, checksums included.

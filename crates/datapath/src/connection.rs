@@ -37,7 +37,7 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     flow.copy_to(&mut s.old);
     if s.pending && s.old.state == State::NEW && s.old.flags & (recipe_flag::REPLY | recipe_flag::ONE_WAY) == 0 {
         // Without the entry for its answers, which may have been evicted, they would be strangers.
-        let answer = s.parsed.tuple.rewritten(&s.old).turned();
+        let answer = s.parsed.tuple.opposite(&s.old);
         if tables.flow(Table::Pending, &answer).is_none() && tables.flow(Table::Flows, &answer).is_none() {
             return Ok(Next::Go);
         }
@@ -76,7 +76,7 @@ fn keeps_backend<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
     let kept = !s.reopened
         && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, s.parsed.tuple.proto);
     if !kept {
-        let answer = s.parsed.tuple.rewritten(&s.old).turned();
+        let answer = s.parsed.tuple.opposite(&s.old);
         let table = if s.pending { Table::Pending } else { Table::Flows };
         tables.remove(table, &s.parsed.tuple);
         tables.remove(table, &answer);
@@ -106,12 +106,12 @@ fn is_known_sender<P: Packet, T: Tables>(packet: &P, tables: &T, s: &Scratch) ->
 pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
     let reply = s.old.flags & recipe_flag::REPLY != 0;
     if reply {
-        s.opener = s.parsed.tuple.rewritten(&s.old).turned();
+        s.opener = s.parsed.tuple.opposite(&s.old);
         s.answer = s.parsed.tuple;
         (s.from.identity, s.to.identity) = (s.old.dst_identity, s.old.src_identity);
     } else {
         s.opener = s.parsed.tuple;
-        s.answer = s.parsed.tuple.rewritten(&s.old).turned();
+        s.answer = s.parsed.tuple.opposite(&s.old);
     }
     s.translated = s.answer.turned();
     s.translated.src = s.opener.src;
@@ -179,7 +179,7 @@ const ECHO_REQUEST_V6: u8 = 128;
 /// Whether packets of `other` are the answers to those of `tuple`, which obey `recipe`.
 #[inline(always)]
 fn is_answered_by(tuple: &Tuple, recipe: &Recipe, other: &Tuple) -> bool {
-    tuple.rewritten(recipe).turned() == *other
+    tuple.opposite(recipe) == *other
 }
 
 /// Sets where a recipe's packets come in.
@@ -201,7 +201,7 @@ fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
     new.destination = old.destination;
     new.destination_port = old.destination_port;
     new.backend = old.backend;
-    new.flags |= old.flags & (recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION);
+    new.flags |= old.flags & (recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION | recipe_flag::HALF);
     if old.action == Action::IPIP {
         new.action = Action::IPIP;
     }
@@ -263,6 +263,8 @@ fn direction<T: Tables>(
     now: Tick,
     recipe: &mut Recipe,
 ) -> Result<(), DropReason> {
+    // A node that serves others answers them by the network, and so must be asked by it.
+    let overlay = if is_between_nodes(from, to) { 0 } else { overlay };
     *recipe = Recipe::default();
     recipe.src_identity = from.identity;
     recipe.dst_identity = to.identity;
@@ -306,6 +308,14 @@ fn direction<T: Tables>(
         }
     }
     Ok(())
+}
+
+/// Whether one end is another node itself, and the other outside: what this node hands on for a service.
+#[inline(always)]
+fn is_between_nodes(from: &Place, to: &Place) -> bool {
+    let node = Identity::REMOTE_NODE.id;
+    (from.kind == PlaceKind::World && to.identity.id == node)
+        || (to.kind == PlaceKind::World && from.identity.id == node)
 }
 
 /// Writes the recipes of a new connection and counts its first packet.
@@ -360,7 +370,7 @@ pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         return Ok(Next::Go);
     }
     let first_close = closing && recipe.tcp_flags & (TCP_FIN | TCP_RST) == 0;
-    s.answer = tuple.rewritten(recipe).turned();
+    s.answer = tuple.opposite(recipe);
     if s.pending && flags & TCP_RST != 0 {
         tables.remove(Table::Pending, tuple);
         tables.remove(Table::Pending, &s.answer);

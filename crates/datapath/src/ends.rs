@@ -3,7 +3,7 @@
 use cirri_abi::{Addr, DropReason, Hook, Identity, Port, VXLAN_PORT, endpoint_flag, ipcache_flag, node_flag, proto};
 
 use crate::{
-    Verdict, neighbour,
+    Packed, neighbour,
     parse::Parsed,
     place::{PlaceKind, block_of, is_behind, is_host, peer_identity},
     slow::{Next, Outcome, Refusal, Scratch, quiet},
@@ -125,7 +125,7 @@ pub(crate) fn locate<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
                 PlaceKind::Host => {
                     // Out of the overlay it may still carry the workload's gateway as its receiver.
                     packet.set_for_us();
-                    return Ok(Next::Done(Verdict::Continue));
+                    return Ok(Next::Done(Packed::CONTINUE));
                 }
                 _ => return Err(DropReason::UNROUTABLE.into()),
             }
@@ -150,5 +150,5 @@ pub(crate) fn host_to_overlay<P: Packet, T: Tables>(packet: &mut P, tables: &T, 
     if !packet.set_tunnel_key(entry.peer, Identity::HOST.id) {
         return Err(DropReason::NO_TUNNEL_PEER.into());
     }
-    Ok(Next::Done(Verdict::Continue))
+    Ok(Next::Done(Packed::CONTINUE))
 }

@@ -1,11 +1,11 @@
 //! ICMP errors: they belong to the flow that they quote.
 
-use cirri_abi::{Addr, DropReason, Hook, Port, Rewrite, Tuple, proto};
+use cirri_abi::{Action, Addr, DropReason, Hook, Port, Rewrite, Tuple, proto};
 
 use crate::{
-    Verdict,
+    Packed,
     carry::{self, difference},
-    door, epochs,
+    door, dsr, epochs,
     place::is_host,
     slow::{Next, Outcome, Scratch},
     traits::{Flow, Packet, Table, Tables},
@@ -57,6 +57,9 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     if s.forward.rewrite != Rewrite::NONE && !translate(packet, s, inner, ports, v6) {
         return Err(DropReason::WRITE_ERROR.into());
     }
+    if s.forward.action == Action::IPIP && !dsr::wrap(packet, tables, &s.forward, v6) {
+        return Err(DropReason::WRITE_ERROR.into());
+    }
     Ok(Next::Done(carry::dispatch(packet, tables, &s.forward)))
 }
 
@@ -76,7 +79,7 @@ fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> O
     if s.hook == Hook::FROM_OVERLAY {
         packet.set_for_us();
     }
-    Ok(Next::Done(Verdict::Continue))
+    Ok(Next::Done(Packed::CONTINUE))
 }
 
 /// The IPv6 fragment header's protocol number.

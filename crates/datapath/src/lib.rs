@@ -35,6 +35,7 @@ mod slow;
 mod socket;
 mod traits;
 mod translate;
+mod verdict;
 mod wire;
 
 pub use dsr::is_outer_of_host;
@@ -44,35 +45,10 @@ pub use service::Served;
 pub use slow::{Current, Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
 pub use socket::{Attempt, Socket, SocketVerdict, bind, reach, restore};
 pub use traits::{Flow, NextHop, Packet, Services, Table, Tables, TunnelKey};
+pub use verdict::{Packed, Verdict};
 pub use wire::{Cursor, Wire};
 
-use cirri_abi::{Action, Addr, DropReason, FlowKey4, Hook, Port, Recipe, Tick, Tuple, proto, recipe_flag};
-
-/// What the hook does with the packet.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Verdict {
-    /// Let it go on to where it was going.
-    Continue,
-    /// Into the workload behind this device, past the device's own egress hook.
-    Local {
-        /// The node's side of the workload's device.
-        ifindex: u32,
-    },
-    /// Out of this device, Ethernet header as it is.
-    Device {
-        /// The device.
-        ifindex: u32,
-    },
-    /// Out of this device, to the neighbour that the kernel finds.
-    Neighbour {
-        /// The device.
-        ifindex: u32,
-        /// IPv4 neighbour in network order; 0 to ask the routes.
-        peer: u32,
-    },
-    /// Drop it.
-    Drop(DropReason),
-}
+use cirri_abi::{Action, Addr, FlowKey4, Hook, Port, Recipe, Tick, Tuple, proto, recipe_flag};
 
 /// One packet at one hook.
 ///
@@ -82,19 +58,20 @@ pub fn process<P: Packet, T: Tables>(
     hook: u8,
     packet: &mut P,
     tables: &T,
-    slow: impl FnOnce(&mut P, &T) -> Verdict,
+    slow: impl FnOnce(&mut P, &T) -> Packed,
 ) -> Verdict {
-    match fast_path(hook, packet, tables) {
-        Some(verdict) => verdict,
+    let packed = match fast_path(hook, packet, tables) {
+        Some(packed) => packed,
         None => slow(packet, tables),
-    }
+    };
+    packed.verdict()
 }
 
 /// The first half of [`process`]; `None` asks for [`slow_path`].
 #[inline(always)]
-pub fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
+pub fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Packed> {
     match established(hook, packet, tables) {
-        None if hook == Hook::TO_NETWORK && !may_answer(packet, tables) => Some(Verdict::Continue),
+        None if hook == Hook::TO_NETWORK && !may_answer(packet, tables) => Some(Packed::CONTINUE),
         other => other,
     }
 }
@@ -147,7 +124,7 @@ fn may_answer<P: Packet, T: Tables>(packet: &P, tables: &T) -> bool {
 /// `None` sends the packet to the slow path: no flow, another door, an epoch that moved, a TCP flag
 /// that changes state, a fragment, IP options, ICMP, a VLAN tag, anything unusual.
 #[inline(always)]
-fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Verdict> {
+fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Packed> {
     if packet.tagged() {
         return None;
     }
@@ -160,7 +137,7 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
             }
             let (sport, dport) = established_ports(packet, wire::L3 + 20, ip.proto)?;
             if hook == Hook::FROM_NETWORK && translate::is_for_node(tables, |node| node.v4.word() == ip.dst, dport) {
-                return Some(Verdict::Continue);
+                return Some(Packed::CONTINUE);
             }
             let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: 0, _pad2: 0 };
             (tables.flow4(&key)?, carry::Headers { l4: wire::L3 + 20, sport, dport, proto: ip.proto, v6: false })
@@ -169,7 +146,7 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
             let ip: wire::Ipv6 = packet.load(wire::L3)?;
             let (sport, dport) = established_ports(packet, wire::L3 + 40, ip.next)?;
             if hook == Hook::FROM_NETWORK && translate::is_for_node(tables, |node| node.v6.words == ip.dst, dport) {
-                return Some(Verdict::Continue);
+                return Some(Packed::CONTINUE);
             }
             let [s0, s1, s2, s3] = ip.src;
             let [d0, d1, d2, d3] = ip.dst;
@@ -191,7 +168,7 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
         return None;
     }
     if P::RAW && !carry::is_raw(recipe) {
-        return Some(Verdict::Continue);
+        return Some(Packed::CONTINUE);
     }
     if recipe.action == Action::IPIP && dsr::is_too_long(packet, recipe, if headers.v6 { 40 } else { 20 }) {
         return None;

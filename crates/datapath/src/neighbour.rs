@@ -3,7 +3,7 @@
 use cirri_abi::{Addr, DropReason, Endpoint, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, proto};
 
 use crate::{
-    Verdict,
+    Packed,
     parse::Parsed,
     traits::Packet,
     wire::{self, L3},
@@ -21,7 +21,7 @@ const ADVERTISEMENT_LENGTH: u32 = 32;
 
 /// A workload's ARP. The gateway's address is answered; nothing else on this link is anybody's.
 #[inline(always)]
-pub(crate) fn answer_arp<P: Packet>(packet: &mut P, endpoint: &Endpoint) -> Result<Verdict, DropReason> {
+pub(crate) fn answer_arp<P: Packet>(packet: &mut P, endpoint: &Endpoint) -> Result<Packed, DropReason> {
     let Some(mut arp) = packet.load::<wire::Arp>(L3) else {
         return Err(DropReason::INVALID_PACKET);
     };
@@ -43,7 +43,7 @@ pub(crate) fn answer_arp<P: Packet>(packet: &mut P, endpoint: &Endpoint) -> Resu
         return Err(DropReason::WRITE_ERROR);
     }
     packet.set_for_us();
-    Ok(Verdict::Local { ifindex: packet.ifindex() })
+    Ok(Packed::local(packet.ifindex()))
 }
 
 /// A workload's neighbour solicitation for its gateway. `Err` for all other link-local business.
@@ -52,7 +52,7 @@ pub(crate) fn answer_solicitation<P: Packet>(
     packet: &mut P,
     parsed: &Parsed,
     endpoint: &Endpoint,
-) -> Result<Verdict, DropReason> {
+) -> Result<Packed, DropReason> {
     if parsed.icmp[0] != SOLICITATION || parsed.length != 40 + ADVERTISEMENT_LENGTH || parsed.l4 != L3 + 40 {
         return Err(DropReason::FORBIDDEN_ICMPV6);
     }
@@ -90,7 +90,7 @@ pub(crate) fn answer_solicitation<P: Packet>(
         return Err(DropReason::WRITE_ERROR);
     }
     packet.set_for_us();
-    Ok(Verdict::Local { ifindex: packet.ifindex() })
+    Ok(Packed::local(packet.ifindex()))
 }
 
 /// Whether an address is of `fe80::/10`.

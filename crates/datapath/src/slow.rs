@@ -6,7 +6,7 @@ use cirri_abi::{
 };
 
 use crate::{
-    Verdict, carry, connection, door, dsr, ends, icmp, neighbour,
+    Packed, carry, connection, door, dsr, ends, icmp, neighbour,
     parse::{Class, MAX_EXTENSIONS, Parsed, is_extension, parse_network, parse_transport, step_over},
     place::{Place, PlaceKind, is_host},
     policy::{Judgement, judge},
@@ -76,7 +76,7 @@ pub struct Scratch {
     pub current: Current,
     /// Start of the refused packet, which its answer quotes.
     pub quoted: [u32; 12],
-    /// Room for [`Tables::promote`].
+    /// Room for [`Tables::promote`], and for the recipe that is carried out.
     pub spare: Recipe,
     /// For the host: what a stage answered, where it keeps that in memory.
     pub word: u64,
@@ -162,7 +162,7 @@ pub enum Next {
     /// Carry out [`Scratch::current`].
     Carry,
     /// The verdict is there.
-    Done(Verdict),
+    Done(Packed),
 }
 
 /// What a stage answers.
@@ -201,11 +201,15 @@ pub(crate) const fn quiet(reason: DropReason) -> Refusal {
 
 /// Decides on a packet from the beginning, remembers the decision, reports it, carries it out.
 #[inline(always)]
-pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scratch: &mut Scratch) -> Verdict {
+pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scratch: &mut Scratch) -> Packed {
     scratch.hook = hook;
     match decide(packet, tables, scratch) {
         Ok(Next::Done(verdict)) => verdict,
-        Ok(_) => carry::carry(packet, tables, scratch.current(), &carry::Headers::parsed(&scratch.parsed)),
+        Ok(_) => {
+            // From one place, whichever recipe it is: the verifier walks what follows once.
+            scratch.spare = *scratch.current();
+            carry::carry(packet, tables, &scratch.spare, &carry::Headers::parsed(&scratch.parsed))
+        }
         Err(refusal) => refuse(packet, tables, scratch, refusal),
     }
 }
@@ -214,7 +218,7 @@ pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scr
 #[inline(always)]
 fn prepare<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     if P::RAW && !carry::is_raw(s.current()) {
-        return Ok(Next::Done(Verdict::Continue));
+        return Ok(Next::Done(Packed::CONTINUE));
     }
     if s.current().flags & recipe_flag::ONE_WAY == 0 {
         return Ok(Next::Carry);
@@ -225,19 +229,19 @@ fn prepare<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) ->
 
 /// Counts a refusal, tells user space, and the sender if that is due.
 #[inline(always)]
-fn refuse<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch, refusal: Refusal) -> Verdict {
+fn refuse<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch, refusal: Refusal) -> Packed {
     tables.count(CounterIndex::reason(refusal.reason.code, s.judgement.direction), packet.length());
     if refusal.quiet {
-        return Verdict::Drop(refusal.reason);
+        return Packed::drop(refusal.reason);
     }
     s.event.kind = EventKind::DROP;
     s.event.reason = refusal.reason.code;
     let _ = tables.stage(Stage::Report, packet, s);
     if refusal.answer && answer(packet, tables, s).is_ok() {
         let ifindex = packet.ifindex();
-        return if s.hook == Hook::FROM_WORKLOAD { Verdict::Local { ifindex } } else { Verdict::Device { ifindex } };
+        return if s.hook == Hook::FROM_WORKLOAD { Packed::local(ifindex) } else { Packed::device(ifindex) };
     }
-    Verdict::Drop(refusal.reason)
+    Packed::drop(refusal.reason)
 }
 
 /// Turns the packet into an answer to itself.
@@ -255,7 +259,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     match read(packet, tables, s)? {
         Next::Go => {}
         // The only thing that can be done, said so that no other verdict seems possible.
-        _ if P::RAW => return Ok(Next::Done(Verdict::Continue)),
+        _ if P::RAW => return Ok(Next::Done(Packed::CONTINUE)),
         other => return Ok(other),
     }
     match s.parsed.class {
@@ -263,7 +267,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
         Class::IcmpError if s.hook == Hook::TO_OVERLAY => return ends::host_to_overlay(packet, tables, &s.parsed),
         Class::Flow => {}
         // The tables of workloads and of the overlay are the stack's to reach.
-        _ if P::RAW => return Ok(Next::Done(Verdict::Continue)),
+        _ if P::RAW => return Ok(Next::Done(Packed::CONTINUE)),
         Class::IcmpError => {
             if s.hook == Hook::FROM_WORKLOAD {
                 tables.stage(Stage::CheckSource, packet, s)?;
@@ -273,13 +277,13 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
         Class::Arp | Class::LinkLocal | Class::Other => return tables.stage(Stage::LinkLocal, packet, s),
     }
     match tables.stage(Stage::Meet, packet, s)? {
-        Next::Carry if P::RAW && !carry::is_raw(&s.old) => return Ok(Next::Done(Verdict::Continue)),
+        Next::Carry if P::RAW && !carry::is_raw(&s.old) => return Ok(Next::Done(Packed::CONTINUE)),
         Next::Carry => return known(packet, tables, s),
         _ => {}
     }
     match s.hook {
         // What the node's stack sends is its own, unless it answers.
-        Hook::TO_NETWORK => return Ok(Next::Done(Verdict::Continue)),
+        Hook::TO_NETWORK => return Ok(Next::Done(Packed::CONTINUE)),
         Hook::FROM_WORKLOAD => {
             tables.stage(Stage::CheckSource, packet, s)?;
             tables.stage(Stage::Serve, packet, s)?;
@@ -291,7 +295,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     }
     // The node's own traffic must not pay for what follows.
     if s.hook == Hook::FROM_NETWORK && !s.served.yes && !concerns_workload(tables, s, P::RAW) {
-        return Ok(Next::Done(Verdict::Continue));
+        return Ok(Next::Done(Packed::CONTINUE));
     }
     if s.hook != Hook::FROM_WORKLOAD {
         tables.stage(Stage::CheckSource, packet, s)?;
@@ -299,11 +303,11 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     match tables.stage(Stage::Locate, packet, s)? {
         Next::Go => {}
         // The only thing that can be done, said so that no other verdict seems possible.
-        _ if P::RAW => return Ok(Next::Done(Verdict::Continue)),
+        _ if P::RAW => return Ok(Next::Done(Packed::CONTINUE)),
         other => return Ok(other),
     }
     if P::RAW && !matches!(s.to.kind, PlaceKind::World | PlaceKind::Remote) {
-        return Ok(Next::Done(Verdict::Continue));
+        return Ok(Next::Done(Packed::CONTINUE));
     }
     s.opener = s.parsed.tuple;
     s.answer = s.translated.turned();
@@ -313,7 +317,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     tables.count(CounterIndex::DECIDED, packet.length());
     tables.stage(Stage::Draft, packet, s)?;
     if P::RAW && !carry::is_raw(&s.forward) {
-        return Ok(Next::Done(Verdict::Continue));
+        return Ok(Next::Done(Packed::CONTINUE));
     }
     // The door it did come through, which may be another than the one it should have.
     s.forward.hook = s.hook;
@@ -395,7 +399,7 @@ fn walk_extensions<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scr
 #[inline(always)]
 fn unreadable<T: Tables>(tables: &T, s: &Scratch, reason: DropReason) -> Outcome {
     if s.hook == Hook::TO_NETWORK || (s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none()) {
-        return Ok(Next::Done(Verdict::Continue));
+        return Ok(Next::Done(Packed::CONTINUE));
     }
     Err(reason.into())
 }
@@ -510,7 +514,7 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
         // At the network it is for the VLAN's own device. A workload's tag would go out with the packet,
         // into a network that the node is in and the workload is not.
         return match s.hook {
-            Hook::FROM_NETWORK | Hook::TO_NETWORK => Ok(Next::Done(Verdict::Continue)),
+            Hook::FROM_NETWORK | Hook::TO_NETWORK => Ok(Next::Done(Packed::CONTINUE)),
             _ => Err(DropReason::UNSUPPORTED_L2.into()),
         };
     }
@@ -551,7 +555,7 @@ fn link_local<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> 
         Hook::FROM_WORKLOAD => {}
         // No node sends such a thing through the overlay.
         Hook::FROM_OVERLAY => return Err(quiet(DropReason::UNSUPPORTED_L2)),
-        _ => return Ok(Next::Done(Verdict::Continue)),
+        _ => return Ok(Next::Done(Packed::CONTINUE)),
     }
     let Some(endpoint) = tables.device(packet.ifindex()) else {
         return Err(quiet(DropReason::NOT_READY));

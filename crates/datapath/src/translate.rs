@@ -40,6 +40,7 @@ pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Dr
         s.reverse.source = s.opener.dst;
         s.reverse.source_port = s.opener.dport;
     } else if s.option_addr != Addr::UNSPECIFIED && s.from.kind == PlaceKind::World {
+        s.reverse.flags |= recipe_flag::HALF;
         s.reverse.rewrite = Rewrite::SOURCE;
         s.reverse.source = s.option_addr;
         s.reverse.source_port = s.option_port;

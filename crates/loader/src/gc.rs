@@ -3,7 +3,7 @@
 //! The tables evict their oldest entries by themselves when they are full, so nothing depends on
 //! this being fast. It keeps what is shown true, frees the ports of masquerade, and leaves room.
 
-use cirri_abi::{FlowKey4, Plain, Recipe, State, Tick, Tuple, proto};
+use cirri_abi::{FlowKey4, Plain, Recipe, State, Tick, Tuple, proto, recipe_flag};
 
 use crate::{
     error::MapError,
@@ -174,7 +174,11 @@ fn step<K: FlowKey>(
         // saw the reset leads here.
         if is_over(&tuple, &recipe, None, now) {
             collect(table, &key, now, swept)?;
-        } else if orphans == Orphans::End && is_settled(&recipe, now) && opposite(table, &key, &recipe)?.is_none() {
+        } else if orphans == Orphans::End
+            && recipe.flags & recipe_flag::ONE_WAY == 0
+            && is_settled(&recipe, now)
+            && opposite(table, &key, &recipe)?.is_none()
+        {
             swept.removed += usize::from(table.delete(&key)?);
         }
     }
@@ -223,7 +227,7 @@ fn collect<K: FlowKey>(table: &Table<K, Recipe>, key: &K, now: Tick, swept: &mut
 
 /// The tuple that the other direction's packets arrive with.
 fn opposite_of(tuple: &Tuple, recipe: &Recipe) -> Tuple {
-    tuple.rewritten(recipe).turned()
+    tuple.opposite(recipe)
 }
 
 #[cfg(test)]
