@@ -2,7 +2,11 @@
 
 use std::{
     collections::BTreeMap,
+    num::NonZero,
+    panic::resume_unwind,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
 use aya::{
@@ -215,17 +219,7 @@ fn load_onto(dir: &Path, sizes: &BTreeMap<&'static str, u32>) -> Result<(Ebpf, T
         error => error,
     })?;
     let tables = Tables::new(maps)?;
-    for (name, program) in ebpf.programs_mut() {
-        let (loaded, more) = warnings::collect(|| match program {
-            Program::SchedClassifier(program) => Some(program.load()),
-            Program::Xdp(program) => Some(program.load()),
-            Program::CgroupSockAddr(program) => Some(program.load()),
-            _ => None,
-        });
-        warnings.extend(more);
-        let loaded = loaded.ok_or_else(|| LoadError::Object(format!("{name} is of a kind that nothing is made of")))?;
-        loaded.map_err(|error| rejected(name, error, &warnings))?;
-    }
+    load_programs(&mut ebpf, &mut warnings)?;
     for name in attach::programs().chain([trial::WRAP]) {
         classifier(&mut ebpf, name)?;
     }
@@ -236,6 +230,43 @@ fn load_onto(dir: &Path, sizes: &BTreeMap<&'static str, u32>) -> Result<(Ebpf, T
         sock_addr(&mut ebpf, name)?;
     }
     Ok((ebpf, tables, warnings))
+}
+
+/// Loads every program, several at once: the verifier takes seconds for all of them on one CPU.
+fn load_programs(ebpf: &mut Ebpf, warnings: &mut Vec<String>) -> Result<(), LoadError> {
+    let workers = thread::available_parallelism().map_or(1, NonZero::get);
+    let queue = Mutex::new(ebpf.programs_mut());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        let load = |(name, program)| (name, warnings::collect(|| load_program(program)));
+        std::iter::from_fn(next).map(load).collect::<Vec<_>>()
+    };
+    let loaded = thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let done = |worker: thread::ScopedJoinHandle<'_, _>| worker.join().unwrap_or_else(|panic| resume_unwind(panic));
+        workers.into_iter().flat_map(done).collect::<Vec<_>>()
+    });
+    let mut first = Ok(());
+    for (name, (loaded, more)) in loaded {
+        warnings.extend(more);
+        let failed = match loaded {
+            Some(Ok(())) => continue,
+            Some(Err(error)) => rejected(name, error, warnings),
+            None => LoadError::Object(format!("{name} is of a kind that nothing is made of")),
+        };
+        first = first.and(Err(failed));
+    }
+    first
+}
+
+/// `None`: nothing is made of such programs.
+fn load_program(program: &mut Program) -> Option<Result<(), ProgramError>> {
+    match program {
+        Program::SchedClassifier(program) => Some(program.load()),
+        Program::Xdp(program) => Some(program.load()),
+        Program::CgroupSockAddr(program) => Some(program.load()),
+        _ => None,
+    }
 }
 
 fn rejected(program: &str, error: ProgramError, warnings: &[String]) -> LoadError {
