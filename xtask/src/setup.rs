@@ -42,8 +42,11 @@ pub const PACKAGES: &[Package] = &[
     Package { name: "redis-server", proof: "redis-server", need: Need::Lab, why: "a database among the demo's pods" },
     Package { name: "nginx-light", proof: "nginx", need: Need::Lab, why: "a web server among the demo's pods" },
     Package { name: "curl", proof: "curl", need: Need::Lab, why: "a client among the demo's pods" },
+    Package { name: "ethtool", proof: "ethtool", need: Need::Lab, why: "completes checksums for XDP in a lab" },
     Package { name: "iputils-ping", proof: "ping", need: Need::Lab, why: "ICMP from a pod" },
     Package { name: "bpftool", proof: "bpftool", need: Need::Test, why: "shows programs and maps by name" },
+    Package { name: "bind9-dnsutils", proof: "dig", need: Need::Test, why: "a DNS client of a service" },
+    Package { name: "dnsmasq-base", proof: "dnsmasq", need: Need::Test, why: "a DNS server behind a service" },
     Package {
         name: "containerd",
         proof: "containerd",

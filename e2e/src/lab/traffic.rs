@@ -125,20 +125,22 @@ pub struct LoadReport {
     pub errors: std::collections::BTreeMap<String, u64>,
     /// The slowest that worked, milliseconds.
     pub max_ms: f64,
-    /// The transfer that lasted the whole time.
+    /// The long transfers together.
     pub long: LongReport,
 }
 
-/// The transfer that lasted the whole time.
+/// The long transfers: one that lasted the whole time, unless it was asked for several shorter ones.
 #[derive(Debug, Deserialize)]
 pub struct LongReport {
-    /// Whether it lasted until the end.
+    /// Whether all lasted until their end.
     pub ok: bool,
+    /// How many there were.
+    pub transfers: u64,
     /// Bytes there and back.
     pub bytes: u64,
     /// The longest time without a byte coming back, milliseconds.
     pub longest_gap_ms: f64,
-    /// Why it broke.
+    /// Why the first of them broke.
     pub error: Option<String>,
 }
 
@@ -148,13 +150,22 @@ impl Load {
     /// # Errors
     /// If it cannot be started.
     pub fn start(lab: &Lab, pod: &str, to: SocketAddr, rate: u32, seconds: u64) -> Result<Load, LabError> {
-        let name = format!("{pod} -> {to}");
+        Load::with(lab, pod, to, &["--rate", &rate.to_string(), "--seconds", &seconds.to_string()])
+    }
+
+    /// Starts one from a pod, or from `world`, with these arguments.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn with(lab: &Lab, from: &str, to: SocketAddr, arguments: &[&str]) -> Result<Load, LabError> {
+        let name = format!("{from} -> {to}");
         let binary = binary()?;
+        let from = if from == "world" { "--world" } else { from };
         let child = Command::new(&binary)
-            .args(["lab", "exec", "--name", lab.name(), pod, "--"])
+            .args(["lab", "exec", "--name", lab.name(), from, "--"])
             .arg(&binary)
             .args(["lab", "__load", "--to", &to.to_string()])
-            .args(["--rate", &rate.to_string(), "--seconds", &seconds.to_string()])
+            .args(arguments)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -165,6 +176,18 @@ impl Load {
     /// Who loads whom.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Ends it before its time.
+    ///
+    /// # Errors
+    /// If it cannot be told, or reports nothing.
+    pub fn stop(self) -> Result<LoadReport, LabError> {
+        let pid = self.child.as_ref().map(|child| child.id().to_string());
+        let pid = pid.ok_or_else(|| LabError::Unknown(self.name.clone()))?;
+        let told = Command::new("kill").args(["-TERM", &pid]).status();
+        told.map_err(|source| LabError::Io { what: format!("load {}", self.name), source })?;
+        self.finish()
     }
 
     /// Waits for its end.

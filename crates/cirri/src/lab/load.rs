@@ -1,18 +1,21 @@
-//! A steady stream of connections and one long transfer, for tests that break something meanwhile.
+//! A steady stream of connections and long transfers, for tests that break something meanwhile.
 //!
 //! Against an echo server: each connection reads the greeting, sends one line, reads it back and closes. What fails
-//! is counted by reason; the result is one JSON object on standard output.
+//! is counted by reason; the result is one JSON object on standard output. SIGTERM ends it early, as if its time were
+//! over.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
@@ -34,6 +37,12 @@ pub struct LoadArgs {
     /// How long one connection may take before it counts as failed, in milliseconds.
     #[arg(long, default_value_t = 5000)]
     timeout: u64,
+    /// Long transfers at once.
+    #[arg(long, default_value_t = 1)]
+    longs: u32,
+    /// How long each of them lasts before the next begins, in seconds; the whole time if absent.
+    #[arg(long)]
+    long_seconds: Option<u64>,
 }
 
 /// What came of it.
@@ -49,20 +58,35 @@ struct Report {
     max_ms: f64,
     /// The median of those that worked.
     p50_ms: f64,
-    /// The transfer that lasted the whole time.
+    /// The long transfers together.
     long: Long,
 }
 
 #[derive(Debug, Default, Serialize)]
 struct Long {
-    /// Whether it lasted until the end.
+    /// Whether all lasted until their end.
     ok: bool,
+    /// How many there were.
+    transfers: u64,
     /// Bytes sent and received back.
     bytes: u64,
     /// The longest time without a byte coming back.
     longest_gap_ms: f64,
-    /// Why it broke.
+    /// Why the first of them broke.
     error: Option<String>,
+}
+
+/// When it is over.
+#[derive(Clone)]
+struct End {
+    at: Instant,
+    asked: Arc<AtomicBool>,
+}
+
+impl End {
+    fn is_over(&self) -> bool {
+        self.asked.load(Ordering::Relaxed) || Instant::now() >= self.at
+    }
 }
 
 /// Runs the load and prints the report; exit code 1 if anything failed.
@@ -78,14 +102,30 @@ pub fn run(args: LoadArgs) -> anyhow::Result<ExitCode> {
 
 async fn load(args: &LoadArgs) -> Report {
     let limit = Duration::from_millis(args.timeout);
-    let end = Instant::now() + Duration::from_secs(args.seconds);
-    let long = tokio::spawn(transfer(args.to, end, limit));
+    let asked = Arc::new(AtomicBool::new(false));
+    if let Ok(mut term) = signal(SignalKind::terminate()) {
+        let asked = Arc::clone(&asked);
+        tokio::spawn(async move {
+            term.recv().await;
+            asked.store(true, Ordering::Relaxed);
+        });
+    }
+    let end = End { at: Instant::now() + Duration::from_secs(args.seconds), asked };
+    let each = args.long_seconds.map(Duration::from_secs);
+    let mut longs = JoinSet::new();
+    for _ in 0..args.longs {
+        longs.spawn(transfers(args.to, end.clone(), each, limit));
+    }
     let outcomes: Arc<Mutex<Vec<Result<Duration, String>>>> = Arc::default();
     let mut running = JoinSet::new();
     let mut ticks = interval(Duration::from_secs(1) / args.rate.max(1));
     // A late tick is made up for: the rate is a promise, not a hope.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    while ticks.tick().await < end {
+    loop {
+        ticks.tick().await;
+        if end.is_over() {
+            break;
+        }
         let (to, outcomes) = (args.to, Arc::clone(&outcomes));
         running.spawn(async move {
             let begun = Instant::now();
@@ -99,7 +139,10 @@ async fn load(args: &LoadArgs) -> Report {
         while running.try_join_next().is_some() {}
     }
     while running.join_next().await.is_some() {}
-    let long = long.await.unwrap_or_else(|error| Long { error: Some(error.to_string()), ..Long::default() });
+    let mut long = Long { ok: true, ..Long::default() };
+    while let Some(one) = longs.join_next().await {
+        long.add(one.unwrap_or_else(|error| Long { error: Some(error.to_string()), ..Long::default() }));
+    }
     let outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
     summarise(&outcomes, long)
 }
@@ -137,16 +180,39 @@ async fn exchange(to: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
+impl Long {
+    fn add(&mut self, other: Self) {
+        self.ok &= other.ok;
+        self.transfers += other.transfers;
+        self.bytes += other.bytes;
+        self.longest_gap_ms = self.longest_gap_ms.max(other.longest_gap_ms);
+        self.error = self.error.take().or(other.error);
+    }
+}
+
+/// One transfer after the other.
+async fn transfers(to: SocketAddr, end: End, each: Option<Duration>, limit: Duration) -> Long {
+    let mut all = Long { ok: true, ..Long::default() };
+    while !end.is_over() {
+        let at = each.map_or(end.at, |each| end.at.min(Instant::now() + each));
+        all.add(transfer(to, &End { at, asked: Arc::clone(&end.asked) }, limit).await);
+        if !all.ok {
+            break;
+        }
+    }
+    all
+}
+
 /// Sends line after line over one connection, each after the previous came back.
-async fn transfer(to: SocketAddr, end: Instant, limit: Duration) -> Long {
-    let mut long = Long::default();
+async fn transfer(to: SocketAddr, end: &End, limit: Duration) -> Long {
+    let mut long = Long { transfers: 1, ..Long::default() };
     let outcome = async {
         let mut connection = BufReader::new(TcpStream::connect(to).await?);
         let mut line = String::new();
         connection.read_line(&mut line).await?;
         let block = format!("{}\n", "x".repeat(1023));
         let mut last = Instant::now();
-        while last < end {
+        while !end.is_over() {
             connection.write_all(block.as_bytes()).await?;
             line.clear();
             match timeout(limit, connection.read_line(&mut line)).await {

@@ -19,8 +19,10 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 use cirri_loader::net::{Address, Namespace, Net, NetError, Route, VethEnd};
+use cirri_loader::{Datapath, EdgeWanted, LoadOptions};
 use ipnet::IpNet;
 
+use super::down;
 use super::netns::{self, block_on};
 use super::state::{Lab, LabName, Node};
 
@@ -31,6 +33,8 @@ pub const ROUTER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xc1, 0xab, 0, 0, 0, 0, 1)
 /// Most nodes of one lab: their addresses count from 11 in one /24.
 pub const NODES_MAX: usize = 200;
 
+/// Entries of maps that nothing is put into.
+const XDP_MAP_SIZE: u32 = 1024;
 const BRIDGE: &str = "lan";
 const WORLD_PORT: &str = "world";
 const DEVICE: &str = "eth0";
@@ -114,21 +118,34 @@ pub fn create_node(lab: &LabName, node: &Node) -> anyhow::Result<()> {
     made?.with_context(|| format!("cannot make the node {}", node.name))
 }
 
-/// Prepares a node's wire for XDP: every packet has its checksum when it arrives, which the pair of devices would
-/// otherwise leave to the receiver's stack, and the router's end takes what XDP sends back.
+/// Prepares the nodes' wires for XDP, which finds there what a network card brings along: every packet has its
+/// checksum when it arrives, which a pair of devices would otherwise leave to the receiver's stack, and the other end
+/// takes what XDP sends back at once, which the kernel sees to only if that end has an XDP program, too.
 ///
 /// # Errors
 /// `ethtool` is not installed, or the kernel refused.
-pub fn prepare_xdp(lab: &LabName, node: &Node) -> anyhow::Result<()> {
-    let port = port(node);
-    let mut command = Command::new("ethtool");
-    command.args(["-K", &port, "tx", "off", "gro", "on"]);
-    let done = netns::within(&netns::path(&lab.net_namespace()), || command.output())?
-        .context("cannot start ethtool, which XDP in a lab needs: `apt-get install ethtool`")?;
-    if !done.status.success() {
-        bail!("ethtool -K {port}: {}", String::from_utf8_lossy(&done.stderr).trim());
-    }
-    Ok(())
+pub fn prepare_xdp(lab: &Lab) -> anyhow::Result<()> {
+    let router = Namespace::open(netns::path(&lab.name.net_namespace()))?;
+    router.run(|| {
+        let sizes = ["FLOWS4", "FLOWS6", "PENDING4", "PENDING6", "IPCACHE"].map(|map| (map.to_owned(), XDP_MAP_SIZE));
+        // Its tables stay empty: what no service is for passes on.
+        let mut passing = Datapath::load(&LoadOptions {
+            pin_root: down::PIN_ROOT.into(),
+            instance: lab.name.bpf_instance("net"),
+            sizes: sizes.into(),
+            hooking: None,
+        })?;
+        for node in &lab.nodes {
+            let port = port(node);
+            let done = Command::new("ethtool").args(["-K", &port, "tx", "off", "gro", "on"]).output();
+            let done = done.context("cannot start ethtool, which XDP in a lab needs: `apt-get install ethtool`")?;
+            if !done.status.success() {
+                bail!("ethtool -K {port}: {}", String::from_utf8_lossy(&done.stderr).trim());
+            }
+            passing.attach_edge(&port, EdgeWanted::Native)?;
+        }
+        Ok(())
+    })?
 }
 
 /// Takes the router's routes to these addresses away, and tells it that these networks are at these nodes.

@@ -131,9 +131,9 @@ pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyh
     for node in &lab.nodes {
         interrupt.check()?;
         underlay::create_node(&lab.name, node)?;
-        if lab.has_xdp()? {
-            underlay::prepare_xdp(&lab.name, node)?;
-        }
+    }
+    if lab.has_xdp()? {
+        underlay::prepare_xdp(lab)?;
     }
     report("network ready");
     start_world(lab)?;
