@@ -112,7 +112,7 @@ pub struct Backend {
 }
 
 /// What the tables are to hold for one service port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {
     /// Whose this is.
     pub id: PortId,

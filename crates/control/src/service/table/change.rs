@@ -108,7 +108,7 @@ impl Tables {
             live.rows.push((*key, row));
         }
         live.shared = std::mem::take(&mut wanted.shared);
-        self.share(&live.shared, &old.shared);
+        self.share(&live.shared, &old.shared, &mut writes);
         let gone_rows: Vec<ServiceKey> = std::mem::take(&mut old.rows).into_iter().map(|(key, _)| key).collect();
         for key in &gone_rows {
             self.release(*key, &mut writes);
@@ -175,7 +175,7 @@ impl Tables {
     /// Takes everything away that stands under a service number.
     pub(super) fn clear(&mut self, live: Live) -> Vec<Write> {
         let mut writes = Vec::new();
-        self.share(&[], &live.shared);
+        self.share(&[], &live.shared, &mut writes);
         for (key, _) in live.rows {
             self.release(key, &mut writes);
             self.settle_refusal(key.addr, &mut writes);

@@ -75,15 +75,18 @@ impl Tables {
         }
     }
 
-    /// Books which rows' addresses have other uses.
-    pub(super) fn share(&mut self, now: &[ServiceKey], before: &[ServiceKey]) {
+    /// Books which rows' addresses have other uses. They may be the node's own, whose packets are looked
+    /// at only on ports that have a bit.
+    pub(super) fn share(&mut self, now: &[ServiceKey], before: &[ServiceKey], writes: &mut Vec<Write>) {
         for key in now.iter().filter(|key| !before.contains(key)) {
             self.addresses.entry(key.addr).or_default().shared += 1;
+            writes.extend(self.node_ports.open(key.port.number(), true));
         }
         for key in before.iter().filter(|key| !now.contains(key)) {
             if let Some(refusal) = self.addresses.get_mut(&key.addr) {
                 refusal.shared -= 1;
             }
+            writes.extend(self.node_ports.close(key.port.number()));
         }
     }
 

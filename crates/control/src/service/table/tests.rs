@@ -339,12 +339,14 @@ fn an_address_with_other_uses_refuses_nothing() {
     let mut port = ServicePort { frontends: vec![host], ..service(1, [1]) };
     kernel.carry_out(tables.set(&port).unwrap());
     assert!(!refuses(&kernel));
+    assert_eq!(kernel.node_ports, BTreeMap::from([(1, 1 << 16)]), "its packets are looked at");
     let other = ServicePort { frontends: vec![Frontend { port: 81, shared: false, ..host }], ..service(2, [2]) };
     kernel.carry_out(tables.set(&other).unwrap());
     assert!(!refuses(&kernel), "one of its rows says so");
     port.frontends[0].shared = false;
     kernel.carry_out(tables.set(&port).unwrap());
     assert!(refuses(&kernel), "the node lost the address");
+    assert_eq!(kernel.node_ports, BTreeMap::from([(1, 0)]));
     port.frontends[0].shared = true;
     kernel.carry_out(tables.set(&port).unwrap());
     assert!(!refuses(&kernel), "and got it back");
