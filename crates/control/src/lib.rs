@@ -5,7 +5,8 @@
 //!
 //! The way through: [`resource::parse_documents`] reads manifests; [`labels::IdentityLabels`] says
 //! who a pod is; [`identity::Identities`] gives that a number; [`policy::Cluster`] holds policies and identities
-//! and compiles the rule set of each; [`ipam`] hands out addresses.
+//! and compiles the rule set of each; [`ipam`] hands out addresses; [`service::Services`] makes service ports of
+//! resources, and [`service::table`] the rows of each.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

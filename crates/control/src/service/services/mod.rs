@@ -13,7 +13,7 @@ mod slices;
 #[cfg(test)]
 mod tests;
 
-use super::{PortId, ServicePort, Settings};
+use super::{Frontend, PortId, ServicePort, Settings};
 use crate::resource::{EndpointSlice, Node, Pod, Resource, Service};
 use build::Built;
 use claims::{Claims, Rank, Source};
@@ -88,10 +88,18 @@ pub struct Services {
 /// What a source came to.
 #[derive(Clone, Debug, Default)]
 struct Made {
-    /// Its service ports as they were last answered, by their hash.
-    ports: BTreeMap<PortId, u128>,
+    /// Its service ports as they were last answered: their hash, and where they are reached.
+    ports: BTreeMap<PortId, (u128, Vec<Frontend>)>,
     problems: Vec<Problem>,
     health: Option<HealthCheck>,
+}
+
+/// What [`Services::changes`] answers.
+#[derive(Default)]
+struct Changed {
+    gone: BTreeSet<PortId>,
+    handing_over: BTreeMap<PortId, ServicePort>,
+    there: BTreeMap<PortId, ServicePort>,
 }
 
 impl Services {
@@ -164,10 +172,11 @@ impl Services {
         self.mark_pod(&key, concerned);
     }
 
-    /// What changed since the last call, by name; `None`: it is gone. What is gone comes first, so that
-    /// its addresses are free for others.
+    /// What changed since the last call; `None`: it is gone. To be taken over in this order: what is gone
+    /// comes first, and who hands an address over to another comes twice, the first time without the
+    /// addresses that are new. So an address is always free when its next owner is set.
     pub fn changes(&mut self) -> Vec<(PortId, Option<ServicePort>)> {
-        let mut changed: BTreeMap<PortId, Option<ServicePort>> = BTreeMap::new();
+        let mut changed = Changed::default();
         // First who wants what: whoever loses or wins an address by that is marked too.
         let mut seen = BTreeSet::new();
         let mut built: HashMap<Source, Option<(Rank, Built)>> = HashMap::new();
@@ -184,8 +193,9 @@ impl Services {
         for (source, wanted) in built {
             self.settle(source, wanted.map(|(_, built)| built), &mut changed);
         }
-        let (gone, there): (Vec<_>, Vec<_>) = changed.into_iter().partition(|(_, port)| port.is_none());
-        gone.into_iter().chain(there).collect()
+        let gone = changed.gone.into_iter().map(|id| (id, None));
+        let there = changed.handing_over.into_iter().chain(changed.there);
+        gone.chain(there.map(|(id, port)| (id, Some(port)))).collect()
     }
 
     /// What is wrong, by whom.
@@ -266,7 +276,7 @@ impl Services {
     }
 
     /// Takes from the built ports what belongs to others, and answers what came out differently.
-    fn settle(&mut self, source: Source, built: Option<Built>, changed: &mut BTreeMap<PortId, Option<ServicePort>>) {
+    fn settle(&mut self, source: Source, built: Option<Built>, changed: &mut Changed) {
         let mut before = self.made.remove(&source).unwrap_or_default();
         let mut made = Made::default();
         if let Some(Built { ports, health, problems }) = built {
@@ -277,21 +287,37 @@ impl Services {
                 if port.frontends.is_empty() {
                     continue;
                 }
-                let hash = hash_of(&port);
-                if before.ports.remove(&port.id) != Some(hash) {
-                    changed.insert(port.id.clone(), Some(port.clone()));
+                let now = (hash_of(&port), port.frontends.clone());
+                let id = port.id.clone();
+                match before.ports.remove(&id) {
+                    Some(old) if old == now => {}
+                    old => {
+                        let had = old.map(|(_, frontends)| frontends).unwrap_or_default();
+                        if had.iter().any(|frontend| self.is_lost(&source, frontend, protocol)) {
+                            let mut rest = port.clone();
+                            rest.frontends
+                                .retain(|now| had.iter().any(|old| (old.addr, old.port) == (now.addr, now.port)));
+                            changed.handing_over.insert(id.clone(), rest);
+                        }
+                        changed.there.insert(id.clone(), port);
+                    }
                 }
-                made.ports.insert(port.id, hash);
+                made.ports.insert(id, now);
             }
             made.health = health.filter(|check| {
                 let frontend = claims::health_check(check.port);
                 self.is_ours(&source, &frontend, cirri_abi::proto::TCP, &mut made.problems)
             });
         }
-        changed.extend(before.ports.into_keys().map(|id| (id, None)));
+        changed.gone.extend(before.ports.into_keys());
         if !(made.ports.is_empty() && made.problems.is_empty() && made.health.is_none()) {
             self.made.insert(source, made);
         }
+    }
+
+    /// Whether a frontend that the source had belongs to another now.
+    fn is_lost(&self, source: &Source, frontend: &Frontend, protocol: u8) -> bool {
+        self.claims.owner(frontend, protocol).is_some_and(|owner| owner != source)
     }
 
     /// Whether a frontend belongs to the source; notes the problem if not.

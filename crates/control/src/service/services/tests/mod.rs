@@ -10,6 +10,7 @@ mod incremental;
 
 use super::*;
 use crate::resource::parse_documents;
+use crate::service::table::{Capacity, Tables};
 use crate::service::{Dispatch, Mode};
 use std::net::SocketAddr;
 
@@ -17,6 +18,7 @@ use std::net::SocketAddr;
 struct World {
     services: Services,
     ports: BTreeMap<PortId, ServicePort>,
+    tables: Tables,
 }
 
 impl World {
@@ -25,7 +27,11 @@ impl World {
     }
 
     fn with(settings: Settings, manifests: &str) -> World {
-        let mut world = World { services: Services::new(settings), ports: BTreeMap::new() };
+        let mut world = World {
+            services: Services::new(settings),
+            ports: BTreeMap::new(),
+            tables: Tables::new(Capacity::default()),
+        };
         world.apply(manifests);
         world
     }
@@ -43,19 +49,24 @@ impl World {
         self.take()
     }
 
+    /// Takes changes over; each must find its addresses free.
     fn take(&mut self) -> Vec<String> {
-        let changes = self.services.changes();
-        let names = changes.iter().map(|(id, _)| id.to_string()).collect();
-        for (id, port) in changes {
+        let mut names = BTreeSet::new();
+        for (id, port) in self.services.changes() {
+            names.insert(id.to_string());
             match port {
                 Some(port) => {
                     assert_eq!(port.id, id);
+                    self.tables.set(&port).unwrap_or_else(|error| panic!("{error}"));
                     self.ports.insert(id, port);
                 }
-                None => assert!(self.ports.remove(&id).is_some(), "{id} was not there"),
+                None => {
+                    assert!(!self.tables.remove(&id).is_empty(), "{id} was not there");
+                    self.ports.remove(&id);
+                }
             }
         }
-        names
+        names.into_iter().collect()
     }
 
     fn lines(&self) -> Vec<String> {
