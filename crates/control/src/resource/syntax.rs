@@ -84,9 +84,12 @@ pub fn cidr(text: &str) -> Result<IpNet, &'static str> {
     Ok(net.trunc())
 }
 
-/// An IP address.
+/// An IP address. Each has one spelling: IPv4 in IPv6 would be told apart from IPv4 in some places.
 pub fn address(text: &str) -> Result<IpAddr, &'static str> {
-    text.parse().map_err(|_| "is not an IP address: write it as 10.0.0.1 or fd00::1")
+    match text.parse().map_err(|_| "is not an IP address: write it as 10.0.0.1 or fd00::1")? {
+        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => Err("is an IPv4 address in IPv6 spelling: write it as IPv4"),
+        address => Ok(address),
+    }
 }
 
 fn is_dns_label(text: &str) -> bool {
@@ -153,6 +156,14 @@ mod tests {
             "x/8",
         ] {
             assert!(cidr(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_address_has_one_spelling() {
+        assert!(address("10.0.0.1").is_ok() && address("fd00::1").is_ok());
+        for bad in ["", "10.0.0", "10.0.0.01", "::ffff:10.0.0.1", "fd00::1%eth0", "[fd00::1]"] {
+            assert!(address(bad).is_err(), "{bad}");
         }
     }
 }
