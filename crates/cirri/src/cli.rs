@@ -73,6 +73,7 @@ Look at a node (the agent's socket: --socket or CIRRI_SOCKET):
   cirri status                                   is it well, and what is not done
   cirri observe --follow --verdict dropped       drops as they happen, with the rule
   cirri policy explain --from shop/client --to shop/web --port 80
+  cirri service get shop/web                     where it is reached, who serves it, what is wrong
   cirri endpoint list -o json                    for programs
 
 Exit codes:

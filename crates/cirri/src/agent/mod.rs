@@ -170,8 +170,8 @@ impl Shared {
 
     /// Wakes those who act on what is desired.
     fn desired(&self) {
-        self.health.notify_one();
         self.wake.notify_one();
+        self.health.notify_one();
         self.publish.notify_one();
         self.number.notify_one();
     }

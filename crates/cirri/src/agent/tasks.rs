@@ -116,7 +116,9 @@ pub async fn reconcile(shared: Arc<Shared>) {
             shared.sockets.notify_one();
             if core.filled && core.unnumbered.is_empty() && core.rows.is_done() && core.serving.is_done() {
                 core.retire();
-                core.latency.in_force(Instant::now());
+                if core.enforced_revision != core.view.revision {
+                    core.latency.in_force(Instant::now());
+                }
                 core.enforced_revision = core.view.revision;
                 shared.enforced.send_replace(Some(core.enforced_revision));
             } else {

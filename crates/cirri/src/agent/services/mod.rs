@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cirri_abi::{BackendState, proto};
-use cirri_control::service::table::{TableError, Tables as Books, Write};
+use cirri_control::service::table::{Capacity, TableError, Tables as Books, Write};
 use cirri_control::service::{self, PortId, ServicePort, Services, Settings};
 use cirri_loader::{EdgeStatus, Tables};
 
@@ -88,14 +88,20 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 impl Serving {
     /// Nothing is served yet.
     pub fn new(config: &Config, node: &Node, tables: &Tables) -> Serving {
+        let capacity = Capacity {
+            services: tables.services.capacity(),
+            backends: tables.backends.capacity(),
+            slots: tables.slots.capacity(),
+            ranges: tables.source_ranges.capacity(),
+        };
+        Serving::with(settings(config, node), capacity)
+    }
+
+    fn with(settings: Settings, capacity: Capacity) -> Serving {
         Serving {
-            sources: Services::new(settings(config, node)),
-            books: Books::new(service::table::Capacity {
-                services: tables.services.capacity(),
-                backends: tables.backends.capacity(),
-                slots: tables.slots.capacity(),
-                ranges: tables.source_ranges.capacity(),
-            }),
+            own: settings.node_addresses.iter().copied().collect(),
+            sources: Services::new(settings),
+            books: Books::new(capacity),
             queue: VecDeque::new(),
             failure: None,
             refused: BTreeMap::new(),
@@ -104,7 +110,6 @@ impl Serving {
             used: HashSet::new(),
             datagrams: HashMap::new(),
             over: BTreeSet::new(),
-            own: node.addresses.iter().copied().collect(),
             on_node: 0,
             health: Vec::new(),
             edges: BTreeMap::new(),
@@ -299,5 +304,81 @@ fn settings(config: &Config, node: &Node) -> Settings {
         maglev_size: (services.maglev_size > 0).then_some(services.maglev_size),
         external_cluster_ips: services.external_cluster_ips,
         topology: services.topology,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cirri_control::service::{Backend, Frontend, FrontendKind};
+
+    use super::*;
+
+    fn serving() -> Serving {
+        let settings = Settings { node_addresses: vec![[172, 16, 0, 1].into()], ..Settings::default() };
+        Serving::with(settings, Capacity { backends: 4, ..Capacity::default() })
+    }
+
+    /// A datagram service at 10.96.0.`n` with these backends.
+    fn port(n: u8, backends: &[[u8; 4]]) -> ServicePort {
+        let id = PortId {
+            namespace: "shop".to_owned(),
+            service: format!("s{n}"),
+            port: "dns".to_owned(),
+            protocol: proto::UDP,
+            v6: false,
+        };
+        let backend = |addr: &[u8; 4]| Backend {
+            addr: (*addr).into(),
+            port: 53,
+            state: BackendState::ACTIVE,
+            weight: 1,
+            node: None,
+            name: None,
+        };
+        ServicePort {
+            frontends: vec![Frontend {
+                addr: cirri_abi::Addr::v4([10, 96, 0, n]),
+                port: 53,
+                kind: FrontendKind::ClusterIp,
+                shared: false,
+            }],
+            backends: backends.iter().map(backend).collect(),
+            inside: (0..backends.len()).collect(),
+            ..ServicePort::new(id)
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name_and_taken_as_soon_as_there_is_room() {
+        let mut serving = serving();
+        serving.take(port(1, &[[10, 0, 0, 1], [10, 0, 0, 2]]));
+        serving.take(port(2, &[[10, 0, 0, 3], [10, 0, 0, 4]]));
+        let problems = serving.problems();
+        assert!(
+            problems.len() == 1 && problems[0].contains("shop/s2") && problems[0].contains("backends"),
+            "{problems:?}"
+        );
+        let infos = serving.infos(&crate::api::ServiceGet::default());
+        assert!(infos[0].state == "pending" && infos[1].state.starts_with("error: "), "{infos:?}");
+
+        serving.drop_port(&port(1, &[]).id);
+        for (port, _) in std::mem::take(&mut serving.refused).into_values() {
+            serving.take(port);
+        }
+        assert!(serving.problems().is_empty() && serving.books.usage().backends == 2);
+        assert!(!serving.is_done() && serving.status().pending == 2);
+    }
+
+    #[test]
+    fn backends_on_the_node_and_of_datagrams_are_counted_through_changes() {
+        let mut serving = serving();
+        let shared: SocketAddr = ([10, 0, 0, 1], 53).into();
+        serving.take(port(1, &[[10, 0, 0, 1], [172, 16, 0, 1]]));
+        serving.take(port(2, &[[10, 0, 0, 1]]));
+        assert!(serving.has_host_backends() && serving.datagrams.len() == 2 && serving.datagrams[&shared] == 2);
+        serving.take(port(1, &[]));
+        assert!(!serving.has_host_backends() && serving.datagrams[&shared] == 1);
+        serving.drop_port(&port(2, &[]).id);
+        assert!(serving.datagrams.is_empty());
     }
 }
