@@ -1,0 +1,352 @@
+//! `cirri lb` in front of real servers, with real clients. Needs root.
+
+use std::io;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use cirri_e2e::edge::{self, EdgeLab, PATIENCE, VIP, VIP6, ask_datagram, spread};
+use serde_json::Value;
+
+/// Services at port 80 of both families: TCP and UDP, served at port 8080.
+fn services(more: &str) -> String {
+    let mut all = String::from("services:\n");
+    for (name, vip, prefix) in [("four", VIP, "10.77.0.1"), ("six", VIP6, "fd77::1")] {
+        for protocol in ["TCP", "UDP"] {
+            all += &format!(
+                "  - name: {name}-{protocol}\n    address: '{vip}'\n    port: 80\n    protocol: {protocol}\n{more}    backends:\n"
+            );
+            for n in 1..=3 {
+                all += &format!("      - {{name: b{n}, address: '{prefix}{n}', port: 8080}}\n");
+            }
+        }
+    }
+    all
+}
+
+fn refused_at_once(what: impl FnOnce() -> io::Result<()>) {
+    let begun = Instant::now();
+    let error = what().expect_err("must be refused");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(1), "only after {:?}", begun.elapsed());
+}
+
+#[test]
+fn connections_are_translated_spread_counted_and_refused_in_every_mode() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(8080);
+    for (acceleration, mode) in [("native", "native"), ("generic", "generic"), ("off", "tc"), ("best-effort", "native")]
+    {
+        lab.write(&format!("acceleration: {acceleration}\n{}", services("")));
+        lab.start();
+        let status: Value = lab.ask(&["status"]);
+        assert_eq!(status["devices"][0]["mode"], mode, "{status:#}");
+        for (vip, own) in [(VIP.to_owned(), "10.77.0.1"), (format!("[{VIP6}]"), "fd77::1")] {
+            let own: IpAddr = own.parse().unwrap();
+            let to = format!("{vip}:80");
+            let mut talks = lab.connect_many(&to, 60);
+            talks.iter_mut().for_each(edge::Talk::goes_on);
+            assert_eq!(spread(&talks).len(), 3, "{acceleration} {to}: {:?}", spread(&talks));
+            assert!(talks.iter().all(|talk| talk.seen.ip() == own), "{acceleration} {to}: {}", talks[0].seen);
+            let sockets: Vec<_> = (0..30).map(|_| lab.datagrams(&to)).collect();
+            let answers: Vec<(String, IpAddr)> = sockets
+                .iter()
+                .map(|socket| ask_datagram(socket).unwrap_or_else(|error| panic!("{acceleration} {to}: {error}")))
+                .collect();
+            let served: std::collections::BTreeSet<&String> = answers.iter().map(|(name, _)| name).collect();
+            assert_eq!(served.len(), 3, "{acceleration} {to}");
+            assert!(answers.iter().all(|(_, seen)| *seen == own));
+            refused_at_once(|| lab.connect(&format!("{vip}:81")).map(drop));
+            let unused = lab.datagrams(&format!("{vip}:81"));
+            refused_at_once(|| {
+                unused.send(b"who")?;
+                unused.recv(&mut [0; 10]).map(drop)
+            });
+        }
+        lab.stop();
+    }
+    lab.start();
+    let stats: Value = lab.ask(&["stats", "four-TCP", "--over", "0"]);
+    let total = &stats["services"][0]["total"];
+    assert_eq!(total["connections"], 240, "{stats:#}");
+    assert!(total["answers"].as_u64() > Some(240) && total["bytes"].as_u64() > Some(240 * 60), "{stats:#}");
+    let list: Value = lab.ask(&["list", "six-UDP"]);
+    let shares: Vec<f64> =
+        list[0]["backends"].as_array().unwrap().iter().map(|it| it["share"].as_f64().unwrap()).collect();
+    assert!(shares.iter().all(|share| (share - 1.0 / 3.0).abs() < 0.01), "{shares:?}");
+}
+
+#[test]
+fn a_change_of_the_file_is_in_force_at_once_and_no_connection_notices() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(8080);
+    lab.write(&services(""));
+    lab.start();
+    let to = format!("{VIP}:80");
+    let mut talks = lab.connect_many(&to, 40);
+    // One backend goes, a service comes.
+    let without = services("").replace("      - {name: b2, address: '10.77.0.12', port: 8080}\n", "");
+    let more = "  - {name: more, address: 203.0.113.11, port: 8000, backends: [{address: 10.77.0.12, port: 8080}]}\n";
+    lab.reload(&format!("{without}{more}"));
+    let now = lab.connect_many(&to, 40);
+    assert_eq!(spread(&now).keys().collect::<Vec<_>>(), ["b1", "b3"]);
+    assert_eq!(lab.connect("203.0.113.11:8000").unwrap().backend, "b2");
+    talks.iter_mut().for_each(edge::Talk::goes_on);
+
+    // A mistake changes nothing, and is told.
+    lab.write(&services("").replace("name: six-TCP", "name: four-TCP"));
+    let status = lab.status_when("told of the mistake", |status| status["config"]["in_force"] == false);
+    let error = status["config"]["error"].as_str().unwrap();
+    assert!(error.contains("four-TCP") && error.contains("lb.yaml:"), "{error}");
+    assert!(lab.log_text().contains("its last good version is"));
+    assert_eq!(lab.connect("203.0.113.11:8000").unwrap().backend, "b2");
+    talks.iter_mut().for_each(edge::Talk::goes_on);
+
+    // Corrected; SIGHUP reads it again without a change.
+    lab.reload(&services(""));
+    assert_eq!(spread(&lab.connect_many(&to, 60)).len(), 3);
+    refused_or_silent(&lab, "203.0.113.11:8000");
+    let loads = lab.loads();
+    lab.signal("HUP");
+    lab.loaded_after(loads);
+    talks.iter_mut().for_each(edge::Talk::goes_on);
+}
+
+/// An address that is not served any more is nobody's: its packets end at the load balancer's own stack.
+fn refused_or_silent(lab: &EdgeLab, to: &str) {
+    let to = to.parse().unwrap();
+    let connected =
+        lab.client.namespace.run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(500))).unwrap();
+    assert!(connected.is_err(), "{to} is still served");
+}
+
+#[test]
+fn a_drained_backend_keeps_what_it_has_over_restarts_and_gets_no_more() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(8080);
+    lab.write(&services(""));
+    lab.start();
+    let to = format!("{VIP}:80");
+    let mut talks = lab.connect_many(&to, 40);
+    assert!(spread(&talks).contains_key("b2"));
+    let drained: Value = lab.ask(&["drain", "four-TCP/b2"]);
+    assert_eq!(drained["backends"], serde_json::json!(["four-TCP/b2"]));
+    let others = |lab: &EdgeLab| {
+        let counts = spread(&lab.connect_many(&to, 40));
+        assert_eq!(counts.keys().collect::<Vec<_>>(), ["b1", "b3"]);
+    };
+    others(&lab);
+    lab.stop();
+    lab.start();
+    others(&lab);
+    let list: Value = lab.ask(&["list", "four-TCP"]);
+    let b2 = &list[0]["backends"][1];
+    assert_eq!(
+        (&b2["state"], &b2["reason"], &b2["share"]),
+        (&"draining".into(), &"drained by hand".into(), &0.0.into())
+    );
+    talks.iter_mut().for_each(edge::Talk::goes_on);
+    let _: Value = lab.ask(&["undrain", "10.77.0.12"]);
+    assert!(spread(&lab.connect_many(&to, 60)).contains_key("b2"));
+    // By address it fits both protocols; a name that fits nobody is refused.
+    let drained: Value = lab.ask(&["drain", "10.77.0.12:8080"]);
+    assert_eq!(drained["backends"].as_array().unwrap().len(), 2);
+    let file = lab.file();
+    let unknown = lab.command(&["drain", "b9", "--config", &file.to_string_lossy()]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no backend b9"));
+}
+
+const CHECKED: &str = "    health: {type: tcp, port: 8080, interval: 100ms, timeout: 500ms, rise: 2, fall: 2}\n";
+
+#[test]
+fn a_backend_that_fails_is_left_and_one_that_returns_is_used_again() {
+    let mut lab = EdgeLab::new(3);
+    let mut servers = lab.serve(8080);
+    lab.write(&services(CHECKED));
+    lab.start();
+    let to = format!("{VIP}:80");
+    let up = |count: u64| move |status: &Value| status["backends"]["active"].as_u64() == Some(count);
+    lab.status_when("all up", |status| {
+        status["health"].as_array().unwrap().iter().all(|health| health["state"] == "up")
+    });
+    let mut talks = lab.connect_many(&to, 40);
+    let socket = (0..).map(|_| lab.datagrams(&to)).find(|socket| ask_datagram(socket).unwrap().0 == "b2").unwrap();
+    servers.remove("b2").unwrap().end();
+    lab.status_when("one of each service down", up(8));
+    assert_eq!(spread(&lab.connect_many(&to, 40)).keys().collect::<Vec<_>>(), ["b1", "b3"]);
+    // Its datagrams go elsewhere, the others' connections go on.
+    let answered = (0..5).find_map(|_| ask_datagram(&socket).ok()).expect("another serves it");
+    assert_ne!(answered.0, "b2");
+    for talk in talks.iter_mut().filter(|talk| talk.backend != "b2") {
+        talk.goes_on();
+    }
+    // Found out once, it stays known over a restart.
+    lab.kill();
+    lab.start();
+    let list: Value = lab.ask(&["list", "four-TCP"]);
+    assert_eq!(list[0]["backends"][1]["state"], "down", "{list:#}");
+    assert_eq!(spread(&lab.connect_many(&to, 40)).keys().collect::<Vec<_>>(), ["b1", "b3"]);
+
+    // Nobody left: refused at once, and told.
+    servers.clear();
+    let status = lab.status_when("all down", |status| status["backends"]["down"].as_u64() == Some(12));
+    assert_eq!(status["refusing"].as_array().unwrap().len(), 4);
+    refused_at_once(|| lab.connect(&to).map(drop));
+    refused_at_once(|| {
+        let socket = lab.datagrams(&to);
+        socket.send(b"who")?;
+        socket.recv(&mut [0; 10]).map(drop)
+    });
+    let check = lab.command(&["status", "--check", "--config", &lab.file().to_string_lossy()]);
+    assert_eq!(check.status.code(), Some(1));
+
+    let _servers = lab.serve(8080);
+    lab.status_when("all back", up(12));
+    assert_eq!(spread(&lab.connect_many(&to, 60)).len(), 3);
+}
+
+#[test]
+fn a_restart_loses_no_connection_and_down_leaves_nothing() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(8080);
+    lab.write(&services(""));
+    lab.start();
+    let to = format!("{VIP}:80");
+    let mut talks = lab.connect_many(&to, 40);
+    let before: Value = lab.ask(&["list"]);
+    for end in [EdgeLab::kill, EdgeLab::stop] {
+        end(&mut lab);
+        // Nobody runs: what stands goes on, what comes is served.
+        talks.iter_mut().for_each(edge::Talk::goes_on);
+        assert_eq!(spread(&lab.connect_many(&to, 60)).len(), 3);
+        lab.start();
+        talks.iter_mut().for_each(edge::Talk::goes_on);
+        assert_eq!(lab.ask::<Value>(&["list"]), before, "numbers and tables are the same");
+    }
+    let second = lab.command(&["--config", &lab.file().to_string_lossy()]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("a load balancer runs"));
+    let running = lab.command(&["down", "--config", &lab.file().to_string_lossy()]);
+    assert_eq!(running.status.code(), Some(1), "not while it runs");
+    lab.stop();
+    let down = lab.command(&["down", "--config", &lab.file().to_string_lossy()]);
+    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    assert!(!lab.pins().exists());
+    let link = edge::run(&lab.lb, "ip -details link show eth0");
+    assert!(!link.contains("xdp"), "{link}");
+    let reserved = edge::run(&lab.lb, "sysctl -n net.ipv4.ip_local_reserved_ports");
+    assert_eq!(reserved.trim(), "");
+    assert!(talks[0].exchange().is_err(), "nobody translates any more");
+}
+
+#[test]
+fn only_clients_in_the_ranges_are_let_in() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(8080);
+    let ranged = "  - {name: far, address: 203.0.113.11, port: 80, sourceRanges: [192.0.2.0/24], backends: [{address: 10.77.0.11, port: 8080}]}
+  - {name: near, address: 203.0.113.12, port: 80, sourceRanges: [10.77.0.0/28], backends: [{address: 10.77.0.11, port: 8080}]}\n";
+    lab.write(&format!("services:\n{ranged}"));
+    lab.start();
+    lab.connect("203.0.113.12:80").unwrap().goes_on();
+    let to = "203.0.113.11:80".parse().unwrap();
+    let connected =
+        lab.client.namespace.run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(500))).unwrap();
+    assert!(connected.is_err());
+    let status = lab.status_when("told of the drop", |status| {
+        status["drops"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|drops| drops["reason"] == 177 && !drops["clients"].as_array().unwrap().is_empty())
+    });
+    let drops = status["drops"].as_array().unwrap().iter().find(|drops| drops["reason"] == 177).unwrap();
+    assert_eq!(drops["clients"][0]["address"], "10.77.0.2");
+    assert_eq!(drops["clients"][0]["destination"], "203.0.113.11:80/TCP");
+}
+
+#[test]
+fn a_full_pool_drops_and_names_the_client_that_holds_it() {
+    let mut lab = EdgeLab::new(1);
+    let _servers = lab.serve(8080);
+    edge::run(&lab.lb, "ip address add 10.77.0.9/32 dev eth0");
+    edge::run(&lab.client, "ip address add 10.77.0.3/24 dev eth0");
+    lab.write(
+        "pools: [{name: tiny, address: 10.77.0.9, ports: 40000-40015}]
+services: [{name: web, address: 203.0.113.10, port: 80, pool: tiny, backends: [{address: 10.77.0.11, port: 8080}]}]",
+    );
+    lab.start();
+    let talks = lab.connect_many("203.0.113.10:80", 14);
+    assert!(
+        talks
+            .iter()
+            .all(|talk| talk.seen.ip().to_string() == "10.77.0.9" && (40000..40016).contains(&talk.seen.port()))
+    );
+    let to = "203.0.113.10:80".parse().unwrap();
+    let mut more = Vec::new();
+    let full = lab.client.namespace.run(|| {
+        for _ in 0..8 {
+            match std::net::TcpStream::connect_timeout(&to, Duration::from_millis(500)) {
+                Ok(stream) => more.push(stream),
+                Err(_) => return true,
+            }
+        }
+        false
+    });
+    assert!(full.unwrap(), "sixteen ports held more than sixteen connections");
+    let status = lab.status_when("told of the pool", |status| {
+        status["pools"].as_array().unwrap().iter().any(|pool| pool["name"] == "tiny")
+            && status["drops"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|drops| drops["reason"] == 167 && !drops["clients"].as_array().unwrap().is_empty())
+    });
+    let tiny = status["pools"].as_array().unwrap().iter().find(|pool| pool["name"] == "tiny").unwrap();
+    assert_eq!(tiny["size"], 16);
+    assert!(tiny["used"].as_u64() >= Some(14), "{tiny:#}");
+    assert_eq!(tiny["clients"][0]["address"], "10.77.0.2", "{tiny:#}");
+    let pools: Value = lab.ask(&["pools", "tiny"]);
+    assert_eq!(pools[0]["clients"][0]["address"], "10.77.0.2");
+    drop(talks);
+}
+
+#[test]
+fn the_backend_answers_itself_when_packets_come_in_ipip() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(80);
+    let wrapped = services("    forwarding: dsr-ipip\n").replace("port: 8080", "port: 80");
+    lab.write(&wrapped);
+    lab.start();
+    let pins = format!("{}-host", lab.pins().file_name().unwrap().to_string_lossy());
+    let host = ["backend", "--device", "eth0", "--vip", VIP, "--vip", VIP6, "--instance"];
+    for (name, place) in &lab.backends {
+        let instance = format!("{pins}-{name}");
+        let set_up = edge::command_in(place, &[&host[..], &[&instance]].concat());
+        assert!(set_up.status.success(), "{}", String::from_utf8_lossy(&set_up.stderr));
+    }
+    for to in [format!("{VIP}:80"), format!("[{VIP6}]:80")] {
+        let mut talks = lab.connect_many(&to, 60);
+        talks.iter_mut().for_each(edge::Talk::goes_on);
+        assert_eq!(spread(&talks).len(), 3);
+        assert!(talks.iter().all(|talk| talk.seen == talk.own), "{} and {}", talks[0].seen, talks[0].own);
+        let (_, seen) = ask_datagram(&lab.datagrams(&to)).unwrap();
+        assert_eq!(seen, talks[0].own.ip());
+    }
+    let stats: Value = lab.ask(&["stats", "four-TCP", "--over", "0"]);
+    let total = &stats["services"][0]["total"];
+    assert_eq!((&total["connections"], &total["answers"]), (&60.into(), &0.into()), "{stats:#}");
+    for (name, place) in &lab.backends {
+        let instance = format!("{pins}-{name}");
+        let removed = edge::command_in(place, &[&host[..], &[&instance, "--remove"]].concat());
+        assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+        assert!(!lab.pins().with_file_name(&instance).exists());
+        assert!(!edge::run(place, "ip address show dev lo").contains(VIP));
+    }
+    assert!(
+        lab.client
+            .namespace
+            .run(|| std::net::TcpStream::connect_timeout(&format!("{VIP}:80").parse().unwrap(), PATIENCE / 5))
+            .unwrap()
+            .is_err()
+    );
+}
