@@ -160,6 +160,9 @@ pub mod service_flag {
     pub const RANGES: u32 = 4;
     /// ... or, with this, in none.
     pub const RANGES_DENY: u32 = 8;
+    /// A row of the unspecified address that holds for this node's own addresses only, and not for other
+    /// nodes' (a workload's port on its host).
+    pub const THIS_NODE: u32 = 16;
 }
 
 /// How a backend is chosen.

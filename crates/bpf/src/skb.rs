@@ -107,11 +107,11 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn open(&mut self, at: u32, bytes: u32) -> bool {
-        // Behind the Ethernet header comes an outer IP header: the kernel must know where the inner one
-        // begins, to cut segments.
+        // If it is an outer IP header the kernel must know where the inner one begins, to cut segments.
         let (mode, flags) = match (at, bytes) {
             (ETHERNET, 20) => (BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4),
-            (ETHERNET, _) => (BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6),
+            (ETHERNET, 40) => (BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6),
+            (ETHERNET, _) => (BPF_ADJ_ROOM_MAC, 0),
             _ => (BPF_ADJ_ROOM_NET, 0),
         };
         // SAFETY: the context is the program's own; pointers into the packet are not kept.

@@ -9,7 +9,7 @@ use core::ptr;
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, bpf_tunnel_key, bpf_tunnel_key__bindgen_ty_1, xdp_action},
     btf_maps::{Array, ProgramArray},
-    helpers::{bpf_skb_set_tunnel_key, bpf_xdp_adjust_head},
+    helpers::{bpf_skb_set_tunnel_key, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
@@ -104,9 +104,14 @@ pub fn wrap_edge(ctx: XdpContext) -> u32 {
         ptr::read_volatile(&length)
     };
     let grown = length - template.mark as i32;
-    if grown != 0 {
-        // SAFETY: the context is the program's own; the bounds are read again.
-        unsafe { bpf_xdp_adjust_head(ctx.ctx, grown) };
+    // SAFETY: the context is the program's own; the bounds are read again.
+    unsafe {
+        if grown > 0 {
+            bpf_xdp_adjust_head(ctx.ctx, grown);
+        } else if grown < 0 {
+            // An answer is cut off behind.
+            bpf_xdp_adjust_tail(ctx.ctx, -grown);
+        }
     }
     let (packet, end) = bounds();
     if packet + HEADERS > end {

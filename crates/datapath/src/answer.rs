@@ -103,20 +103,21 @@ fn reset<P: Packet>(packet: &mut P, s: &Scratch) -> bool {
     packet.resize(l4 + 20) && header_back(packet, s, proto::TCP, 20) && packet.store(l4, &tcp)
 }
 
-/// Port unreachable; or, with an MTU, fragmentation needed.
+/// Port unreachable; or, with an MTU, fragmentation needed. The refused packet stays where it is, as the
+/// quotation: room is opened before it and it is cut behind, since XDP has room in front only.
 #[inline(always)]
 fn unreachable_v4<P: Packet>(packet: &mut P, s: &mut Scratch) -> bool {
     let code = if s.mtu != 0 { FRAGMENTATION_NEEDED } else { PORT_UNREACHABLE };
     let mut icmp = wire::Icmp { kind: UNREACHABLE, code, checksum: 0, id: 0, seq: s.mtu.to_be() };
     let sum = u16::from_ne_bytes([icmp.kind, icmp.code]) as u64 + icmp.seq as u64;
-    let Some(quoted) = quote::<P, { QUOTED_V4 / 4 }>(packet, s) else {
+    let Some(quoted) = sum_of::<P, { QUOTED_V4 / 4 }>(packet) else {
         return false;
     };
     icmp.checksum = !wire::fold_checksum(sum + quoted);
-    packet.resize(L3 + 20 + 8 + QUOTED_V4)
+    packet.open(L3, 20 + 8)
+        && packet.resize(L3 + 20 + 8 + QUOTED_V4)
         && header_back(packet, s, proto::ICMP, 8 + QUOTED_V4)
         && packet.store(L3 + 20, &icmp)
-        && unquote::<P, { QUOTED_V4 / 4 }>(packet, s, L3 + 28)
 }
 
 /// Port unreachable; or, with an MTU, too big.
@@ -127,41 +128,26 @@ fn unreachable_v6<P: Packet>(packet: &mut P, s: &mut Scratch) -> bool {
     let mut icmp = wire::Icmp { kind, code, checksum: 0, id: 0, seq: s.mtu.to_be() };
     let mut sum = pseudo_header(s, proto::ICMPV6, 8 + QUOTED_V6);
     sum += u16::from_ne_bytes([icmp.kind, icmp.code]) as u64 + icmp.seq as u64;
-    let Some(quoted) = quote::<P, { QUOTED_V6 / 4 }>(packet, s) else {
+    let Some(quoted) = sum_of::<P, { QUOTED_V6 / 4 }>(packet) else {
         return false;
     };
     icmp.checksum = !wire::fold_checksum(sum + quoted);
-    packet.resize(L3 + 40 + 8 + QUOTED_V6)
+    packet.open(L3, 40 + 8)
+        && packet.resize(L3 + 40 + 8 + QUOTED_V6)
         && header_back(packet, s, proto::ICMPV6, 8 + QUOTED_V6)
         && packet.store(L3 + 40, &icmp)
-        && unquote::<P, { QUOTED_V6 / 4 }>(packet, s, L3 + 48)
 }
 
-/// Takes the first words of the refused packet aside; answers their sum.
+/// Sum of the refused packet's first words.
 #[inline(always)]
-fn quote<P: Packet, const WORDS: u32>(packet: &P, s: &mut Scratch) -> Option<u64> {
+fn sum_of<P: Packet, const WORDS: u32>(packet: &P) -> Option<u64> {
     let mut sum = 0;
     let mut i = 0;
     while i < WORDS {
-        let word = packet.load::<u32>(L3 + i * 4)?;
-        s.quoted[i as usize] = word;
-        sum += word as u64;
+        sum += packet.load::<u32>(L3 + i * 4)? as u64;
         i += 1;
     }
     Some(sum)
-}
-
-/// Puts them into the answer.
-#[inline(always)]
-fn unquote<P: Packet, const WORDS: u32>(packet: &mut P, s: &Scratch, at: u32) -> bool {
-    let mut i = 0;
-    while i < WORDS {
-        if !packet.store(at + i * 4, &s.quoted[i as usize]) {
-            return false;
-        }
-        i += 1;
-    }
-    true
 }
 
 /// ICMP types and codes (RFC 792, 4443).

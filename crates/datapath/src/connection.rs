@@ -328,8 +328,8 @@ pub(crate) fn write<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratc
     s.forward.packets = 1;
     s.forward.bytes = packet.length() as u64;
     s.forward.tcp_flags = s.parsed.tcp_flags;
-    let one_way = s.forward.flags & recipe_flag::ONE_WAY != 0;
-    if (!one_way && !tables.insert(Table::Pending, &s.answer, &s.reverse, false))
+    let answered = s.claimed || s.forward.flags & recipe_flag::ONE_WAY != 0;
+    if (!answered && !tables.insert(Table::Pending, &s.answer, &s.reverse, false))
         || !tables.insert(Table::Pending, &s.opener, &s.forward, false)
     {
         return Err(DropReason::FLOW_INSERT_FAILED.into());

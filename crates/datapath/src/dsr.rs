@@ -2,7 +2,9 @@
 //! the client itself. Either in an IP option of the first packets, or by sending the packet, untouched,
 //! in IPIP. Layouts: `cirri_abi::dsr`.
 
-use cirri_abi::{Addr, DropReason, Forwarding, Hook, Port, Recipe, dsr, ipcache_flag, node_flag};
+use cirri_abi::{
+    Addr, DropReason, Forwarding, Hook, Identity, Port, Recipe, ServiceKey, dsr, ipcache_flag, node_flag,
+};
 
 use crate::{
     parse::{Class, parse_network},
@@ -94,6 +96,8 @@ fn write_option_v6<P: Packet>(packet: &mut P, vip: &Addr, port: Port) -> bool {
 
 /// The IPv6 destination options header's protocol number.
 pub(crate) const DESTINATION_OPTIONS: u8 = 60;
+/// The IPv6 fragment header's.
+const FRAGMENT: u8 = 44;
 
 /// Notes the service's address that another node has put into the packet's first option, at `at`, if it
 /// stands there and may be believed.
@@ -114,7 +118,12 @@ pub(crate) fn read_option<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut 
             return;
         };
         let ours = option.kind == dsr::OPTION_V6 && option.length as u32 == dsr::LENGTH_V6 / 8 - 1;
-        (ours, Addr { words: option.addr }, option.port, option.next)
+        let protocol = match packet.load::<wire::Fragment6>(at + dsr::LENGTH_V6) {
+            // A datagram's first fragment.
+            Some(fragment) if option.next == FRAGMENT => fragment.next,
+            _ => option.next,
+        };
+        (ours, Addr { words: option.addr }, option.port, protocol)
     };
     if ours && is_genuine(tables, &addr, Port { be: port }, protocol) {
         s.option_addr = addr;
@@ -159,7 +168,7 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
         dsr::IPV6 if !tuple.src.is_v4() && s.parsed.l4 == L3 + IPV6_HEADER => true,
         _ => return Ok(()),
     };
-    if !is_backend(tables, &tuple.dst) {
+    if !is_backend(tables, &tuple.dst) || !is_for_service(packet, tables, s.parsed.l4, v6) {
         return Ok(());
     }
     let port = if v6 {
@@ -181,6 +190,29 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
         return Err(DropReason::INVALID_PACKET);
     }
     Ok(())
+}
+
+/// Whether the packet that begins at `at` is for an address that services are behind. What else a
+/// workload is sent in IPIP is its own business.
+#[inline(always)]
+fn is_for_service<P: Packet, T: Tables>(packet: &P, tables: &T, at: u32, v6: bool) -> bool {
+    let addr = if v6 {
+        match packet.load::<wire::Ipv6>(at) {
+            Some(ip) => Addr { words: ip.dst },
+            None => return false,
+        }
+    } else {
+        match packet.load::<wire::Ipv4>(at) {
+            Some(ip) => Addr::v4_word(ip.dst),
+            None => return false,
+        }
+    };
+    // Every address of services has a row of its own; nodes' addresses have node ports.
+    tables.service(&ServiceKey { addr, port: Port { be: 0 }, proto: 0, _pad: 0 }).is_some()
+        || match tables.ipcache(&addr) {
+            Some(entry) => entry.flags & ipcache_flag::HOST != 0 || entry.identity.id == Identity::REMOTE_NODE.id,
+            None => false,
+        }
 }
 
 /// For a plain host behind a load balancer: the length of a packet's outer IP header, bytes, if it holds

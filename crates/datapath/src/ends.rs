@@ -119,7 +119,7 @@ pub(crate) fn locate<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
             s.to.set_address(tables, dst)?;
             match s.to.kind {
                 PlaceKind::Local => {}
-                _ if s.served.yes && s.hook == Hook::FROM_NETWORK => {}
+                _ if s.served.yes => {}
                 // An answer of its stack must find the service's address again.
                 PlaceKind::Host if s.option_addr != Addr::UNSPECIFIED => {}
                 PlaceKind::Host => {

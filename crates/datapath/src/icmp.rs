@@ -4,7 +4,7 @@ use cirri_abi::{Action, Addr, DropReason, Hook, Port, Rewrite, Tuple, proto};
 
 use crate::{
     Packed,
-    carry::{self, difference},
+    carry::{self, difference, tuple_difference},
     door, dsr, epochs,
     place::is_host,
     slow::{Next, Outcome, Scratch},
@@ -15,8 +15,7 @@ use crate::{
 /// Finds the flow that the error's quoted packet belongs to and sends the error its way, so that
 /// path-MTU messages and unreachables arrive, translated, and nothing else does.
 ///
-/// The error must be for the sender of what it quotes: recipes rewrite one address only, so another
-/// receiver would get it past policy.
+/// The error must be for the sender of what it quotes: another receiver would get it past policy.
 #[inline(always)]
 pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     let hook = s.hook;
@@ -142,13 +141,15 @@ fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Resul
 /// Rewrites the error as the recipe rewrites the flow, and its quotation the other way round.
 ///
 /// The quoted IP header stays valid, so it adds nothing to the ICMP checksum; only the port does,
-/// and in IPv6 the addresses (outer in the pseudo header, quoted in the body). The quoted
-/// transport checksum is left: nobody checks it, and it is mostly cut off.
+/// and in IPv6 the addresses (outer in the pseudo header, quoted in the body). The outer source may be
+/// any router's, so its difference is another than the recipe's. The quoted transport checksum is left:
+/// nobody checks it, and it is mostly cut off.
 #[inline(always)]
 fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, l4: u32, v6: bool) -> bool {
     let recipe = &s.forward;
     let (source, destination) = (recipe.rewrite & Rewrite::SOURCE != 0, recipe.rewrite & Rewrite::DESTINATION != 0);
     let checksum = s.parsed.l4 + 2;
+    let outer = tuple_difference(&s.parsed.tuple, &s.parsed.tuple.rewritten(recipe));
     let echo = matches!(s.opener.proto, proto::ICMP | proto::ICMPV6);
     // Quoted the other way round: where the flow's source changes, the quotation's destination does.
     let addressed = if v6 {
@@ -156,14 +157,14 @@ fn translate<P: Packet>(packet: &mut P, s: &Scratch, inner: u32, l4: u32, v6: bo
             && (!destination
                 || packet.store(L3 + 24, &recipe.destination.words)
                     && packet.store(inner + 8, &recipe.destination.words))
-            && packet.update_l4_checksum(checksum, recipe.csum_delta, true, false, true)
+            && packet.update_l4_checksum(checksum, outer, true, false, true)
             && packet.update_l4_checksum(checksum, recipe.csum_delta, false, false, true)
     } else {
         (!source || packet.store(L3 + 12, &recipe.source.word()) && packet.store(inner + 16, &recipe.source.word()))
             && (!destination
                 || packet.store(L3 + 16, &recipe.destination.word())
                     && packet.store(inner + 12, &recipe.destination.word()))
-            && packet.update_l3_checksum(L3 + 10, recipe.csum_delta)
+            && packet.update_l3_checksum(L3 + 10, outer)
             && packet.update_l3_checksum(inner + 10, recipe.csum_delta)
     };
     addressed

@@ -48,7 +48,7 @@ pub use traits::{Flow, NextHop, Packet, Services, Table, Tables, TunnelKey};
 pub use verdict::{Packed, Verdict};
 pub use wire::{Cursor, Wire};
 
-use cirri_abi::{Action, Addr, FlowKey4, Hook, Port, Recipe, Tick, Tuple, proto, recipe_flag};
+use cirri_abi::{Action, Addr, FlowKey4, Hook, Port, Recipe, Tick, Tuple, node_flag, proto, recipe_flag};
 
 /// One packet at one hook.
 ///
@@ -92,6 +92,10 @@ fn may_answer<P: Packet, T: Tables>(packet: &P, tables: &T) -> bool {
             tuple.src = Addr::v4_word(ip.src);
             tuple.dst = Addr::v4_word(ip.dst);
             tuple.proto = ip.proto;
+            // It has no ports: its first fragment says whose it is.
+            if ip.fragment & wire::FRAGMENT_OFFSET != 0 {
+                return true;
+            }
             wire::L3 + 20
         }
         wire::ETHERTYPE_IPV6 => {
@@ -101,6 +105,9 @@ fn may_answer<P: Packet, T: Tables>(packet: &P, tables: &T) -> bool {
             tuple.src = Addr { words: ip.src };
             tuple.dst = Addr { words: ip.dst };
             tuple.proto = ip.next;
+            if parse::is_extension(ip.next) {
+                return true;
+            }
             wire::L3 + 40
         }
         _ => return false,
@@ -136,18 +143,18 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
                 return None;
             }
             let (sport, dport) = established_ports(packet, wire::L3 + 20, ip.proto)?;
-            if hook == Hook::FROM_NETWORK && translate::is_for_node(tables, |node| node.v4.word() == ip.dst, dport) {
+            let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: 0, _pad2: 0 };
+            if hook == Hook::FROM_NETWORK
+                && translate::is_for_node(tables, |node| node.v4.word() == ip.dst, dport)
+                && !is_of_host_backend(tables, || key.tuple())
+            {
                 return Some(Packed::CONTINUE);
             }
-            let key = FlowKey4 { src: ip.src, dst: ip.dst, sport, dport, proto: ip.proto, _pad: 0, _pad2: 0 };
             (tables.flow4(&key)?, carry::Headers { l4: wire::L3 + 20, sport, dport, proto: ip.proto, v6: false })
         }
         wire::ETHERTYPE_IPV6 => {
             let ip: wire::Ipv6 = packet.load(wire::L3)?;
             let (sport, dport) = established_ports(packet, wire::L3 + 40, ip.next)?;
-            if hook == Hook::FROM_NETWORK && translate::is_for_node(tables, |node| node.v6.words == ip.dst, dport) {
-                return Some(Packed::CONTINUE);
-            }
             let [s0, s1, s2, s3] = ip.src;
             let [d0, d1, d2, d3] = ip.dst;
             let key = Tuple {
@@ -159,6 +166,12 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
                 _pad: 0,
                 _pad2: 0,
             };
+            if hook == Hook::FROM_NETWORK
+                && translate::is_for_node(tables, |node| node.v6.words == ip.dst, dport)
+                && !is_of_host_backend(tables, || key)
+            {
+                return Some(Packed::CONTINUE);
+            }
             (tables.flow6(&key)?, carry::Headers { l4: wire::L3 + 40, sport, dport, proto: ip.next, v6: true })
         }
         _ => return None,
@@ -178,6 +191,22 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
         tables.count_backend(recipe.backend, recipe.flags & recipe_flag::REPLY != 0, packet.length());
     }
     Some(carry::carry(packet, tables, recipe, &headers))
+}
+
+/// Whether a packet for the node itself is of a connection that another node gave it as a backend, with
+/// direct return: the answers leave translated, and it is by the client's packets that a connection becomes
+/// established. Where the node is nobody's backend its own traffic does not pay for that.
+#[inline(always)]
+fn is_of_host_backend<T: Tables>(tables: &T, tuple: impl FnOnce() -> Tuple) -> bool {
+    let serves = match tables.node() {
+        Some(node) => node.flags & node_flag::HOST_BACKENDS != 0,
+        None => false,
+    };
+    if !serves {
+        return false;
+    }
+    let tuple = tuple();
+    tables.flow(Table::Flows, &tuple).is_some() || tables.flow(Table::Pending, &tuple).is_some()
 }
 
 /// Ports of a TCP segment that changes no state, or of a UDP datagram.

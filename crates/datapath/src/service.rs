@@ -55,22 +55,34 @@ pub(crate) fn find<'a, T: Services>(
     if exact.is_some() {
         return exact;
     }
-    if tables.node_port(port) && is_node(tables, addr, inside) {
-        let any = if addr.is_v4() { Addr::ANY_V4 } else { Addr::UNSPECIFIED };
-        let node_port = tables.service(&ServiceKey { addr: any, port, proto, _pad: 0 });
-        if node_port.is_some() {
-            return node_port;
+    if tables.node_port(port) {
+        let own = is_own(tables, addr);
+        if own || (inside && is_peer(tables, addr)) {
+            let any = if addr.is_v4() { Addr::ANY_V4 } else { Addr::UNSPECIFIED };
+            if let Some(service) = tables.service(&ServiceKey { addr: any, port, proto, _pad: 0 })
+                && (own || service.flags & service_flag::THIS_NODE == 0)
+            {
+                return Some(service);
+            }
         }
     }
     tables.service(&ServiceKey { addr: *addr, port: Port { be: 0 }, proto: 0, _pad: 0 })
 }
 
-/// Whether node ports are to be found at an address: this node's; from inside, any node's.
+/// Whether an address is this node's.
 #[inline(always)]
-fn is_node<T: Services>(tables: &T, addr: &Addr, inside: bool) -> bool {
+fn is_own<T: Services>(tables: &T, addr: &Addr) -> bool {
     match tables.ipcache(addr) {
-        Some(entry) if entry.flags & ipcache_flag::HOST != 0 => true,
-        Some(entry) => inside && entry.identity.id == Identity::REMOTE_NODE.id,
+        Some(entry) => entry.flags & ipcache_flag::HOST != 0,
+        None => false,
+    }
+}
+
+/// Whether an address is another node's.
+#[inline(always)]
+fn is_peer<T: Services>(tables: &T, addr: &Addr) -> bool {
+    match tables.ipcache(addr) {
+        Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
         None => false,
     }
 }
@@ -179,17 +191,16 @@ const fn mix(hash: u64, word: u64) -> u64 {
 /// as the backend will see it in `translated`.
 #[inline(always)]
 pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scratch) -> Outcome {
-    s.translated = s.parsed.tuple;
     s.served = Served::default();
     let Tuple { src, dst, dport, proto, .. } = s.parsed.tuple;
     let workload = s.hook == Hook::FROM_WORKLOAD;
     let Some(service) = find(tables, &dst, dport, proto, workload) else {
         return Ok(Next::Go);
     };
-    if !workload && s.from.set_address(tables, &src).is_err() {
+    if s.hook == Hook::FROM_NETWORK && s.from.set_address(tables, &src).is_err() {
         return Err(DropReason::INVALID_SOURCE_IP.into());
     }
-    let inside = workload || s.from.kind == PlaceKind::Remote;
+    let inside = s.hook != Hook::FROM_NETWORK || s.from.kind == PlaceKind::Remote;
     let slot = service.slot;
     s.served = Served { backend: 0, slot, forwarding: service.forwarding, pool: service.pool, yes: true };
     if service.flags & service_flag::REFUSE != 0 {

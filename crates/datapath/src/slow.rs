@@ -64,6 +64,8 @@ pub struct Scratch {
     pub icmp_type: u8,
     /// Where the packet was met.
     pub hook: u8,
+    /// The answers' recipe is in its table: it claims a port.
+    pub claimed: bool,
     /// An established connection of the same tuple has to go.
     pub replaces: bool,
     /// The connection that was found is a pending one.
@@ -74,8 +76,6 @@ pub struct Scratch {
     pub reopened: bool,
     /// The recipe that this packet is to obey.
     pub current: Current,
-    /// Start of the refused packet, which its answer quotes.
-    pub quoted: [u32; 12],
     /// Room for [`Tables::promote`], and for the recipe that is carried out.
     pub spare: Recipe,
     /// For the host: what a stage answered, where it keeps that in memory.
@@ -281,23 +281,25 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
         Next::Carry => return known(packet, tables, s),
         _ => {}
     }
+    s.translated = s.parsed.tuple;
+    // The network's senders are checked after: the node's own traffic must not pay for it.
+    if matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_OVERLAY) {
+        tables.stage(Stage::CheckSource, packet, s)?;
+    }
     match s.hook {
         // What the node's stack sends is its own, unless it answers.
         Hook::TO_NETWORK => return Ok(Next::Done(Packed::CONTINUE)),
-        Hook::FROM_WORKLOAD => {
-            tables.stage(Stage::CheckSource, packet, s)?;
+        Hook::TO_WORKLOAD => {}
+        // Out of the overlay only a port of the node itself can be a service.
+        Hook::FROM_OVERLAY if !tables.node_port(s.parsed.tuple.dport) => {}
+        _ => {
             tables.stage(Stage::Serve, packet, s)?;
         }
-        Hook::FROM_NETWORK => {
-            tables.stage(Stage::Serve, packet, s)?;
-        }
-        _ => s.translated = s.parsed.tuple,
     }
-    // The node's own traffic must not pay for what follows.
     if s.hook == Hook::FROM_NETWORK && !s.served.yes && !concerns_workload(tables, s, P::RAW) {
         return Ok(Next::Done(Packed::CONTINUE));
     }
-    if s.hook != Hook::FROM_WORKLOAD {
+    if matches!(s.hook, Hook::FROM_NETWORK | Hook::TO_WORKLOAD) {
         tables.stage(Stage::CheckSource, packet, s)?;
     }
     match tables.stage(Stage::Locate, packet, s)? {
@@ -500,6 +502,7 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
     s.forward.backend = 0;
     s.forward.packets = 0;
     s.replaces = false;
+    s.claimed = false;
     s.stale = false;
     s.event.reason = 0;
     s.mtu = 0;

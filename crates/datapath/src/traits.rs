@@ -29,11 +29,12 @@ pub trait Packet {
     /// Makes sure that the first `length` bytes (or all, if there are fewer) can be loaded.
     fn pull(&mut self, length: u32);
     /// Opens `bytes` of room behind the first `at` bytes: behind the Ethernet header (14), for an outer
-    /// IP header of the packet's own family, or behind the IP header without options, for options.
+    /// IP header of the packet's own family (20 or 40) or more, or behind the IP header without options,
+    /// for options.
     fn open(&mut self, at: u32, bytes: u32) -> bool;
     /// Takes away `bytes` behind the Ethernet header: an outer IP header of the inner one's family.
     fn close(&mut self, bytes: u32) -> bool;
-    /// Cuts the packet to `length` bytes, or extends it with zeroes.
+    /// Cuts the packet to `length` bytes. Few hosts can make it longer.
     fn resize(&mut self, length: u32) -> bool;
     /// Whether it stands for several packets that are cut to size when they leave.
     fn is_segmented(&self) -> bool;

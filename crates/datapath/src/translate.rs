@@ -1,8 +1,8 @@
 //! What becomes of a new connection's addresses: a service's backend, masquerade, direct return.
 
 use cirri_abi::{
-    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, NodeConfig, Port, Rewrite, VXLAN_PORT,
-    node_flag, proto, recipe_flag,
+    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, Identity, NodeConfig, Port, Rewrite,
+    VXLAN_PORT, node_flag, proto, recipe_flag,
 };
 
 use crate::{
@@ -39,6 +39,10 @@ pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Dr
         s.reverse.rewrite = Rewrite::SOURCE;
         s.reverse.source = s.opener.dst;
         s.reverse.source_port = s.opener.dport;
+        if s.hook == Hook::FROM_OVERLAY {
+            // The client asked the node, and has the node answer.
+            s.reverse.src_identity = Identity::HOST;
+        }
     } else if s.option_addr != Addr::UNSPECIFIED && s.from.kind == PlaceKind::World {
         s.reverse.flags |= recipe_flag::HALF;
         s.reverse.rewrite = Rewrite::SOURCE;
@@ -116,7 +120,7 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
         if s.opener.proto == proto::UDP && s.translated.dport == Port::new(VXLAN_PORT) {
             return Err(DropReason::ENCAPSULATION_PROHIBITED);
         }
-    } else if !(s.served.yes && s.hook == Hook::FROM_NETWORK)
+    } else if !(s.served.yes && matches!(s.hook, Hook::FROM_NETWORK | Hook::FROM_OVERLAY))
         || !matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World)
     {
         return Ok(None);
@@ -182,6 +186,7 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), D
             continue;
         }
         if tables.flow(Table::Flows, &s.answer).is_none() {
+            s.claimed = true;
             return Ok(());
         }
         tables.remove(Table::Pending, &s.answer);
