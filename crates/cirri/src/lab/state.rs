@@ -241,7 +241,8 @@ impl Lab {
     /// # Errors
     /// A setting that is none.
     pub fn has_xdp(&self) -> Result<bool, ConfigError> {
-        let loaded = config::load(None, |_| None, &self.settings)?;
+        let settings = [vec![format!("routing.mode={}", self.routing)], self.settings.clone()].concat();
+        let loaded = config::load(None, |_| None, &settings)?;
         Ok(loaded.config.services.acceleration != Acceleration::Off)
     }
 
