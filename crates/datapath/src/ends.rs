@@ -5,7 +5,7 @@ use cirri_abi::{Addr, DropReason, Hook, Identity, Port, VXLAN_PORT, endpoint_fla
 use crate::{
     Packed, neighbour,
     parse::Parsed,
-    place::{PlaceKind, block_of, is_behind, is_host, peer_identity},
+    place::{Place, PlaceKind, block_of, is_behind, is_host, peer_identity},
     slow::{Next, Outcome, Refusal, Scratch, quiet},
     traits::{Packet, Tables, TunnelKey},
 };
@@ -56,20 +56,26 @@ pub(crate) fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut
                     _ => quiet(reason),
                 });
             }
-            if s.hook == Hook::FROM_NETWORK {
-                let Some(node) = tables.node() else {
-                    return Err(DropReason::NO_CONFIG.into());
-                };
-                let tunnelled = node.flags & node_flag::TUNNEL != 0
-                    && s.from.kind == PlaceKind::Remote
-                    && s.from.identity != Identity::REMOTE_NODE;
-                if s.from.kind == PlaceKind::Local || s.from.kind == PlaceKind::Host || tunnelled {
-                    return Err(DropReason::INVALID_SOURCE_IP.into());
-                }
+            if s.hook == Hook::FROM_NETWORK && !comes_by_network(tables, &s.from) {
+                return Err(DropReason::INVALID_SOURCE_IP.into());
             }
         }
     }
     Ok(Next::Go)
+}
+
+/// Whether packets of a sender come by the network at all.
+#[inline(always)]
+pub(crate) fn comes_by_network<T: Tables>(tables: &T, from: &Place) -> bool {
+    let tunnel = match tables.node() {
+        Some(node) => node.flags & node_flag::TUNNEL != 0,
+        None => true,
+    };
+    match from.kind {
+        PlaceKind::World => true,
+        PlaceKind::Remote => !tunnel || from.identity == Identity::REMOTE_NODE,
+        PlaceKind::Local | PlaceKind::Host => false,
+    }
 }
 
 /// Whether the outer headers name another node of the cluster.

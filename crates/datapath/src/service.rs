@@ -9,6 +9,7 @@ use cirri_abi::{
 };
 
 use crate::{
+    ends,
     place::PlaceKind,
     slow::{Next, Outcome, Refusal, Scratch},
     traits::{Packet, Services, Tables},
@@ -197,7 +198,10 @@ pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scrat
     let Some(service) = find(tables, &dst, dport, proto, workload) else {
         return Ok(Next::Go);
     };
-    if s.hook == Hook::FROM_NETWORK && s.from.set_address(tables, &src).is_err() {
+    // Nobody is refused, and so told, in another's name.
+    if s.hook == Hook::FROM_NETWORK
+        && (s.from.set_address(tables, &src).is_err() || !ends::comes_by_network(tables, &s.from))
+    {
         return Err(DropReason::INVALID_SOURCE_IP.into());
     }
     let inside = s.hook != Hook::FROM_NETWORK || s.from.kind == PlaceKind::Remote;
