@@ -61,7 +61,8 @@ pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Dr
     Ok(())
 }
 
-/// Whether the backend's node answers the client itself.
+/// Whether the backend's node answers the client itself. Of clients in the cluster it would believe no
+/// option.
 #[inline(always)]
 fn is_returned_directly(s: &Scratch) -> bool {
     let away = matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World);
@@ -70,7 +71,7 @@ fn is_returned_directly(s: &Scratch) -> bool {
         Forwarding::DSR_IPIP => s.forward.action == Action::DEVICE,
         _ => false,
     };
-    s.hook == Hook::FROM_NETWORK && away && possible
+    s.hook == Hook::FROM_NETWORK && s.from.kind == PlaceKind::World && away && possible
 }
 
 #[inline(always)]
