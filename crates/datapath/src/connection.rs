@@ -73,8 +73,10 @@ fn keeps_backend<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
     if s.old.backend == 0 || s.old.flags & recipe_flag::REPLY != 0 {
         return true;
     }
+    // What nobody has answered yet is no stream, and may be tried elsewhere.
+    let protocol = if s.old.state == State::NEW && is_syn(&s.parsed) { proto::UDP } else { s.parsed.tuple.proto };
     let kept = !s.reopened
-        && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, s.parsed.tuple.proto);
+        && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, protocol);
     if !kept {
         let answer = s.parsed.tuple.opposite(&s.old);
         let table = if s.pending { Table::Pending } else { Table::Flows };
@@ -240,8 +242,10 @@ pub(crate) fn draft<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRe
         None => return Err(DropReason::NO_CONFIG),
     };
     let now = tables.now();
-    direction(tables, &s.from, &s.to, &s.translated, tunnel, now, &mut s.forward)?;
-    direction(tables, &s.to, &s.from, &s.translated.turned(), tunnel, now, &mut s.reverse)?;
+    let opener = if is_by_network(&s.from, &s.to, asked_by_network(s)) { 0 } else { tunnel };
+    let other = if is_by_network(&s.to, &s.from, false) { 0 } else { tunnel };
+    direction(tables, &s.from, &s.to, &s.translated, [opener, other], now, &mut s.forward)?;
+    direction(tables, &s.to, &s.from, &s.translated.turned(), [other, opener], now, &mut s.reverse)?;
     s.reverse.flags = recipe_flag::REPLY;
     for recipe in [&mut s.forward, &mut s.reverse] {
         recipe.slots = s.slots;
@@ -252,19 +256,18 @@ pub(crate) fn draft<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRe
     Ok(())
 }
 
-/// The recipe of packets from `from` to `to`: where they come in, where they go.
+/// The recipe of packets from `from` to `to`: where they come in, where they go. `overlay` is the device
+/// that each of them is behind, 0 for the network.
 #[inline(always)]
 fn direction<T: Tables>(
     tables: &T,
     from: &Place,
     to: &Place,
     tuple: &Tuple,
-    overlay: u32,
+    overlay: [u32; 2],
     now: Tick,
     recipe: &mut Recipe,
 ) -> Result<(), DropReason> {
-    // A node that serves others answers them by the network, and so must be asked by it.
-    let overlay = if is_between_nodes(from, to) { 0 } else { overlay };
     *recipe = Recipe::default();
     recipe.src_identity = from.identity;
     recipe.dst_identity = to.identity;
@@ -274,7 +277,7 @@ fn direction<T: Tables>(
         PlaceKind::Local => (Hook::FROM_WORKLOAD, from.ifindex),
         PlaceKind::Host if to.kind == PlaceKind::Local => (Hook::TO_WORKLOAD, to.ifindex),
         PlaceKind::Host => (Hook::TO_NETWORK, 0),
-        PlaceKind::Remote if overlay != 0 => (Hook::FROM_OVERLAY, from.identity.id),
+        PlaceKind::Remote if overlay[0] != 0 => (Hook::FROM_OVERLAY, from.identity.id),
         PlaceKind::Remote | PlaceKind::World => (Hook::FROM_NETWORK, 0),
     };
     match to.kind {
@@ -285,9 +288,9 @@ fn direction<T: Tables>(
             recipe.mac = to.mac;
         }
         PlaceKind::Host => recipe.action = Action::CONTINUE,
-        PlaceKind::Remote if overlay != 0 => {
+        PlaceKind::Remote if overlay[1] != 0 => {
             recipe.action = Action::TUNNEL;
-            recipe.out = overlay;
+            recipe.out = overlay[1];
             recipe.peer = to.peer;
         }
         PlaceKind::Remote | PlaceKind::World => {
@@ -310,12 +313,21 @@ fn direction<T: Tables>(
     Ok(())
 }
 
-/// Whether one end is another node itself, and the other outside: what this node hands on for a service.
+/// Whether another node itself is met by the network and not through the overlay: it sends to addresses of
+/// nodes and of the outside by the network, and looks for their packets there.
 #[inline(always)]
-fn is_between_nodes(from: &Place, to: &Place) -> bool {
-    let node = Identity::REMOTE_NODE.id;
-    (from.kind == PlaceKind::World && to.identity.id == node)
-        || (to.kind == PlaceKind::World && from.identity.id == node)
+fn is_by_network(node: &Place, other: &Place, asked: bool) -> bool {
+    node.identity.id == Identity::REMOTE_NODE.id && (asked || other.kind != PlaceKind::Local)
+}
+
+/// Whether the opener has asked for a service at an address that leads by the network: it knows nothing of
+/// the backend behind that.
+#[inline(always)]
+fn asked_by_network(s: &Scratch) -> bool {
+    if s.stale && s.old.flags & recipe_flag::REPLY != 0 {
+        return s.old.backend != 0 && s.old.action == Action::DEVICE;
+    }
+    s.hook == Hook::FROM_NETWORK && (s.served.yes || s.served.backend != 0)
 }
 
 /// Writes the recipes of a new connection and counts its first packet.
