@@ -124,6 +124,9 @@ pub struct ServicePort {
     pub inside: Vec<usize>,
     /// Whom clients outside may be given: indexes into `backends`.
     pub outside: Vec<usize>,
+    /// Whom clients inside the cluster may be given at the service's addresses for the world (its
+    /// internal traffic policy does not concern these): indexes into `backends`; `None`: as `inside`.
+    pub within: Option<Vec<usize>>,
     /// Whether its cluster addresses are for clients inside only.
     pub inside_only_cluster_ip: bool,
     /// How long a client keeps its backend, seconds; 0: not at all.
@@ -152,6 +155,7 @@ impl ServicePort {
             backends: Vec::new(),
             inside: Vec::new(),
             outside: Vec::new(),
+            within: None,
             inside_only_cluster_ip: true,
             affinity: 0,
             algorithm: Algorithm::RANDOM,

@@ -5,7 +5,7 @@ use super::claims::{self, Place, Rank, Source};
 use super::pods::{KnownPod, PodKey, PodPort};
 use super::{HealthCheck, Problem, ServiceName, Services};
 use crate::resource::{
-    ClusterIps, EndpointHints, IpFamily, IpFamilyPolicy, Metadata, Service, ServicePortSpec, ServiceType,
+    ClusterIps, EndpointHints, IpFamily, IpFamilyPolicy, Metadata, Service, ServicePortSpec, ServiceType, TrafficPolicy,
 };
 use crate::service::{Backend, Frontend, FrontendKind, Mode, PortId, ServicePort};
 use cirri_abi::{Addr, Algorithm, BackendState, proto};
@@ -84,6 +84,8 @@ impl Services {
                     frontends,
                     inside: choose(&endpoints, inside_policy, self.settings.topology.then_some(near)),
                     outside: choose(&endpoints, spec.external_traffic_policy, None),
+                    within: (inside_policy == TrafficPolicy::Local)
+                        .then(|| choose(&endpoints, TrafficPolicy::Cluster, self.settings.topology.then_some(near))),
                     backends: endpoints.into_iter().map(backend).collect(),
                     inside_only_cluster_ip: !self.settings.external_cluster_ips,
                     affinity: spec.client_ip_timeout.unwrap_or(0),

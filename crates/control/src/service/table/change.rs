@@ -11,10 +11,10 @@ pub(super) struct Change<'a> {
     pub port: &'a ServicePort,
     pub wanted: Wanted,
     pub old: Live,
-    /// Inside, outside.
-    pub planned: [Planned; 2],
+    /// Inside, outside, inside at addresses for the world.
+    pub planned: [Planned; 3],
     /// First slots of those that are new.
-    pub places: [u32; 2],
+    pub places: [u32; 3],
 }
 
 /// What becomes of one set.
@@ -24,7 +24,7 @@ pub(super) enum Planned {
     Kept(Set),
     /// It is to be written and takes this many slots.
     New(u32),
-    /// Outside is the same as inside.
+    /// It is the same as inside.
     Shared,
 }
 
@@ -70,6 +70,10 @@ impl Tables {
             Planned::Shared => inside.clone(),
             _ => self.settle(&planned[1], places[1], wanted, &wanted.outside, &numbers, &mut writes),
         };
+        let within = match planned[2] {
+            Planned::Shared => inside.clone(),
+            _ => self.settle(&planned[2], places[2], wanted, &wanted.within, &numbers, &mut writes),
+        };
         for key in &wanted.ranges {
             let key = RangeKey { service: number, ..*key };
             match old.ranges.iter().position(|known| *known == key) {
@@ -84,8 +88,9 @@ impl Tables {
             live.ranges.push(key);
         }
         let part = |set: &Option<Set>| set.as_ref().map_or((0, 0), |set| (set.first, set.count));
-        let ((inside_first, inside_count), (outside_first, outside_count)) = (part(&inside), part(&outside));
-        for (key, flags) in &wanted.rows {
+        let (outside_first, outside_count) = part(&outside);
+        for (key, flags, world) in &wanted.rows {
+            let (inside_first, inside_count) = part(if *world { &within } else { &inside });
             let row = Service {
                 id: number,
                 flags: *flags,
@@ -129,7 +134,11 @@ impl Tables {
         }
 
         live.sets.extend(inside);
-        live.sets.extend(outside.filter(|set| live.sets.first().is_none_or(|inside| inside.first != set.first)));
+        for set in outside.into_iter().chain(within) {
+            if !live.sets.iter().any(|known| known.first == set.first) {
+                live.sets.push(set);
+            }
+        }
         for set in &old.sets {
             if !live.sets.iter().any(|kept| kept.first == set.first) {
                 self.slots.give_back(set.first, set.count);

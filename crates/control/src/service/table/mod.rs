@@ -223,14 +223,18 @@ impl Tables {
             true => Planned::Shared,
             false => self.plan(&wanted, &wanted.outside, &known, old),
         };
-        let places = self.places(port, [&inside, &outside])?;
+        let within = match wanted.inside == wanted.within {
+            true => Planned::Shared,
+            false => self.plan(&wanted, &wanted.within, &known, old),
+        };
+        let places = self.places(port, [&inside, &outside, &within])?;
         // Nothing can fail from here on.
         let old = match (self.ports.remove(&port.id), heir.and_then(|number| self.inherited.remove(&number))) {
             (Some(installed), _) => installed.live,
             (None, Some(live)) => live,
             (None, None) => Live::default(),
         };
-        let mut change = Change { port, wanted, old, planned: [inside, outside], places };
+        let mut change = Change { port, wanted, old, planned: [inside, outside, within], places };
         Ok(self.carry_out(&mut change))
     }
 
@@ -313,7 +317,7 @@ impl Tables {
     }
 
     fn check_owners(&self, port: &ServicePort, wanted: &Wanted) -> Result<(), TableError> {
-        for (key, _) in &wanted.rows {
+        for (key, ..) in &wanted.rows {
             if let Some(owner) = self.owner(key).filter(|owner| **owner != port.id) {
                 return Err(TableError::Taken {
                     wanted: Box::new(port.id.clone()),
@@ -329,7 +333,7 @@ impl Tables {
     /// The number that this port had in the process before: that of the first of its rows that is
     /// still unclaimed.
     fn heir(&self, wanted: &Wanted) -> Option<u32> {
-        wanted.rows.iter().find_map(|(key, _)| match self.owners.get(key)? {
+        wanted.rows.iter().find_map(|(key, ..)| match self.owners.get(key)? {
             Owner::Inherited(number) => Some(*number),
             Owner::Port(_) => None,
         })
@@ -347,7 +351,7 @@ impl Tables {
         let Capacity { services, backends, ranges, .. } = self.capacity;
         let mut rows = 0;
         let mut addresses = HashSet::new();
-        for (key, _) in &wanted.rows {
+        for (key, ..) in &wanted.rows {
             rows += usize::from(!self.owners.contains_key(key));
             let refuses = !is_own(key.addr) && !wanted.shared.contains(key);
             if refuses && !self.addresses.contains_key(&key.addr) {
@@ -388,18 +392,18 @@ impl Tables {
         Planned::New(wanted.make.count(&weights))
     }
 
-    /// The first slots of what is new; both or none.
-    fn places(&mut self, port: &ServicePort, planned: [&Planned; 2]) -> Result<[u32; 2], TableError> {
+    /// The first slots of what is new; all or none.
+    fn places(&mut self, port: &ServicePort, planned: [&Planned; 3]) -> Result<[u32; 3], TableError> {
         let counts = planned.map(|one| if let Planned::New(count) = one { *count } else { 0 });
-        let mut taken = [0; 2];
-        for at in 0..2 {
+        let mut taken = [0; 3];
+        for at in 0..3 {
             if counts[at] == 0 {
                 continue;
             }
             let free = self.capacity.slots - self.slots.used();
             let Some(first) = self.slots.take(counts[at]) else {
-                if at == 1 && counts[0] > 0 {
-                    self.slots.undo(taken[0], counts[0]);
+                for before in (0..at).rev().filter(|before| counts[*before] > 0) {
+                    self.slots.undo(taken[before], counts[before]);
                 }
                 let (id, capacity) = (Box::new(port.id.clone()), self.capacity.slots);
                 return Err(TableError::Full { id, what: "slots", needed: Ranges::cost(counts[at]), free, capacity });

@@ -12,8 +12,8 @@ pub type Place = (Addr, u16);
 
 /// One service port's wishes.
 pub struct Wanted {
-    /// The rows' keys and flags.
-    pub rows: Vec<(ServiceKey, u32)>,
+    /// The rows' keys and flags, and whether they are addresses for the world.
+    pub rows: Vec<(ServiceKey, u32, bool)>,
     /// Keys whose addresses have other uses too.
     pub shared: Vec<ServiceKey>,
     /// Place and state. Where several are given for one place, the first counts.
@@ -22,6 +22,8 @@ pub struct Wanted {
     pub inside: Vec<(usize, u16)>,
     /// The same for clients outside.
     pub outside: Vec<(usize, u16)>,
+    /// The same for clients inside, at addresses for the world.
+    pub within: Vec<(usize, u16)>,
     /// How sets are made.
     pub make: Make,
     /// Keys of the ranges of clients; the service's number is still missing.
@@ -41,7 +43,7 @@ impl Wanted {
     /// Checks and sorts out what the port asks for.
     pub fn of(port: &ServicePort) -> Result<Wanted, TableError> {
         let id = || Box::new(port.id.clone());
-        let mut rows: Vec<(ServiceKey, u32)> = Vec::with_capacity(port.frontends.len());
+        let mut rows: Vec<(ServiceKey, u32, bool)> = Vec::with_capacity(port.frontends.len());
         let mut shared: Vec<ServiceKey> = Vec::new();
         for frontend in &port.frontends {
             if is_v6(frontend.addr) != port.id.v6 {
@@ -56,14 +58,15 @@ impl Wanted {
                 shared.push(key);
             }
             let flags = flags(port, frontend.kind);
-            match rows.iter_mut().find(|(known, _)| *known == key) {
+            let world = !matches!(frontend.kind, FrontendKind::ClusterIp | FrontendKind::HostPort);
+            match rows.iter_mut().find(|(known, ..)| *known == key) {
                 // One address for two reasons: what either of them opens is open, what either of
                 // them restricts is restricted.
-                Some((_, known)) => {
+                Some((_, known, _)) => {
                     let inside_only = *known & flags & service_flag::INSIDE_ONLY;
                     *known = (*known | flags) & !service_flag::INSIDE_ONLY | inside_only;
                 }
-                None => rows.push((key, flags)),
+                None => rows.push((key, flags, world)),
             }
         }
         let mut backends: Vec<(Place, u8)> = Vec::with_capacity(port.backends.len());
@@ -97,6 +100,7 @@ impl Wanted {
             out
         };
         let (inside, outside) = (members(&port.inside), members(&port.outside));
+        let within = port.within.as_deref().map_or_else(|| inside.clone(), members);
         let make = match (port.algorithm, port.maglev_size) {
             (Algorithm::MAGLEV, Some(size)) if !maglev::SIZES.contains(&size) => {
                 return Err(TableError::MaglevSize { id: id(), size });
@@ -114,7 +118,7 @@ impl Wanted {
                 }
             }
         }
-        Ok(Wanted { rows, shared, backends, inside, outside, make, ranges })
+        Ok(Wanted { rows, shared, backends, inside, outside, within, make, ranges })
     }
 }
 
@@ -166,6 +170,7 @@ fn flags(port: &ServicePort, kind: FrontendKind) -> u32 {
         FrontendKind::LoadBalancer | FrontendKind::ExternalIp if !port.ranges.is_empty() => {
             service_flag::RANGES | if port.ranges_deny { service_flag::RANGES_DENY } else { 0 }
         }
+        FrontendKind::HostPort => service_flag::THIS_NODE,
         _ => 0,
     }
 }
