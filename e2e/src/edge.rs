@@ -304,8 +304,14 @@ pub struct Server {
 impl Server {
     /// At this port of all addresses of both families.
     pub fn start(place: &TestNamespace, name: &str, port: u16) -> Server {
-        let any: SocketAddr = format!("[::]:{port}").parse().expect("an address");
-        let (tcp, udp) = place.namespace.run(|| (TcpListener::bind(any), UdpSocket::bind(any))).expect("entered");
+        Server::at(place, name, &format!("[::]:{port}"))
+    }
+
+    /// At this address and port. Answers to datagrams come from the address that they were for only from a
+    /// socket that has it.
+    pub fn at(place: &TestNamespace, name: &str, address: &str) -> Server {
+        let at: SocketAddr = address.parse().expect("an address and port");
+        let (tcp, udp) = place.namespace.run(|| (TcpListener::bind(at), UdpSocket::bind(at))).expect("entered");
         let (tcp, udp) = (tcp.expect("bound"), udp.expect("bound"));
         let (stop, open) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
         // A look at `stop` now and then.

@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use cirri_e2e::edge::{self, EdgeLab, PATIENCE, VIP, VIP6, ask_datagram, spread};
+use cirri_e2e::edge::{self, EdgeLab, PATIENCE, Server, VIP, VIP6, ask_datagram, spread};
 use serde_json::Value;
 
 /// Services at port 80 of both families: TCP and UDP, served at port 8080.
@@ -313,16 +313,19 @@ services: [{name: web, address: 203.0.113.10, port: 80, pool: tiny, backends: [{
 #[test]
 fn the_backend_answers_itself_when_packets_come_in_ipip() {
     let mut lab = EdgeLab::new(3);
-    let _servers = lab.serve(80);
     let wrapped = services("    forwarding: dsr-ipip\n").replace("port: 8080", "port: 80");
     lab.write(&wrapped);
     lab.start();
     let pins = format!("{}-host", lab.pins().file_name().unwrap().to_string_lossy());
+    let mut servers = Vec::new();
     let host = ["backend", "--device", "eth0", "--vip", VIP, "--vip", VIP6, "--instance"];
     for (name, place) in &lab.backends {
         let instance = format!("{pins}-{name}");
         let set_up = edge::command_in(place, &[&host[..], &[&instance]].concat());
         assert!(set_up.status.success(), "{}", String::from_utf8_lossy(&set_up.stderr));
+        for address in [format!("{VIP}:80"), format!("[{VIP6}]:80")] {
+            servers.push(Server::at(place, name, &address));
+        }
     }
     for to in [format!("{VIP}:80"), format!("[{VIP6}]:80")] {
         let mut talks = lab.connect_many(&to, 60);
@@ -335,6 +338,7 @@ fn the_backend_answers_itself_when_packets_come_in_ipip() {
     let stats: Value = lab.ask(&["stats", "four-TCP", "--over", "0"]);
     let total = &stats["services"][0]["total"];
     assert_eq!((&total["connections"], &total["answers"]), (&60.into(), &0.into()), "{stats:#}");
+    drop(servers);
     for (name, place) in &lab.backends {
         let instance = format!("{pins}-{name}");
         let removed = edge::command_in(place, &[&host[..], &[&instance, "--remove"]].concat());

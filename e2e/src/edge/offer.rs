@@ -28,6 +28,8 @@ pub struct Offered {
     pub refused: u64,
     /// How long it took.
     pub took: Duration,
+    /// Most datagrams that were sent within one second.
+    pub peak: u64,
 }
 
 /// IPv4 and UDP headers and eight bytes.
@@ -55,7 +57,12 @@ impl Offer {
         let mut packet = self.packet();
         let (mut sent, mut refused) = (0, 0);
         let begun = Instant::now();
+        let (mut peak, mut second, mut sent_before) = (0, begun, 0);
         while !stop.load(Ordering::Relaxed) {
+            if second.elapsed() >= Duration::from_secs(1) {
+                let rate = (sent - sent_before) as f64 / second.elapsed().as_secs_f64();
+                (peak, second, sent_before) = (peak.max(rate as u64), Instant::now(), sent);
+            }
             let due = (begun.elapsed().as_secs_f64() * f64::from(self.rate)) as u64;
             if due < sent + refused {
                 std::thread::sleep(Duration::from_micros(200));
@@ -73,7 +80,7 @@ impl Offer {
                 }
             }
         }
-        Ok(Offered { sent, refused, took: begun.elapsed() })
+        Ok(Offered { sent, refused, took: begun.elapsed(), peak })
     }
 
     fn packet(&self) -> [u8; LENGTH] {

@@ -8,6 +8,7 @@ use cirri_abi::map;
 use cirri_loader::net::{Address, Net, NetError};
 use cirri_loader::{Datapath, LoadOptions};
 
+use super::devices;
 use crate::exit::{Because, Error, Failure, Result};
 
 /// What to do on a host that serves.
@@ -43,6 +44,9 @@ impl BackendHost {
             self.add(&net, *vip).await.because(Failure::Failed)?;
         }
         let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
+        // Only what is for this host itself is unwrapped.
+        let own: Vec<IpAddr> = net.addresses().await.because(Failure::Failed)?.into_iter().map(|it| it.ip).collect();
+        devices::tell_own(datapath.tables(), &own).because(Failure::Failed)?;
         for device in &self.devices {
             datapath.attach_unwrap(device).because(Failure::Failed)?;
         }

@@ -140,15 +140,7 @@ impl Machine {
             tables.set_node(&node)?;
         }
         let wanted = self.places(plan);
-        let found: HashMap<IpcacheKey, Ipcache> = tables.ipcache.entries()?.into_iter().collect();
-        for (key, row) in wanted.iter().filter(|(key, row)| found.get(key) != Some(row)) {
-            tables.ipcache.put(key, row)?;
-            changed = true;
-        }
-        for key in found.keys().filter(|key| !wanted.contains_key(key)) {
-            tables.ipcache.delete(key)?;
-            changed = true;
-        }
+        changed |= put_places(tables, &wanted)?;
         if changed {
             tables.bump(epoch_slot::PLACES)?;
             tables.bump(epoch_slot::NODE)?;
@@ -167,12 +159,37 @@ impl Machine {
         let sources = plan.pools.iter().flat_map(|pool| [pool.v4.map(IpAddr::V4), pool.v6.map(IpAddr::V6)]).flatten();
         let served = |ip: &IpAddr| plan.services.iter().any(|service| service.address == *ip);
         let own = self.addresses.iter().copied().filter(is_global).chain(sources);
-        for ip in own.filter(|ip| !served(ip)) {
-            let key = IpcacheKey { prefix_len: 128, addr: ip.into() };
-            all.insert(key, Ipcache { flags: ipcache_flag::HOST, ..plain(Identity::HOST) });
-        }
+        all.extend(own.filter(|ip| !served(ip)).map(host_row));
         all
     }
+}
+
+/// Tells the packet path the addresses of this host, and nothing else.
+///
+/// # Errors
+/// The kernel's.
+pub fn tell_own(tables: &Tables, addresses: &[IpAddr]) -> Result<(), MapError> {
+    put_places(tables, &addresses.iter().copied().filter(is_global).map(host_row).collect()).map(drop)
+}
+
+/// Makes the address cache hold exactly these rows; whether anything changed.
+fn put_places(tables: &Tables, wanted: &HashMap<IpcacheKey, Ipcache>) -> Result<bool, MapError> {
+    let found: HashMap<IpcacheKey, Ipcache> = tables.ipcache.entries()?.into_iter().collect();
+    let mut changed = false;
+    for (key, row) in wanted.iter().filter(|(key, row)| found.get(key) != Some(row)) {
+        tables.ipcache.put(key, row)?;
+        changed = true;
+    }
+    for key in found.keys().filter(|key| !wanted.contains_key(key)) {
+        tables.ipcache.delete(key)?;
+        changed = true;
+    }
+    Ok(changed)
+}
+
+fn host_row(ip: IpAddr) -> (IpcacheKey, Ipcache) {
+    let row = Ipcache { identity: Identity::HOST, flags: ipcache_flag::HOST, ..Ipcache::default() };
+    (IpcacheKey { prefix_len: 128, addr: ip.into() }, row)
 }
 
 /// Programs on the plan's devices.
