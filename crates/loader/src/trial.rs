@@ -19,7 +19,7 @@ use crate::{
 /// A run goes through the program `wrap` (for XDP `wrap_edge`), which puts the packet's first [`Trial::HEADERS`] bytes
 /// and its metadata back before each repetition and jumps to the program under test: the kernel
 /// itself would hand the rewritten packet to the next repetition. What the way there costs is what
-/// the program `floor` costs in the same kind of run.
+/// the program `floor` (for XDP `floor_edge`) costs in the same kind of run.
 ///
 /// Tables are the real ones: what a program writes in one run the next one finds.
 pub struct Trial<'a> {
@@ -104,7 +104,7 @@ impl<'a> Trial<'a> {
                 Self::HEADERS
             )));
         }
-        let at_edge = program == edge::PROGRAM;
+        let at_edge = matches!(program, edge::PROGRAM | FLOOR_EDGE);
         let (measured, map) =
             if at_edge { (&mut self.measured_edge, MEASURED_EDGE) } else { (&mut self.measured, MEASURED) };
         let target = program_fd(self.ebpf, program)?;
@@ -131,6 +131,7 @@ impl<'a> Trial<'a> {
 
 pub(crate) const WRAP: &str = "wrap";
 pub(crate) const WRAP_EDGE: &str = "wrap_edge";
+pub(crate) const FLOOR_EDGE: &str = "floor_edge";
 const TEMPLATE: &str = "TEMPLATE";
 const MEASURED: &str = "MEASURED";
 const MEASURED_EDGE: &str = "MEASURED_EDGE";

@@ -3,12 +3,14 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
-use cirri_abi::{DropReason, GATEWAY_MAC, VXLAN_PORT};
-use cirri_loader::Trial;
-use cirri_loader::trial::{Landing, Shot, action};
+use cirri_abi::{DropReason, Forwarding, GATEWAY_MAC, Recipe, State, Tuple, VXLAN_PORT, recipe_flag};
+use cirri_loader::trial::{Landing, Shot, action, edge_action};
+use cirri_loader::{Tables, Trial};
 
 use super::frame::{ACK, Frame, SYN};
 use super::ground::{Ground, NODE, PEER, REMOTE, REMOTE_IDENTITY, Routing, WORLD, Workload};
+use super::packets::Stage;
+use super::served::{self, Lane};
 
 /// One thing that packets do.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +23,10 @@ pub struct Case {
     pub routing: Routing,
     pub udp: bool,
     pub kind: Kind,
+    /// The service that packets are for; [`Case::to`] is where its backends are.
+    pub lane: Option<Lane>,
+    /// What comes from the network is met before the stack, at XDP.
+    pub edge: bool,
 }
 
 /// Who sends or receives.
@@ -29,6 +35,7 @@ pub enum End {
     Client,
     Server,
     Closed,
+    Open,
     Remote,
     World,
     Host,
@@ -51,12 +58,20 @@ pub enum Kind {
     Decided,
 }
 
-use End::{Client, Closed, Host, Remote, Server, World};
+use End::{Client, Closed, Host, Open, Remote, Server, World};
 use Kind::{Answers, Decided, Dropped, Established, New, Passed};
 use Routing::{Direct, OnePort, Overlay};
 
 const fn case(name: &'static str, from: End, to: End, routing: Routing, kind: Kind, about: &'static str) -> Case {
-    Case { name, about, from, to, routing, udp: false, kind }
+    Case { name, about, from, to, routing, udp: false, kind, lane: None, edge: false }
+}
+
+const fn serve(name: &'static str, from: End, to: End, lane: Lane, kind: Kind, about: &'static str) -> Case {
+    Case { lane: Some(lane), ..case(name, from, to, Direct, kind, about) }
+}
+
+const fn edge(case: Case) -> Case {
+    Case { edge: true, ..case }
 }
 
 /// All of them, in the order of the table.
@@ -86,6 +101,77 @@ pub const ALL: &[Case] = &[
     },
     case("host-to-overlay", Host, Remote, Overlay, Passed, "the node's own traffic into the tunnel"),
     case("decided-to-overlay", Client, Remote, Overlay, Decided, "a pod's packet at the tunnel, decided on before"),
+    edge(serve(
+        "edge-snat",
+        World,
+        Remote,
+        served::SNAT,
+        Established,
+        "a client outside, source and destination rewritten",
+    )),
+    edge(serve("edge-snat-answers", World, Remote, served::SNAT, Answers, "what the backend answers, on its way back")),
+    edge(serve(
+        "edge-dsr-option",
+        World,
+        Remote,
+        served::OPTION,
+        Established,
+        "destination rewritten; the option was in the SYN",
+    )),
+    edge(serve("edge-dsr-ipip", World, Remote, served::IPIP, Established, "put into IPIP, else untouched")),
+    edge(serve(
+        "new-edge-snat",
+        World,
+        Remote,
+        served::NEW_SNAT,
+        New,
+        "service, backend, route, port, two recipes, event",
+    )),
+    edge(serve(
+        "new-edge-dsr-option",
+        World,
+        Remote,
+        served::NEW_OPTION,
+        New,
+        "the same with one recipe and an option, no port",
+    )),
+    edge(serve("new-edge-dsr-ipip", World, Remote, served::NEW_IPIP, New, "the same with one recipe, in IPIP")),
+    edge(case("edge-to-host", World, Host, Direct, Passed, "what XDP costs the node's own traffic")),
+    edge(case(
+        "edge-to-pod",
+        Remote,
+        Server,
+        Direct,
+        Passed,
+        "what XDP costs traffic between pods: one lookup of its own",
+    )),
+    serve("tc-snat", World, Remote, served::SNAT, Established, "the same as at the edge, at tc"),
+    serve("tc-snat-answers", World, Remote, served::SNAT, Answers, "likewise"),
+    serve("tc-dsr-option", World, Remote, served::OPTION, Established, "likewise"),
+    serve("tc-dsr-ipip", World, Remote, served::IPIP, Established, "likewise; one packet a run"),
+    serve("new-tc-snat", World, Remote, served::NEW_SNAT_TC, New, "likewise"),
+    serve("new-tc-dsr-option", World, Remote, served::NEW_OPTION_TC, New, "likewise; one packet a run"),
+    serve("new-tc-dsr-ipip", World, Remote, served::NEW_IPIP_TC, New, "likewise; one packet a run"),
+    serve(
+        "pod-to-service-near",
+        Client,
+        Server,
+        served::NEAR,
+        Established,
+        "per packet: a cluster address, backend on this node",
+    ),
+    serve("pod-to-service-far", Client, Remote, served::FAR, Established, "the same, backend on another node"),
+    serve("node-port-near", World, Open, served::NODE_PORT, Established, "a port of the node, backend on this node"),
+    serve(
+        "new-pod-to-service-near",
+        Client,
+        Server,
+        served::NEW_NEAR,
+        New,
+        "decision of both sides, service, two recipes, event",
+    ),
+    serve("new-pod-to-service-far", Client, Remote, served::NEW_FAR, New, "the same, with two route lookups"),
+    serve("new-node-port-near", World, Open, served::NEW_NODE_PORT, New, "from outside, with a route lookup"),
 ];
 
 /// The case with this name.
@@ -108,6 +194,10 @@ const MARK_DECIDED: u32 = 0x0400;
 const FIRST_PORT: u16 = 10_000;
 const SERVICE_PORT: u16 = 8080;
 const ATTEMPTS: usize = 20;
+/// Flows of a service that are opened at once.
+const AT_ONCE: u64 = 16_384;
+/// Flows of one address: 16,384 at each of its ports.
+pub const MOST_FLOWS: u64 = 16_384 * served::PORTS as u64;
 
 /// A packet of a case, and how it is met.
 #[derive(Clone, Debug)]
@@ -120,6 +210,25 @@ impl Case {
     /// Whether connections are there before it is measured.
     pub fn established(&self) -> bool {
         matches!(self.kind, Established | Answers)
+    }
+
+    /// Whether the programs' answer grows its packet by a header that no wrapper takes off at tc again:
+    /// such packets are run one at a time.
+    pub fn one_at_a_time(&self) -> bool {
+        let forwarding = self.lane.map_or(Forwarding::SNAT, |lane| lane.forwarding);
+        !self.edge && (forwarding == Forwarding::DSR_IPIP || (forwarding == Forwarding::DSR_OPTION && self.kind == New))
+    }
+
+    /// Numbers of flows that it can be measured with.
+    pub fn flows(&self) -> &'static [u64] {
+        // The answers to a service's clients differ in more than their source port.
+        if self.lane.is_some() && self.kind == Answers { &[1] } else { &[1, 1024, 16_384] }
+    }
+
+    /// The case whose connections it is measured with.
+    pub fn opener_case(&self) -> &'static str {
+        let same = |other: &&Case| other.established() && other.lane.is_some() && other.lane == self.lane;
+        ALL.iter().find(same).map_or(self.name, |case| case.name)
     }
 
     /// Whether there is such a packet of IPv6: outer packets are IPv4.
@@ -169,12 +278,68 @@ impl Case {
         first.context("no connection to open")
     }
 
+    /// Opens connections `0..flows` of a service with the programs themselves, as many at once as the
+    /// table of unfinished ones takes with ease. Flow `n` differs from flow 0 as `wrap` counts: in its source
+    /// port, and in its destination port from flow 16,384 on. Answers what answers flow 0, unless its
+    /// answers take another way.
+    pub fn open(&self, stage: &mut Stage<'_>, ground: &Ground, v6: bool, flows: u64) -> Result<Option<Frame>> {
+        let (opener, answerer) = (self.opener_leg(ground), self.answer_leg(ground));
+        let opens = self.opener(ground, v6, SYN).packet;
+        let goes_on = self.opener(ground, v6, ACK).packet;
+        let returns_directly = self.lane.is_some_and(|lane| lane.forwarding != Forwarding::SNAT);
+        let mut first_answer = None;
+        for first in (0..flows).step_by(AT_ONCE as usize) {
+            let many = AT_ONCE.min(flows - first) as u32;
+            let all = |stage: &mut Stage<'_>, packet: &[u8]| -> Result<()> {
+                let landed = stage.trial.run(opener.program, &opener.shot(packet, MOST_FLOWS, first, many))?;
+                if opener.refuses(landed.action) {
+                    bail!("{}: {} refuses what should open a connection", self.name, opener.program);
+                }
+                Ok(())
+            };
+            all(stage, &opens)?;
+            if !returns_directly {
+                for answer in self.answers(&stage.tables, v6)? {
+                    self.pass(&mut stage.trial, &answer, &answerer)?;
+                    let is_first = answer.dst == self.from.address(ground, v6) && answer.dport == FIRST_PORT;
+                    if first_answer.is_none() || is_first {
+                        first_answer = Some(answer);
+                    }
+                }
+            }
+            all(stage, &goes_on)?;
+        }
+        Ok(first_answer)
+    }
+
+    /// What answers the connections that are waited for.
+    fn answers(&self, tables: &Tables, v6: bool) -> Result<Vec<Frame>> {
+        let waiting: Vec<(Tuple, Recipe)> = if v6 {
+            tables.pending6.entries()?
+        } else {
+            tables.pending4.entries()?.into_iter().map(|(key, recipe)| (key.tuple(), recipe)).collect()
+        };
+        let answer = |(tuple, recipe): (Tuple, Recipe)| {
+            let yes = recipe.flags & recipe_flag::REPLY != 0 && recipe.state == State::NEW;
+            yes.then(|| Frame {
+                to: GATEWAY_MAC,
+                from: [0x02, 0xbe, 1, 0, 0, 0],
+                src: tuple.src.into(),
+                dst: tuple.dst.into(),
+                sport: tuple.sport.number(),
+                dport: tuple.dport.number(),
+                tcp: Some(SYN | ACK),
+            })
+        };
+        Ok(waiting.into_iter().filter_map(answer).collect())
+    }
+
     fn pass(&self, trial: &mut Trial<'_>, frame: &Frame, leg: &Leg) -> Result<Landing> {
         let packet = frame.bytes();
         // Masquerade may not find a port at once; a real opener would try again too.
         for _ in 0..ATTEMPTS {
             let landed = trial.run(leg.program, &leg.shot(&packet, 0, 0, 1))?;
-            if landed.action != action::SHOT {
+            if !leg.refuses(landed.action) {
                 return Ok(landed);
             }
         }
@@ -184,9 +349,10 @@ impl Case {
     /// The opener's packet of a flow; TCP flags are for the caller to set.
     fn frame(&self, ground: &Ground, v6: bool, flow: u16) -> Frame {
         let vxlan = self.udp && self.kind == Passed;
-        let (sport, dport) = match self.kind {
+        let (sport, dport) = match (self.kind, self.lane) {
+            (_, Some(lane)) => (FIRST_PORT + flow, lane.port()),
             // Answers vary in their source port, which is the opener's destination.
-            Answers => (33_333, FIRST_PORT + flow),
+            (Answers, None) => (33_333, FIRST_PORT + flow),
             _ if vxlan => (FIRST_PORT + flow, VXLAN_PORT),
             _ => (FIRST_PORT + flow, SERVICE_PORT),
         };
@@ -194,7 +360,7 @@ impl Case {
             to: GATEWAY_MAC,
             from: self.from.workload(ground).map_or([0x02, 0xbe, 1, 0, 0, 0], |workload| workload.mac),
             src: self.from.address(ground, v6),
-            dst: self.to.address(ground, v6),
+            dst: self.lane.map_or_else(|| self.to.address(ground, v6), |lane| lane.address(v6)),
             sport,
             dport,
             tcp: (!self.udp).then_some(ACK),
@@ -202,11 +368,15 @@ impl Case {
     }
 
     fn opener_leg(&self, ground: &Ground) -> Leg {
-        leg(ground, self.from, self.to, self.routing, self.kind == Decided)
+        self.at_edge(leg(ground, self.from, self.to, self.routing, self.kind == Decided))
     }
 
     fn answer_leg(&self, ground: &Ground) -> Leg {
-        leg(ground, self.to, self.from, self.routing, false)
+        self.at_edge(leg(ground, self.to, self.from, self.routing, false))
+    }
+
+    fn at_edge(&self, leg: Leg) -> Leg {
+        if self.edge && leg.program == "from_network" { Leg { program: "edge", ..leg } } else { leg }
     }
 
     /// Why its packets are dropped.
@@ -234,6 +404,14 @@ fn leg(ground: &Ground, from: End, to: End, routing: Routing, decided: bool) -> 
 }
 
 impl Leg {
+    /// Whether this answer of its program is none that a packet of a connection gets.
+    pub fn refuses(&self, answer: u32) -> bool {
+        match self.program {
+            "edge" => !matches!(answer, edge_action::TX | edge_action::REDIRECT),
+            _ => answer == action::SHOT,
+        }
+    }
+
     /// A run of it.
     pub fn shot<'a>(&self, packet: &'a [u8], flows: u64, first: u64, repeat: u32) -> Shot<'a> {
         Shot { packet, ifindex: self.ifindex, mark: self.mark, tunnel: self.tunnel, flows, first, repeat }
@@ -246,6 +424,7 @@ impl End {
             Client => Some(ground.client),
             Server => Some(ground.server),
             Closed => Some(ground.closed),
+            Open => Some(ground.open),
             _ => None,
         }
     }

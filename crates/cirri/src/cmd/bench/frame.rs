@@ -116,7 +116,8 @@ impl Frame {
     }
 }
 
-fn octets(ip: IpAddr) -> Vec<u8> {
+/// An address as it stands in a packet.
+pub fn octets(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
@@ -129,8 +130,8 @@ fn put(bytes: &mut [u8], at: usize, value: u16) {
     }
 }
 
-/// The Internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
+/// The Internet checksum (RFC 1071); 0 over bytes that hold a good one.
+pub fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| match *pair {
         [high, low] => u32::from(u16::from_be_bytes([high, low])),
         [high] => u32::from(high) << 8,

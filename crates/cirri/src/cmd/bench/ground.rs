@@ -1,5 +1,5 @@
 //! Where packets are measured: a network namespace with devices and routes, and tables filled for
-//! a node with three workloads, a peer and the world.
+//! a node with four workloads, a peer and the world.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use cirri_abi::{
     VXLAN_PORT, endpoint_flag, epoch_slot, ipcache_flag, node_flag, policy_flag, precedence, proto,
 };
 use cirri_loader::Tables;
-use cirri_loader::net::{Address, Namespace, Net, Route, VethEnd};
+use cirri_loader::net::{Address, Namespace, Neighbour, Net, Route, VethEnd};
 
 /// Rules of every rule set besides those that the cases need.
 const OTHER_RULES: u32 = 1000;
@@ -39,8 +39,15 @@ impl Pair {
 
 pub const NODE: Pair = Pair::new([10, 0, 0, 1], [0xfd00, 0xc1, 0, 0, 0, 0, 0, 1]);
 pub const PEER: Pair = Pair::new([10, 0, 0, 2], [0xfd00, 0xc1, 0, 0, 0, 0, 0, 2]);
+/// The device to the network's own Ethernet address.
+pub const UPLINK_MAC: [u8; 6] = [0x02, 0xbe, 2, 0, 0, 3];
+/// Ethernet addresses of the router and of the peer, which the node knows for good.
+pub const GATEWAY_MAC: [u8; 6] = [0x02, 0xbe, 2, 0, 0, 1];
+pub const PEER_MAC: [u8; 6] = [0x02, 0xbe, 2, 0, 0, 2];
 const GATEWAY: Pair = Pair::new([10, 0, 0, 254], [0xfd00, 0xc1, 0, 0, 0, 0, 0, 0xfe]);
 const LOCAL_PODS: Pair = Pair::new([10, 244, 0, 0], [0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0]);
+/// Workloads of the peer that serve: 64 addresses.
+const REMOTE_SERVERS: Pair = Pair::new([10, 244, 1, 64], [0xfd00, 0x10, 0x244, 1, 0, 0, 0, 0x100]);
 const REMOTE_PODS: Pair = Pair::new([10, 244, 1, 0], [0xfd00, 0x10, 0x244, 1, 0, 0, 0, 0]);
 /// A workload of the peer.
 pub const REMOTE: Pair = Pair::new([10, 244, 1, 20], [0xfd00, 0x10, 0x244, 1, 0, 0, 0, 0x20]);
@@ -90,6 +97,8 @@ pub struct Ground {
     pub server: Workload,
     /// May be reached by nobody.
     pub closed: Workload,
+    /// May be reached by everybody.
+    pub open: Workload,
     /// The device to the network.
     pub uplink: u32,
     pub overlay: u32,
@@ -117,6 +126,7 @@ impl Ground {
             client: Workload::new(1, "lxc1", "pod1"),
             server: Workload::new(2, "lxc2", "pod2"),
             closed: Workload::new(4, "lxc4", "pod4"),
+            open: Workload::new(5, "lxc5", "pod5"),
             uplink: 0,
             overlay: 0,
         };
@@ -147,7 +157,8 @@ impl Ground {
         net.set_sysctl("ipv6/conf/default/accept_dad", "0")?;
         net.set_up("lo").await?;
         self.uplink = pair(net, UPLINK, "network").await?;
-        for workload in [&mut self.client, &mut self.server, &mut self.closed] {
+        net.set_mac(UPLINK, UPLINK_MAC).await?;
+        for workload in [&mut self.client, &mut self.server, &mut self.closed, &mut self.open] {
             workload.ifindex = pair(net, workload.device, workload.inside).await?;
         }
         net.create_vxlan(OVERLAY, VXLAN_PORT, 1450).await?;
@@ -161,6 +172,9 @@ impl Ground {
             let via = Some(PEER.of(v6));
             let to = REMOTE_PODS.of(v6);
             net.put_route(&Route { to, prefix: pods, via, device, source: None, onlink: true }).await?;
+            for (ip, mac) in [(GATEWAY.of(v6), GATEWAY_MAC), (PEER.of(v6), PEER_MAC)] {
+                net.put_neighbour(&Neighbour { ip, mac, device }).await?;
+            }
         }
         Ok(())
     }
@@ -171,7 +185,7 @@ impl Ground {
     pub fn fill(&self, tables: &Tables, routing: Routing) -> Result<()> {
         self.set_routing(tables, routing)?;
         self.fill_addresses(tables)?;
-        for workload in [&self.client, &self.server, &self.closed] {
+        for workload in [&self.client, &self.server, &self.closed, &self.open] {
             let endpoint = Endpoint {
                 ifindex: workload.ifindex,
                 identity: workload.identity(),
@@ -193,6 +207,8 @@ impl Ground {
         tables.install_ruleset(self.client.number, &rules(&[server, REMOTE_IDENTITY, world[0], world[1]], &[]))?;
         tables.install_ruleset(self.server.number, &rules(&[], &[client, REMOTE_IDENTITY]))?;
         tables.install_ruleset(self.closed.number, &rules(&[], &[]))?;
+        tables.install_ruleset(self.open.number, &rules(&[], &[client, REMOTE_IDENTITY, world[0], world[1]]))?;
+        super::served::fill(self, tables)?;
         for slot in [epoch_slot::NODE, PEER_SLOT] {
             tables.bump(slot)?;
         }
@@ -251,8 +267,9 @@ impl Ground {
                 (LOCAL_PODS.of(v6), pods, local),
                 (REMOTE_PODS.of(v6), pods, behind(Identity::UNMANAGED.id)),
                 (REMOTE.of(v6), 128, behind(REMOTE_IDENTITY)),
+                (REMOTE_SERVERS.of(v6), 122, behind(REMOTE_IDENTITY)),
             ];
-            for workload in [&self.client, &self.server, &self.closed] {
+            for workload in [&self.client, &self.server, &self.closed, &self.open] {
                 let entry = Ipcache { identity: workload.identity(), ..Ipcache::default() };
                 entries.push((workload.at.of(v6), 128, entry));
             }

@@ -18,8 +18,15 @@ pub struct Instance {
 impl Instance {
     /// Loads; `number` tells the instances of one process apart.
     pub fn load(root: &Path, number: usize) -> Result<Instance> {
+        Instance::load_with(root, number, &[])
+    }
+
+    /// The same, with so many entries in some maps.
+    pub fn load_with(root: &Path, number: usize, sizes: &[(&str, u32)]) -> Result<Instance> {
         let name = format!("{PREFIX}{}-{number}", std::process::id());
-        let options = LoadOptions { pin_root: root.to_owned(), instance: name.clone(), ..LoadOptions::default() };
+        let sizes = sizes.iter().map(|(map, entries)| ((*map).to_owned(), *entries)).collect();
+        let options =
+            LoadOptions { pin_root: root.to_owned(), instance: name.clone(), sizes, ..LoadOptions::default() };
         let datapath = Datapath::load(&options).inspect_err(|_| purge(root, &name))?;
         Ok(Instance { datapath, root: root.to_owned(), name })
     }

@@ -1,16 +1,19 @@
 //! `cirri bench`: what the packet path and the agent cost.
 
 mod cases;
+mod check;
 mod control;
 mod frame;
 mod ground;
 mod instance;
 mod labs;
 mod load;
+mod many;
 mod packets;
 mod pin;
 mod plain;
 mod report;
+mod served;
 mod stats;
 mod traffic;
 mod verify;
@@ -98,7 +101,7 @@ struct PinArgs {
     pin_root: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 struct AmountArgs {
     /// A few rounds instead of many: to see that it works, not to quote
     #[arg(long)]
@@ -106,24 +109,32 @@ struct AmountArgs {
     /// The processor to measure on
     #[arg(long, default_value_t = 1)]
     cpu: usize,
+    /// So many rounds of packets
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Only packets of cases with this in their names
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
 }
 
 impl AmountArgs {
-    fn plan(self) -> packets::Plan {
-        let (rounds, packets, others) = if self.quick { (5, 4000, 600_000) } else { (41, 20_000, 700_000) };
-        packets::Plan { rounds, packets, others, cpu: self.cpu }
+    fn plan(&self) -> packets::Plan {
+        let (rounds, packets, others, many) =
+            if self.quick { (5, 4000, 600_000, 1 << 17) } else { (41, 20_000, 700_000, 1 << 19) };
+        let rounds = self.rounds.unwrap_or(rounds);
+        packets::Plan { rounds, packets, others, many, cpu: self.cpu, only: self.only.clone() }
     }
 
-    fn traffic(self) -> traffic::Plan {
+    fn traffic(&self) -> traffic::Plan {
         let (rounds, window) = if self.quick { (2, 150) } else { (10, 500) };
         traffic::Plan { rounds, window: Duration::from_millis(window), cpu: self.cpu }
     }
 
-    fn everything(self) -> report::Plan {
+    fn everything(&self) -> report::Plan {
         report::Plan { packets: self.plan(), traffic: self.traffic(), control: self.control(), quick: self.quick }
     }
 
-    fn control(self) -> control::Plan {
+    fn control(&self) -> control::Plan {
         if self.quick {
             control::Plan { policies: &[10, 100], more: 3, pods: 10 }
         } else {
@@ -140,8 +151,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             output::print(output.output, &bills, |bills| verify::table(bills))
         }
         BenchCommand::Packets { pins, amount, output } => {
-            let lines = packets::run(&pins.pin_root, &amount.plan()).map_err(failed)?;
-            output::print(output.output, &lines, |lines| packets::table(lines))
+            let measures = packets::run(&pins.pin_root, &amount.plan()).map_err(failed)?;
+            output::print(output.output, &measures, packets::table)
         }
         BenchCommand::Traffic { pins, amount, output } => {
             let lines = traffic::run(&pins.pin_root, &amount.traffic()).map_err(failed)?;

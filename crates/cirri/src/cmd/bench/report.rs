@@ -8,14 +8,14 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::control::{self, Control};
-use super::packets::{self, Line, shown};
+use super::packets::{self, Line, Measures, shown};
 use super::stats::Spread;
 use super::traffic::{self, Line as Traffic, mode_name};
 use super::verify::{self, Bill};
 use super::{cases, load::Mode};
 
 /// What is measured, and how much.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     pub packets: packets::Plan,
     pub traffic: traffic::Plan,
@@ -36,7 +36,8 @@ struct Report {
     load: [f64; 2],
     rounds: usize,
     programs: Vec<Bill>,
-    packets: Vec<Line>,
+    #[serde(flatten)]
+    measures: Measures,
     traffic: Vec<Traffic>,
     control: Option<Control>,
 }
@@ -48,7 +49,7 @@ pub fn run(pin_root: &Path, plan: &Plan, out: &Path) -> Result<()> {
     let before = load_average();
     let mut report = Report {
         programs: verify::run(pin_root)?,
-        packets: packets::run(pin_root, &plan.packets)?,
+        measures: packets::run(pin_root, &plan.packets)?,
         traffic: Vec::new(),
         control: None,
         date: date(),
@@ -159,7 +160,7 @@ impl Report {
 
     fn over_peer(&self, cases: &[(&str, f64, f64)]) -> String {
         let one = |(case, min, p25): &(&str, f64, f64)| {
-            let ours = self.packets.iter().find(|it| it.case == *case && it.family == 4 && it.flows == 1)?;
+            let ours = self.measures.lines.iter().find(|it| it.case == *case && it.family == 4 && it.flows == 1)?;
             Some(format!("{case}: {:.2} (min), {:.2} (p25)", ours.gross.min / min, ours.gross.p25 / p25))
         };
         cases.iter().filter_map(one).collect::<Vec<_>>().join("; ")
@@ -211,8 +212,12 @@ impl Report {
     }
 
     fn packet_row(&self, text: &mut String, name: &str, family: u8, tables: &str) {
-        let lines: Vec<&Line> =
-            self.packets.iter().filter(|it| it.case == name && it.family == family && it.tables == tables).collect();
+        let lines: Vec<&Line> = self
+            .measures
+            .lines
+            .iter()
+            .filter(|it| it.case == name && it.family == family && it.tables == tables)
+            .collect();
         let Some(first) = lines.first() else { return };
         let cell = |flows: u64| lines.iter().find(|it| it.flows == flows).map_or("-".to_owned(), |it| shown(&it.gross));
         let program = &first.program;
