@@ -87,6 +87,15 @@ pub fn agrees(native: Verdict, other: Answer) -> bool {
                 Verdict::Local { .. } | Verdict::Device { .. } | Verdict::Neighbour { .. } => 7,
             }
         }
+        Answer::Edge(action) => {
+            action
+                == match native {
+                    Verdict::Continue => 2,
+                    Verdict::Drop(_) => 1,
+                    Verdict::Device { .. } => 3,
+                    Verdict::Local { .. } | Verdict::Neighbour { .. } => return false,
+                }
+        }
         Answer::Delivered(workloads) => workloads.iter().all(|(device, packets)| {
             let here = matches!(native, Verdict::Local { ifindex } if ifindex == *device);
             *packets == u64::from(here)

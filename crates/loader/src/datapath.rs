@@ -171,6 +171,11 @@ impl Datapath {
         classifier(&mut self.ebpf, name)
     }
 
+    /// The program before the stack, likewise.
+    pub fn edge_mut(&mut self) -> Result<&mut Xdp, LoadError> {
+        xdp(&mut self.ebpf, edge::PROGRAM)
+    }
+
     /// The names of the programs, sorted.
     pub fn program_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.ebpf.programs().map(|(name, _)| name.to_owned()).collect();

@@ -13,9 +13,11 @@ use std::time::{Duration, Instant};
 
 use aya::TestRun;
 use aya::programs::{ProgramError, TestRunOptions};
-use cirri_abi::{Counter, FlowEvent, Hook, NodeConfig, Recipe, Tuple, VXLAN_PORT};
+use cirri_abi::{
+    Backend, BackendCounter, Counter, FlowEvent, Hook, NodeConfig, Recipe, ServiceSlot, SnatPool, Tuple, VXLAN_PORT,
+};
 use cirri_datapath::Table;
-use cirri_e2e::fixtures::{Answer, Change, Devices, Host, Output, ROUTES};
+use cirri_e2e::fixtures::{Answer, BACKENDS, Change, Devices, EDGE, Host, NODE_MAC, Output, ROUTES, WIRE_MAC};
 use cirri_e2e::kernel::{TestInstance, TestNamespace};
 use cirri_loader::net::{Address, Namespace, Neighbour, Net, Route, VethEnd};
 use cirri_loader::{Datapath, Events, Tables};
@@ -25,8 +27,6 @@ use tokio::runtime::Runtime;
 /// Of packets that a hook has decided on; see `skb.rs` of the programs.
 const MARK_DECIDED: u32 = 0x0400;
 const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 0, 1);
-const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const WIRE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// Peers that speak VXLAN: n2, and a node that is nobody's.
 const PEERS: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 168, 0, 2), Ipv4Addr::new(192, 168, 0, 3)];
 /// Workloads.
@@ -51,6 +51,8 @@ pub struct Kernel {
     seen: Vec<FlowEvent>,
     /// What the markers counted.
     marked: Vec<Counter>,
+    /// Changes to arrays.
+    written: Vec<Change>,
 }
 
 /// Runs a test on the kernel, in a namespace of its own.
@@ -70,7 +72,20 @@ pub fn on_kernel(test: impl FnOnce(&mut Kernel) + Send) {
         let marked = vec![Counter::default(); tables.counters().expect("read").len()];
         let sockets = PEERS.map(bind).into();
         let (wire, seen) = (wire.namespace.clone(), Vec::new());
-        test(&mut Kernel { datapath, tables, events, runtime, devices, workloads, wire, sockets, seen, marked });
+        let written = Vec::new();
+        test(&mut Kernel {
+            datapath,
+            tables,
+            events,
+            runtime,
+            devices,
+            workloads,
+            wire,
+            sockets,
+            seen,
+            marked,
+            written,
+        });
     };
     node.namespace.run(inside).expect("entered");
 }
@@ -100,8 +115,55 @@ impl Kernel {
         for (key, _) in t.ipcache.entries().expect("listed") {
             t.ipcache.delete(&key).expect("deleted");
         }
+        for (key, _) in t.services.entries().expect("listed") {
+            t.services.delete(&key).expect("deleted");
+        }
+        for (key, _) in t.affinity.entries().expect("listed") {
+            t.affinity.delete(&key).expect("deleted");
+        }
+        for (key, _) in t.source_ranges.entries().expect("listed") {
+            t.source_ranges.delete(&key).expect("deleted");
+        }
+        // Places of an array stay: those that were written are emptied.
+        for change in self.written.drain(..) {
+            match change {
+                Change::Backend(number, _) => t.backends.put(&number, &Backend::default()).expect("written"),
+                Change::Slots(first, backends) => {
+                    for slot in (first..).take(backends.len()) {
+                        t.slots.put(&slot, &ServiceSlot::default()).expect("written");
+                    }
+                }
+                Change::Pool(number, _) => t.snat_pools.put(&number, &SnatPool::default()).expect("written"),
+                Change::NodePort(port) => t.node_ports.put(&(u32::from(port) / 64), &0).expect("written"),
+                _ => {}
+            }
+        }
         t.set_node(&NodeConfig::default()).expect("written");
         self.events();
+    }
+
+    /// Through the program before the stack.
+    fn edge_run(&mut self, frame: &Frame) -> Option<Output> {
+        // `struct xdp_md`: the frame from 0 to its length, the device it came in by, the first queue.
+        let words = [0, frame.bytes.len() as u32, 0, frame.ifindex, 0, 0];
+        let context: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut out = vec![0; 4096];
+        let options = TestRunOptions {
+            data_in: Some(&frame.bytes),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            ..TestRunOptions::default()
+        };
+        let program = self.datapath.edge_mut().expect("it is there");
+        let result = match program.test_run(options) {
+            Ok(result) => result,
+            // The kernel makes no frame of too few bytes.
+            Err(ProgramError::SyscallError(error)) if error.io_error.kind() == ErrorKind::InvalidInput => return None,
+            Err(error) => panic!("edge does not run on {frame:?}: {error}"),
+        };
+        out.truncate(result.data_size_out as usize);
+        let frame = Frame { bytes: out, ifindex: frame.ifindex, ..Frame::default() };
+        Some(Output { answer: Answer::Edge(result.return_value), frame: Some(frame) })
     }
 
     fn test_run(&mut self, program: &str, frame: &Frame) -> Option<Output> {
@@ -197,6 +259,7 @@ impl Host for Kernel {
     }
 
     fn change(&mut self, change: &Change) {
+        self.written.push(change.clone());
         let t = &self.tables;
         match change {
             Change::Config(config) => {
@@ -224,6 +287,21 @@ impl Host for Kernel {
             Change::NoIpcache(key) => assert!(t.ipcache.delete(key).expect("deleted")),
             Change::Ruleset(slot, entries) => drop(t.install_ruleset(*slot, entries).expect("installed")),
             Change::Bump(slot) => drop(t.bump(*slot).expect("moved")),
+            Change::Service(key, service) => t.services.put(key, service).expect("written"),
+            Change::NoService(key) => assert!(t.services.delete(key).expect("deleted")),
+            Change::Backend(number, backend) => t.backends.put(number, backend).expect("written"),
+            Change::Slots(first, backends) => {
+                for (slot, backend) in (*first..).zip(backends) {
+                    t.slots.put(&slot, &ServiceSlot { backend: *backend }).expect("written");
+                }
+            }
+            Change::Range(key) => t.source_ranges.put(key, &0).expect("written"),
+            Change::Pool(number, pool) => t.snat_pools.put(number, pool).expect("written"),
+            Change::NodePort(port) => {
+                let (word, bit) = (u32::from(*port) / 64, 1u64 << (port % 64));
+                let bits = t.node_ports.get(&word).expect("read").unwrap_or_default();
+                t.node_ports.put(&word, &(bits | bit)).expect("written");
+            }
         }
     }
 
@@ -236,6 +314,8 @@ impl Host for Kernel {
             Hook::FROM_WORKLOAD => "from_workload",
             Hook::TO_WORKLOAD => "to_workload",
             Hook::FROM_NETWORK => "from_network",
+            Hook::TO_NETWORK => "to_network",
+            EDGE => return self.edge_run(frame),
             Hook::TO_OVERLAY => "to_overlay",
             _ if frame.tunnel.is_none() => "from_overlay",
             _ => return self.through_overlay(frame),
@@ -261,6 +341,11 @@ impl Host for Kernel {
             bytes: all.bytes - marked.bytes,
         };
         all.into_iter().zip(&self.marked).map(without).collect()
+    }
+
+    fn backends(&self) -> Vec<BackendCounter> {
+        let all = self.tables.backend_counters(0..BACKENDS).expect("read");
+        all.into_iter().map(|(_, counter)| counter).collect()
     }
 
     fn events(&mut self) -> Vec<FlowEvent> {
@@ -312,6 +397,10 @@ async fn devices(node: &Net, wire: &TestNamespace) -> (Devices, [u32; 5]) {
         node.put_neighbour(&Neighbour { ip: ip.into(), mac: WIRE_MAC, device: eth }).await.expect("added");
     }
     other.put_neighbour(&Neighbour { ip: NODE.into(), mac: NODE_MAC, device: peer }).await.expect("added");
+    for ip in ["192.168.0.254", "fd01::fe", "fd01::2"] {
+        let ip = ip.parse().expect("an address");
+        node.put_neighbour(&Neighbour { ip, mac: WIRE_MAC, device: eth }).await.expect("added");
+    }
     let overlay = node.link("cirri_vxlan").await.expect("there").index;
     let mut numbers = [0; 5];
     for (number, (name, ..)) in numbers.iter_mut().zip(&workloads) {
