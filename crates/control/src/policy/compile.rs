@@ -229,7 +229,8 @@ impl Cluster {
                 return;
             }
             let Some(receiver) = self.identities.get(&peer) else { return };
-            for port in &rule.ports {
+            // The others are common to all peers and stand there.
+            for port in rule.ports.iter().filter(|port| matches!(port, PortMatch::Named { .. })) {
                 port.prefixes(receiver, |ports| each(Place { direction, peer, ports }));
             }
         };

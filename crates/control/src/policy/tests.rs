@@ -220,6 +220,17 @@ fn named_ports_resolve_on_the_receiver_and_unresolved_allow_nothing() {
 }
 
 #[test]
+fn beside_a_named_port_a_numbered_one_takes_a_single_entry() {
+    let mut cluster = cluster();
+    let spec = "{podSelector: {matchLabels: {app: client}}, policyTypes: [Egress], egress: [{ports: [{port: http}, {port: 53, protocol: UDP}]}]}";
+    cluster.upsert_policy(policy("p", spec)).unwrap();
+    let client = Probe::of(&cluster, CLIENT);
+    assert!(client.allows(WEB, OUT, UDP, 53) && client.allows(Identity::WORLD, OUT, UDP, 53));
+    let of_number = |port: u16| client.1.entries.iter().filter(|(key, _)| key.port == port.to_be_bytes()).count();
+    assert_eq!((of_number(53), of_number(8080), of_number(9090)), (1, 1, 1), "named ports are each receiver's own");
+}
+
+#[test]
 fn deny_and_tiers_decide_before_what_is_specific() {
     let mut cluster = cluster();
     let web = Selector::new(
