@@ -5,8 +5,8 @@
 //! is established.
 
 use cirri_abi::{
-    Action, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, epoch_slot, node_flag,
-    proto, recipe_flag,
+    Action, Addr, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, epoch_slot,
+    node_flag, proto, recipe_flag,
 };
 
 use crate::{
@@ -55,6 +55,10 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         // The other side opens a connection of its own with the same ports.
         return Ok(Next::Go);
     }
+    if syn && s.option_addr != Addr::UNSPECIFIED {
+        // The client may be at another service by now.
+        return Ok(Next::Go);
+    }
     s.reopened = syn && !s.pending;
     s.stale = s.reopened || !same || epochs(tables, &s.old.slots) != s.old.epoch;
     s.current = Current::Old;
@@ -75,8 +79,8 @@ fn keeps_backend<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
     }
     // What nobody has answered yet is no stream, and may be tried elsewhere.
     let protocol = if s.old.state == State::NEW && is_syn(&s.parsed) { proto::UDP } else { s.parsed.tuple.proto };
-    let kept = !s.reopened
-        && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, protocol);
+    let kept =
+        !s.reopened && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, protocol);
     if !kept {
         let answer = s.parsed.tuple.opposite(&s.old);
         let table = if s.pending { Table::Pending } else { Table::Flows };

@@ -2,9 +2,7 @@
 //! the client itself. Either in an IP option of the first packets, or by sending the packet, untouched,
 //! in IPIP. Layouts: `cirri_abi::dsr`.
 
-use cirri_abi::{
-    Addr, DropReason, Forwarding, Hook, Identity, Port, Recipe, ServiceKey, dsr, ipcache_flag, node_flag,
-};
+use cirri_abi::{Addr, DropReason, Forwarding, Hook, Identity, Port, Recipe, ServiceKey, dsr, ipcache_flag, node_flag};
 
 use crate::{
     parse::{Class, parse_network},

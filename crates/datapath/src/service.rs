@@ -37,8 +37,11 @@ pub(crate) struct Client {
     pub key: Addr,
     /// See [`AffinityKey::cookie`].
     pub cookie: u32,
-    /// Hash of the flow, for Maglev.
+    /// Hash of the flow, for Maglev, and where chance must not choose.
     pub hash: u32,
+    /// The packet is met before the stack and, if its backend is of this node, again behind it. Chosen by
+    /// chance each time, backends of this node would lose theirs twice.
+    pub twice: bool,
     /// In the cluster.
     pub inside: bool,
 }
@@ -112,7 +115,8 @@ pub(crate) fn choose<'a, T: Services>(tables: &'a T, service: &Service, client: 
     if count == 0 {
         return None;
     }
-    let mut index = if service.algorithm == Algorithm::MAGLEV { client.hash } else { tables.random() } % count;
+    let by_hash = client.twice || service.algorithm == Algorithm::MAGLEV;
+    let mut index = if by_hash { client.hash } else { tables.random() } % count;
     // A set may name a backend that has failed a moment ago.
     for _ in 0..ATTEMPTS {
         let number = tables.service_slot(first.wrapping_add(index));
@@ -195,7 +199,9 @@ pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scrat
     s.served = Served::default();
     let Tuple { src, dst, dport, proto, .. } = s.parsed.tuple;
     let workload = s.hook == Hook::FROM_WORKLOAD;
-    let Some(service) = find(tables, &dst, dport, proto, workload) else {
+    // What another node has handed on may be for one of its own ports.
+    let any_node = workload || s.outer_dst != Addr::UNSPECIFIED;
+    let Some(service) = find(tables, &dst, dport, proto, any_node) else {
         return Ok(Next::Go);
     };
     // Nobody is refused, and so told, in another's name.
@@ -229,7 +235,7 @@ pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scrat
         return Ok(Next::Go);
     }
     let hash = flow_hash(&s.parsed.tuple, service.affinity != 0);
-    let client = Client { key: src, cookie: 0, hash, inside };
+    let client = Client { key: src, cookie: 0, hash, twice: s.hook == Hook::FROM_NETWORK, inside };
     let Some((number, backend)) = choose(tables, service, &client) else {
         return Err(Refusal::answered(DropReason::NO_BACKEND));
     };

@@ -71,7 +71,7 @@ pub fn reach<S: Socket, T: Services>(attempt: Attempt, socket: &mut S, tables: &
     let tuple = Tuple { src: key, dst: addr, dport: port, proto: protocol, ..Tuple::default() };
     // A socket has no source yet: chance takes its place, unless the client is to keep its backend.
     let chance = if service.affinity != 0 { 0 } else { tables.random() };
-    let client = Client { key, cookie: 1, hash: flow_hash(&tuple, true) ^ chance, inside: true };
+    let client = Client { key, cookie: 1, hash: flow_hash(&tuple, true) ^ chance, twice: false, inside: true };
     let Some((number, backend)) = choose(tables, service, &client) else {
         return SocketVerdict::Refused;
     };

@@ -1,7 +1,7 @@
 //! What becomes of a new connection's addresses: a service's backend, masquerade, direct return.
 
 use cirri_abi::{
-    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, Identity, NodeConfig, Port, Rewrite,
+    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, Identity, NodeConfig, Port, Rewrite, State,
     VXLAN_PORT, node_flag, proto, recipe_flag,
 };
 
@@ -9,7 +9,7 @@ use crate::{
     carry::tuple_difference,
     place::PlaceKind,
     slow::Scratch,
-    traits::{Table, Tables},
+    traits::{Flow, Table, Tables},
 };
 
 /// Whether what is `addressed` to this node's address and that port is the node's own business: no
@@ -95,11 +95,11 @@ struct Source {
     addr: Addr,
     first: u16,
     mask: u16,
-    /// Its own port is as good as any, also outside the range.
+    /// Its own port is as good as any, also outside the range; another only if it is taken.
     own: bool,
 }
 
-/// Whether this new connection leaves under another address than its own, and which.
+/// Whether this new connection may need another source than its own, and which.
 #[inline(always)]
 fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, DropReason> {
     let v4 = s.opener.src.is_v4();
@@ -107,6 +107,10 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
         return Err(DropReason::NO_CONFIG);
     };
     let (first, mask) = (node.masquerade_first.number(), node.masquerade_mask);
+    // Clients use one port towards several services at once, and these may have a backend in common: then
+    // the second needs another port, or its answers would come from the first.
+    let same = matches!(s.opener.proto, proto::TCP | proto::UDP) && s.served.yes;
+    let same = same.then_some(Source { addr: s.opener.src, first, mask, own: true });
     if s.from.kind == PlaceKind::Local {
         if s.served.yes && s.to.kind == PlaceKind::Local && s.to.ifindex == s.from.ifindex {
             // It reaches itself: without another source it would answer itself directly.
@@ -114,7 +118,7 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
         }
         let flag = if v4 { node_flag::MASQUERADE_V4 } else { node_flag::MASQUERADE_V6 };
         if s.to.kind != PlaceKind::World || s.to.plain || node.flags & flag == 0 {
-            return Ok(None);
+            return Ok(same);
         }
         // The receiver may be a node by an address that nobody told us. From our node's own address it
         // would take this for the overlay's, whose VNI could then be any identity.
@@ -124,7 +128,7 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
     } else if !(s.served.yes && matches!(s.hook, Hook::FROM_NETWORK | Hook::FROM_OVERLAY))
         || !matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World)
     {
-        return Ok(None);
+        return Ok(same);
     }
     let echo = s.parsed.icmp[0] == if v4 { 8 } else { 128 };
     match s.opener.proto {
@@ -160,11 +164,11 @@ const ATTEMPTS: u16 = 32;
 /// before it leaves the pending one.
 #[inline(always)]
 fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), DropReason> {
+    s.reverse.destination = s.opener.src;
+    s.reverse.destination_port = s.opener.sport;
     s.forward.rewrite |= Rewrite::SOURCE;
     s.forward.source = source.addr;
     s.reverse.rewrite |= Rewrite::DESTINATION;
-    s.reverse.destination = s.opener.src;
-    s.reverse.destination_port = s.opener.sport;
     s.answer.dst = source.addr;
     // Ports are in no difference of addresses, so these hold for every port.
     s.forward.csum_delta = tuple_difference(&s.opener, &s.opener.rewritten(&s.forward));
@@ -174,9 +178,18 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), D
     let own = s.opener.sport.number();
     let mut port =
         if source.own || own.wrapping_sub(source.first) <= source.mask { own } else { pick(tables.random(), source) };
+    if source.own && source.addr == s.opener.src {
+        // Nothing changes then, and the recipes say so.
+        s.forward.rewrite &= !Rewrite::SOURCE;
+        s.reverse.rewrite &= !Rewrite::DESTINATION;
+        s.answer.dport = Port::new(port);
+        make_way(tables, s);
+    }
     // Two ports in a row, then anywhere: neighbours of a taken port are more likely taken than others.
     for i in 0..ATTEMPTS {
         if i == 1 {
+            s.forward.rewrite |= Rewrite::SOURCE;
+            s.reverse.rewrite |= Rewrite::DESTINATION;
             port = source.first.wrapping_add(port.wrapping_sub(source.first).wrapping_add(1) & source.mask);
         } else if i > 1 {
             port = pick(tables.random(), source);
@@ -193,6 +206,27 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), D
         tables.remove(Table::Pending, &s.answer);
     }
     Err(DropReason::NO_MASQUERADE_PORT)
+}
+
+/// Takes away what stands in the place of this connection's answers, if that is its own from earlier, or
+/// of a connection that is over.
+#[inline(always)]
+fn make_way<T: Tables>(tables: &T, s: &Scratch) {
+    clear(tables, s, Table::Pending);
+    clear(tables, s, Table::Flows);
+}
+
+#[inline(always)]
+fn clear<T: Tables>(tables: &T, s: &Scratch, table: Table) {
+    let Some(flow) = tables.flow(table, &s.answer) else {
+        return;
+    };
+    let recipe = flow.recipe();
+    let opener = s.answer.opposite(recipe);
+    if opener == s.opener || recipe.state == State::CLOSING {
+        tables.remove(table, &s.answer);
+        tables.remove(table, &opener);
+    }
 }
 
 #[inline(always)]
