@@ -195,14 +195,15 @@ impl Plan {
             });
             pod.spec.node_name = Some(node.clone());
             let resource = Resource::Pod(pod);
-            desired.insert(resource.store_key(), resource.to_json());
+            let json = resource.to_json();
             match running.get(&key) {
                 Some(record) if record.complete && record.spec == spec && record.node == node => {
-                    desired.entry(resource.store_key()).and_modify(|json| *json = status::observed(json, record));
+                    desired.insert(resource.store_key(), status::observed(&json, record));
                 }
                 record => {
+                    desired.insert(resource.store_key(), status::pending(&json));
                     plan.remove.extend(record.map(|record| (*record).clone()));
-                    plan.manifests.insert(key.clone(), resource.to_json());
+                    plan.manifests.insert(key.clone(), json);
                     plan.create.push((key, spec, node));
                 }
             }
