@@ -82,6 +82,8 @@ pub struct Services {
     claims: Claims,
     /// What was made of each source.
     made: HashMap<Source, Made>,
+    /// Their health checks: asked for after every change, so they are not looked for each time.
+    health: BTreeSet<HealthCheck>,
     dirty: BTreeSet<Source>,
 }
 
@@ -115,6 +117,7 @@ impl Services {
             nodes,
             claims: Claims::default(),
             made: HashMap::new(),
+            health: BTreeSet::new(),
             dirty: BTreeSet::new(),
         }
     }
@@ -208,9 +211,7 @@ impl Services {
 
     /// The health check ports of this node, by number.
     pub fn health_checks(&self) -> Vec<HealthCheck> {
-        let mut all: Vec<HealthCheck> = self.made.values().filter_map(|made| made.health.clone()).collect();
-        all.sort();
-        all
+        self.health.iter().cloned().collect()
     }
 
     fn upsert_service(&mut self, service: &Service) {
@@ -310,6 +311,10 @@ impl Services {
             });
         }
         changed.gone.extend(before.ports.into_keys());
+        if let Some(check) = &before.health {
+            self.health.remove(check);
+        }
+        self.health.extend(made.health.clone());
         if !(made.ports.is_empty() && made.problems.is_empty() && made.health.is_none()) {
             self.made.insert(source, made);
         }
