@@ -230,6 +230,8 @@ pub mod recipe_flag {
     /// The opposite direction's packets arrive translated: another node received them for a service, and
     /// this direction alone puts the service's address back.
     pub const HALF: u8 = 8;
+    /// A service chose [`super::Recipe::backend`], and its packets are counted to it.
+    pub const SERVED: u8 = 16;
     /// Until it is established its packets carry the service's address in an IP option.
     pub const DSR_OPTION: u8 = 4;
 }

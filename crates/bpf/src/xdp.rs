@@ -6,7 +6,7 @@ use aya_ebpf::{
     bindings::xdp_md,
     helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
 };
-use cirri_datapath::{Packet, TunnelKey, Wire};
+use cirri_datapath::{Packet, TunnelKey, Wire, adjusted};
 
 pub struct Raw {
     ctx: *mut xdp_md,
@@ -167,13 +167,4 @@ impl Packet for Raw {
 
     #[inline(always)]
     fn set_for_us(&mut self) {}
-}
-
-/// A checksum after a difference (RFC 1624).
-#[inline(always)]
-fn adjusted(old: u16, delta: u32) -> u16 {
-    let sum = (!old) as u64 + delta as u64;
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    !(((sum & 0xffff) + (sum >> 16)) as u16)
 }

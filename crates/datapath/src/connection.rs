@@ -198,6 +198,9 @@ fn through(recipe: &mut Recipe, hook: u8, door: u32) {
     }
 }
 
+/// Flags that a connection keeps for as long as it lives.
+const BOUND: u8 = recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION | recipe_flag::HALF | recipe_flag::SERVED;
+
 /// Takes over from the recipe that a new one replaces.
 #[inline(always)]
 fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
@@ -207,7 +210,7 @@ fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
     new.destination = old.destination;
     new.destination_port = old.destination_port;
     new.backend = old.backend;
-    new.flags |= old.flags & (recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION | recipe_flag::HALF);
+    new.flags |= old.flags & BOUND;
     if old.action == Action::IPIP {
         new.action = Action::IPIP;
     }

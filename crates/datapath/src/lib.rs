@@ -46,7 +46,7 @@ pub use slow::{Current, Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_
 pub use socket::{Attempt, Socket, SocketVerdict, bind, reach, restore};
 pub use traits::{Flow, NextHop, Packet, Services, Table, Tables, TunnelKey};
 pub use verdict::{Packed, Verdict};
-pub use wire::{Cursor, Wire};
+pub use wire::{Cursor, Wire, adjusted};
 
 use cirri_abi::{Action, Addr, FlowKey4, Hook, Port, Recipe, Tick, Tuple, node_flag, proto, recipe_flag};
 
@@ -187,7 +187,7 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
         return None;
     }
     flow.touch(tables.now(), packet.length());
-    if recipe.backend != 0 {
+    if recipe.flags & recipe_flag::SERVED != 0 {
         tables.count_backend(recipe.backend, recipe.flags & recipe_flag::REPLY != 0, packet.length());
     }
     Some(carry::carry(packet, tables, recipe, &headers))

@@ -31,8 +31,12 @@ pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Dr
         if is_returned_directly(s) {
             return return_directly(s);
         }
-        s.forward.backend = s.served.backend;
-        s.reverse.backend = s.served.backend;
+        if s.served.backend != 0 {
+            s.forward.backend = s.served.backend;
+            s.reverse.backend = s.served.backend;
+            s.forward.flags |= recipe_flag::SERVED;
+            s.reverse.flags |= recipe_flag::SERVED;
+        }
         s.forward.rewrite = Rewrite::DESTINATION;
         s.forward.destination = s.translated.dst;
         s.forward.destination_port = s.translated.dport;
@@ -77,6 +81,7 @@ fn is_returned_directly(s: &Scratch) -> bool {
 #[inline(always)]
 fn return_directly(s: &mut Scratch) -> Result<(), DropReason> {
     s.forward.backend = s.served.backend;
+    s.forward.flags |= recipe_flag::SERVED;
     s.forward.destination = s.translated.dst;
     s.forward.destination_port = s.translated.dport;
     if s.served.forwarding == Forwarding::DSR_IPIP {
@@ -125,7 +130,8 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
         if s.opener.proto == proto::UDP && s.translated.dport == Port::new(VXLAN_PORT) {
             return Err(DropReason::ENCAPSULATION_PROHIBITED);
         }
-    } else if !(s.served.yes && matches!(s.hook, Hook::FROM_NETWORK | Hook::FROM_OVERLAY))
+    } else if !s.served.yes
+        || !matches!(s.hook, Hook::FROM_NETWORK | Hook::FROM_OVERLAY)
         || !matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World)
     {
         return Ok(same);

@@ -314,6 +314,15 @@ pub(crate) const fn fold_checksum(sum: u64) -> u16 {
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
+/// A checksum after a difference, as `bpf_csum_diff` forms it (RFC 1624).
+#[inline(always)]
+pub const fn adjusted(old: u16, delta: u32) -> u16 {
+    let sum = (!old) as u64 + delta as u64;
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !(((sum & 0xffff) + (sum >> 16)) as u16)
+}
+
 /// Offset of the checksum in each transport header.
 #[inline(always)]
 pub(crate) const fn checksum_offset(protocol: u8) -> Option<u32> {

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use cirri_abi::proto;
-use cirri_datapath::{Cursor, Packet, TunnelKey, Wire};
+use cirri_datapath::{Cursor, Packet, TunnelKey, Wire, adjusted};
 
 /// A packet at a hook, from its Ethernet header on.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -478,14 +478,6 @@ pub fn checksum_errors(frame: &Frame) -> Vec<&'static str> {
         errors.push("transport");
     }
     errors
-}
-
-fn adjusted(old: u16, delta: u32) -> u16 {
-    let mut sum = u64::from(!old) + u64::from(delta);
-    while sum >> 16 != 0 {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !(sum as u16)
 }
 
 fn transport_checksum(source: &[u8], destination: &[u8], protocol: u8, body: &[u8]) -> u16 {
