@@ -22,7 +22,7 @@
 mod allot;
 pub mod apply;
 mod ask;
-mod cgroup;
+pub mod cgroup;
 pub mod cluster;
 pub mod down;
 mod echo;

@@ -5,6 +5,7 @@ mod check;
 mod control;
 mod frame;
 mod ground;
+mod group;
 mod instance;
 mod labs;
 mod load;
@@ -14,6 +15,7 @@ mod pin;
 mod plain;
 mod report;
 mod served;
+mod sockets;
 mod stats;
 mod traffic;
 mod verify;
@@ -51,6 +53,15 @@ enum BenchCommand {
     },
     /// Connections, requests and bulk data between pods, beside plain kernel routing (needs a lab)
     Traffic {
+        #[command(flatten)]
+        pins: PinArgs,
+        #[command(flatten)]
+        amount: AmountArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// What services in the system call cost connect
+    Sockets {
         #[command(flatten)]
         pins: PinArgs,
         #[command(flatten)]
@@ -130,6 +141,10 @@ impl AmountArgs {
         traffic::Plan { rounds, window: Duration::from_millis(window), cpu: self.cpu }
     }
 
+    fn sockets(&self) -> sockets::Plan {
+        sockets::Plan { rounds: if self.quick { 20 } else { 200 }, calls: 500, cpu: self.cpu }
+    }
+
     fn everything(&self) -> report::Plan {
         report::Plan { packets: self.plan(), traffic: self.traffic(), control: self.control(), quick: self.quick }
     }
@@ -157,6 +172,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Traffic { pins, amount, output } => {
             let lines = traffic::run(&pins.pin_root, &amount.traffic()).map_err(failed)?;
             output::print(output.output, &lines, |lines| traffic::table(lines))
+        }
+        BenchCommand::Sockets { pins, amount, output } => {
+            let lines = sockets::run(&pins.pin_root, &amount.sockets()).map_err(failed)?;
+            output::print(output.output, &lines, |lines| sockets::table(lines))
         }
         BenchCommand::Control { amount, output } => {
             let control = control::run(&amount.control()).map_err(failed)?;

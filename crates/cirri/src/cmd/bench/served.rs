@@ -40,6 +40,8 @@ pub const PORTS: u16 = 128;
 pub const BACKEND_PORT: u16 = 8080;
 /// Backends of the peer.
 pub const REMOTES: u8 = 64;
+/// The port of [`others`].
+pub const OTHER_PORT: u16 = 80;
 /// Services that nobody asks for, with ten backends each.
 const OTHERS: u32 = 10_000;
 const OTHERS_FIRST: u32 = 20_000;
@@ -135,7 +137,7 @@ pub fn fill(ground: &Ground, tables: &Tables) -> Result<()> {
             fill_lane(ground, tables, lane, v6)?;
         }
     }
-    others(tables, OTHERS)
+    others(tables, OTHERS, proto::TCP)
 }
 
 fn fill_lane(ground: &Ground, tables: &Tables, lane: Lane, v6: bool) -> Result<()> {
@@ -168,22 +170,24 @@ fn fill_lane(ground: &Ground, tables: &Tables, lane: Lane, v6: bool) -> Result<(
     Ok(tables.services.put_all(&rows)?)
 }
 
-/// Services that no packet is for, as many as `count`, with ten backends each.
-pub fn others(tables: &Tables, count: u32) -> Result<()> {
+/// Where one of [`others`] is.
+pub fn other(n: u32) -> IpAddr {
+    let [.., high, low] = n.to_be_bytes();
+    Ipv4Addr::new(10, 96, high, low).into()
+}
+
+/// So many services of a protocol, with ten backends each.
+pub fn others(tables: &Tables, count: u32, protocol: u8) -> Result<()> {
     let (mut rows, mut backends, mut slots) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..count {
         let (id, first) = (OTHERS_FIRST + n, OTHERS_FIRST + n * 10);
-        let [.., high, low] = n.to_be_bytes();
-        let key = ServiceKey {
-            addr: Addr::v4([10, 96, high, low]),
-            port: Port::new(80),
-            proto: proto::TCP,
-            ..ServiceKey::default()
-        };
+        let port = Port::new(OTHER_PORT);
+        let key = ServiceKey { addr: other(n).into(), port, proto: protocol, ..ServiceKey::default() };
         rows.push((key, service(id, first, 10, Forwarding::SNAT)));
         for number in first..first + 10 {
             let [.., high, low] = number.to_be_bytes();
-            backends.push((number, backend(Ipv4Addr::new(10, 245, high, low).into(), id)));
+            let ip = Ipv4Addr::new(10, 245, high, low).into();
+            backends.push((number, Backend { proto: protocol, ..backend(ip, id) }));
             slots.push((number, ServiceSlot { backend: number }));
         }
     }
