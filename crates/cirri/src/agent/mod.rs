@@ -49,6 +49,7 @@ use crate::exit::{Because, Failure, Result};
 
 pub use cleanup::cleanup;
 pub use queries::counters_by_name;
+pub use services::{carry_out as write_services, found as found_services};
 pub use start::notify;
 pub use status::resident_memory;
 

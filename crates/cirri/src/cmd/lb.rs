@@ -235,7 +235,7 @@ pub fn run(client: &ClientArgs, args: &LbArgs) -> Result<()> {
         }
         LbCommand::Down { file } => {
             let plan = Plan::read(&file.config).because(Failure::BadInput)?;
-            block_on(edge::down(&plan))?;
+            block_on(edge::remove(&plan))?;
             output::progress(&format!("removed what load balancer {} made", plan.bpf.instance));
             Ok(())
         }

@@ -10,9 +10,10 @@ use cirri_control::service::table::{Capacity, Tables as Books, Write};
 use cirri_control::service::{Backend, Frontend, FrontendKind, PortId, ServicePort};
 use cirri_loader::{MapError, Tables};
 
-use super::fill::{self, Down};
+use super::down::{self, Down};
 use super::health::{Checks, Health, Outcome, Target};
 use super::plan::{Plan, Pool, Service};
+use crate::agent::{found_services, write_services};
 use crate::files;
 
 /// Everything that is known of what is balanced, and its rows in the kernel.
@@ -65,8 +66,8 @@ impl Core {
     /// # Errors
     /// The kernel's, or the state directory cannot be read.
     pub fn resume(plan: Plan, tables: Tables, checks: Checks) -> Result<Core, ApplyError> {
-        let found = fill::found(&tables)?;
-        let found_down = fill::found_down(&found);
+        let found = found_services(&tables)?;
+        let found_down = down::found(&found);
         let mut books = Books::new(capacity(&tables));
         books.restore(found);
         let drained = read_drained(&plan.state_dir)?;
@@ -179,7 +180,7 @@ impl Core {
     /// It refuses still.
     pub fn catch_up(&mut self) -> Result<(), ApplyError> {
         let mut books = Books::new(self.books.capacity());
-        books.restore(fill::found(&self.tables)?);
+        books.restore(found_services(&self.tables)?);
         self.books = books;
         self.behind = None;
         self.apply(self.plan.clone())
@@ -210,7 +211,7 @@ impl Core {
     }
 
     fn write(&mut self, writes: &[Write]) -> Result<(), ApplyError> {
-        self.kernel(|tables| fill::carry_out(tables, writes))
+        self.kernel(|tables| write_services(tables, writes))
     }
 
     fn kernel(&mut self, act: impl FnOnce(&Tables) -> Result<(), MapError>) -> Result<(), ApplyError> {

@@ -75,9 +75,9 @@ impl Machine {
         let served = |ip: &IpAddr| plan.services.iter().any(|service| service.address == *ip);
         let first = |v6: bool| {
             plan.devices.iter().filter_map(|name| devices.get(name)?.as_ref()).find_map(|link: &Link| {
-                let of = all.iter().filter(|address| address.device == link.index).map(|address| address.ip);
+                let mut of = all.iter().filter(|address| address.device == link.index).map(|address| address.ip);
                 // An address that is balanced may stand on a device, too, so that somebody answers for it.
-                of.filter(|ip| ip.is_ipv6() == v6 && is_global(ip) && !served(ip)).next()
+                of.find(|ip| ip.is_ipv6() == v6 && is_global(ip) && !served(ip))
             })
         };
         let v4 = match (plan.address, first(false)) {

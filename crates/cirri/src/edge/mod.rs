@@ -12,8 +12,8 @@ pub mod backend;
 mod config;
 mod core;
 mod devices;
+mod down;
 mod drops;
-mod fill;
 mod health;
 mod plan;
 mod pools;
@@ -98,7 +98,7 @@ pub async fn run(file: PathBuf, plan: Plan) -> Result<()> {
 }
 
 /// Takes everything away that the load balancer of this plan made. It must not be running.
-pub async fn down(plan: &Plan) -> Result<()> {
+pub async fn remove(plan: &Plan) -> Result<()> {
     let _lock = lock(&plan.state_dir)?;
     Datapath::purge(&plan.bpf.pin_root, &plan.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;

@@ -26,7 +26,9 @@ use crate::config::{self, Config};
 
 pub use health::serve as serve_health;
 pub use info::count;
+pub use repair::found;
 pub use sockets::end as end_sockets;
+pub use write::carry_out;
 
 /// Services of the cluster, and how far they are in force on this node.
 pub struct Serving {

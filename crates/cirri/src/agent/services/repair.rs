@@ -12,23 +12,32 @@ impl Serving {
     /// # Errors
     /// A table cannot be read.
     pub fn adopt(&mut self, tables: &Tables) -> Result<(), MapError> {
-        let services = tables.services.entries()?;
-        let backends = occupied(&tables.backends)?;
-        let node_ports = occupied(&tables.node_ports)?;
-        let ranges: Vec<_> = tables.source_ranges.entries()?.into_iter().map(|(key, _)| key).collect();
+        let found = found(tables)?;
+        let Restored { services, backends, ranges, node_ports, .. } = &found;
         self.resumed = !(services.is_empty() && backends.is_empty() && node_ports.is_empty() && ranges.is_empty());
-        if !self.resumed {
-            return Ok(());
+        if self.resumed {
+            tracing::info!(addresses = services.len(), backends = backends.len(), "services of an earlier run");
+            self.books.restore(found);
         }
-        let end = services
-            .iter()
-            .flat_map(|(_, row)| [(row.inside_first, row.inside_count), (row.outside_first, row.outside_count)]);
-        let end = end.filter(|(_, count)| *count > 0).map(|(first, count)| first.saturating_add(count)).max();
-        let slots = first_slots(tables, end.unwrap_or_default())?;
-        tracing::info!(addresses = services.len(), backends = backends.len(), "services of an earlier run");
-        self.books.restore(Restored { services, backends, slots, ranges, node_ports });
         Ok(())
     }
+}
+
+/// What the tables of services hold.
+///
+/// # Errors
+/// A table cannot be read.
+pub fn found(tables: &Tables) -> Result<Restored, MapError> {
+    let services = tables.services.entries()?;
+    let backends = occupied(&tables.backends)?;
+    let node_ports = occupied(&tables.node_ports)?;
+    let ranges: Vec<_> = tables.source_ranges.entries()?.into_iter().map(|(key, _)| key).collect();
+    let end = services
+        .iter()
+        .flat_map(|(_, row)| [(row.inside_first, row.inside_count), (row.outside_first, row.outside_count)]);
+    let end = end.filter(|(_, count)| *count > 0).map(|(first, count)| first.saturating_add(count)).max();
+    let slots = first_slots(tables, end.unwrap_or_default())?;
+    Ok(Restored { services, backends, slots, ranges, node_ports })
 }
 
 /// The entries of an array that are not zero.

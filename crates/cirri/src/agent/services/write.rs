@@ -45,6 +45,15 @@ pub fn together<'a>(writes: impl Iterator<Item = &'a Write>) -> Vec<Cow<'a, Writ
     sorted
 }
 
+/// Does the writes of service ports in their order, whoever had the numbers before. On error a first part
+/// of them is done; all may be done again.
+///
+/// # Errors
+/// The kernel's.
+pub fn carry_out(tables: &Tables, writes: &[Write]) -> Result<(), MapError> {
+    write(tables, &one(writes), |_| true).map(drop)
+}
+
 /// Does them, those of one kind that follow each other at once. `counted` says which numbers of backends
 /// may have counters of an owner before. On error a first part of them is done; all may be done again.
 ///
