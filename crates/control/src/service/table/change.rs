@@ -24,8 +24,8 @@ pub(super) enum Planned {
     Kept(Set),
     /// It is to be written and takes this many slots.
     New(u32),
-    /// It is the same as inside.
-    Shared,
+    /// It is the same as this one before it.
+    SameAs(usize),
 }
 
 impl Tables {
@@ -65,15 +65,21 @@ impl Tables {
         let mut gone: Vec<u32> = old.backends.values().map(|(n, _)| *n).collect();
         gone.sort_unstable();
 
-        let inside = self.settle(&planned[0], places[0], wanted, &wanted.inside, &numbers, &mut writes);
-        let outside = match planned[1] {
-            Planned::Shared => inside.clone(),
-            _ => self.settle(&planned[1], places[1], wanted, &wanted.outside, &numbers, &mut writes),
-        };
-        let within = match planned[2] {
-            Planned::Shared => inside.clone(),
-            _ => self.settle(&planned[2], places[2], wanted, &wanted.within, &numbers, &mut writes),
-        };
+        let mut sets: [Option<Set>; 3] = [None, None, None];
+        for at in 0..sets.len() {
+            sets[at] = match &planned[at] {
+                Planned::Empty => None,
+                Planned::SameAs(other) => sets[*other].clone(),
+                Planned::Kept(set) => Some(set.clone()),
+                Planned::New(count) => {
+                    let (first, members) = (places[at], &wanted.sets[at]);
+                    let backends = slots_of(wanted, members, |index| numbers[index]);
+                    writes.push(Write::Slots { first, backends });
+                    let numbered = members.iter().map(|(index, weight)| (numbers[*index], *weight)).collect();
+                    Some(Set { first, count: *count, made: Made::Of(wanted.make, numbered) })
+                }
+            };
+        }
         for key in &wanted.ranges {
             let key = RangeKey { service: number, ..*key };
             match old.ranges.iter().position(|known| *known == key) {
@@ -88,9 +94,9 @@ impl Tables {
             live.ranges.push(key);
         }
         let part = |set: &Option<Set>| set.as_ref().map_or((0, 0), |set| (set.first, set.count));
-        let (outside_first, outside_count) = part(&outside);
+        let [inside, (outside_first, outside_count), within] = sets.each_ref().map(part);
         for (key, flags, world) in &wanted.rows {
-            let (inside_first, inside_count) = part(if *world { &within } else { &inside });
+            let (inside_first, inside_count) = if *world { within } else { inside };
             let row = Service {
                 id: number,
                 flags: *flags,
@@ -133,8 +139,7 @@ impl Tables {
             writes.push(Write::Bump(epoch_of(number)));
         }
 
-        live.sets.extend(inside);
-        for set in outside.into_iter().chain(within) {
+        for set in sets.into_iter().flatten() {
             if !live.sets.iter().any(|known| known.first == set.first) {
                 live.sets.push(set);
             }
@@ -152,27 +157,6 @@ impl Tables {
         self.by_number.insert(number, id.clone());
         self.ports.insert(id, Installed { port: (*port).clone(), live });
         writes
-    }
-
-    fn settle(
-        &self,
-        planned: &Planned,
-        first: u32,
-        wanted: &Wanted,
-        members: &[(usize, u16)],
-        numbers: &[u32],
-        writes: &mut Vec<Write>,
-    ) -> Option<Set> {
-        match planned {
-            Planned::Empty | Planned::Shared => None,
-            Planned::Kept(set) => Some(set.clone()),
-            Planned::New(count) => {
-                let backends = slots_of(wanted, members, |index| numbers[index]);
-                writes.push(Write::Slots { first, backends });
-                let numbered = members.iter().map(|(index, weight)| (numbers[*index], *weight)).collect();
-                Some(Set { first, count: *count, made: Made::Of(wanted.make, numbered) })
-            }
-        }
     }
 
     pub(super) fn give_back_backend(&mut self, number: u32, writes: &mut Vec<Write>) {

@@ -218,23 +218,18 @@ impl Tables {
         self.check_room(port, &wanted, old)?;
         let known =
             wanted.backends.iter().map(|(place, _)| old.backends.get(place).map(|(n, _)| *n)).collect::<Vec<_>>();
-        let inside = self.plan(&wanted, &wanted.inside, &known, old);
-        let outside = match wanted.inside == wanted.outside {
-            true => Planned::Shared,
-            false => self.plan(&wanted, &wanted.outside, &known, old),
-        };
-        let within = match wanted.inside == wanted.within {
-            true => Planned::Shared,
-            false => self.plan(&wanted, &wanted.within, &known, old),
-        };
-        let places = self.places(port, [&inside, &outside, &within])?;
+        let planned = [0, 1, 2].map(|at| match wanted.sets[..at].iter().position(|other| *other == wanted.sets[at]) {
+            Some(other) => Planned::SameAs(other),
+            None => self.plan(&wanted, &wanted.sets[at], &known, old),
+        });
+        let places = self.places(port, &planned)?;
         // Nothing can fail from here on.
         let old = match (self.ports.remove(&port.id), heir.and_then(|number| self.inherited.remove(&number))) {
             (Some(installed), _) => installed.live,
             (None, Some(live)) => live,
             (None, None) => Live::default(),
         };
-        let mut change = Change { port, wanted, old, planned: [inside, outside, within], places };
+        let mut change = Change { port, wanted, old, planned, places };
         Ok(self.carry_out(&mut change))
     }
 
@@ -393,8 +388,8 @@ impl Tables {
     }
 
     /// The first slots of what is new; all or none.
-    fn places(&mut self, port: &ServicePort, planned: [&Planned; 3]) -> Result<[u32; 3], TableError> {
-        let counts = planned.map(|one| if let Planned::New(count) = one { *count } else { 0 });
+    fn places(&mut self, port: &ServicePort, planned: &[Planned; 3]) -> Result<[u32; 3], TableError> {
+        let counts = planned.each_ref().map(|one| if let Planned::New(count) = one { *count } else { 0 });
         let mut taken = [0; 3];
         for at in 0..3 {
             if counts[at] == 0 {

@@ -357,6 +357,27 @@ fn an_address_with_other_uses_refuses_nothing() {
 }
 
 #[test]
+fn clients_inside_have_a_set_of_their_own_at_addresses_for_the_world() {
+    let mut tables = Tables::new(small());
+    let mut kernel = Kernel::default();
+    let mut port = service(1, [1, 2, 3]);
+    port.frontends.push(node_port(30_000));
+    (port.inside, port.outside, port.within) = (vec![0], vec![1], Some(vec![0, 1]));
+    kernel.carry_out(tables.set(&port).unwrap());
+    let sets = |kernel: &Kernel, number: u16| {
+        let row = kernel.services.iter().find(|(key, _)| key.port.number() == number).unwrap().1;
+        [(row.inside_first, row.inside_count), (row.outside_first, row.outside_count)]
+            .map(|(first, count)| kernel.set(first, count).to_vec())
+    };
+    assert_eq!((sets(&kernel, 80), sets(&kernel, 30_000)), ([vec![1], vec![2]], [vec![1, 2], vec![2]]));
+    assert_eq!(tables.usage().slots, 1 + 1 + 2);
+    port.within = Some(vec![1]);
+    kernel.carry_out(tables.set(&port).unwrap());
+    assert_eq!((sets(&kernel, 80), sets(&kernel, 30_000)), ([vec![1], vec![2]], [vec![2], vec![2]]));
+    assert_eq!(tables.usage().slots, 2, "what is alike stands once");
+}
+
+#[test]
 fn two_nodes_agree_on_every_slot_of_a_maglev_set() {
     let names = |order: &[u32]| -> Vec<Addr> {
         let mut kernel = Kernel::default();
@@ -485,6 +506,8 @@ fn step() -> impl Strategy<Value = Step> {
             let ready = |at: &usize| port.backends[*at].state == BackendState::ACTIVE;
             port.inside = (0..backends.len()).filter(ready).collect();
             port.outside = (0..backends.len()).filter(ready).filter(|at| subset & (1 << at) != 0).collect();
+            port.within =
+                (subset & 64 != 0).then(|| port.outside.iter().copied().filter(|_| subset & 128 != 0).collect());
             // A shared address now and then, so that services meet.
             port.frontends =
                 frontends.into_iter().map(|at| cluster_ip(if at == 3 { 77 } else { number }, 80 + at)).collect();

@@ -18,12 +18,9 @@ pub struct Wanted {
     pub shared: Vec<ServiceKey>,
     /// Place and state. Where several are given for one place, the first counts.
     pub backends: Vec<(Place, u8)>,
-    /// Indexes into `backends`, with weight.
-    pub inside: Vec<(usize, u16)>,
-    /// The same for clients outside.
-    pub outside: Vec<(usize, u16)>,
-    /// The same for clients inside, at addresses for the world.
-    pub within: Vec<(usize, u16)>,
+    /// Who may be given to clients inside, outside, and inside at addresses for the world: indexes into
+    /// `backends`, with weight.
+    pub sets: [Vec<(usize, u16)>; 3],
     /// How sets are made.
     pub make: Make,
     /// Keys of the ranges of clients; the service's number is still missing.
@@ -100,7 +97,10 @@ impl Wanted {
             out
         };
         let (inside, outside) = (members(&port.inside), members(&port.outside));
-        let within = port.within.as_deref().map_or_else(|| inside.clone(), members);
+        let within = match &port.within {
+            Some(within) if rows.iter().any(|(_, _, world)| *world) => members(within),
+            _ => inside.clone(),
+        };
         let make = match (port.algorithm, port.maglev_size) {
             (Algorithm::MAGLEV, Some(size)) if !maglev::SIZES.contains(&size) => {
                 return Err(TableError::MaglevSize { id: id(), size });
@@ -118,7 +118,7 @@ impl Wanted {
                 }
             }
         }
-        Ok(Wanted { rows, shared, backends, inside, outside, within, make, ranges })
+        Ok(Wanted { rows, shared, backends, sets: [inside, outside, within], make, ranges })
     }
 }
 

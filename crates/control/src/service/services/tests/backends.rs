@@ -173,8 +173,11 @@ fn local_policies_leave_the_backends_of_this_node() {
     for (policies, rest) in [
         ("", "in web-1 web-2, out web-1 web-2"),
         ("externalTrafficPolicy: Local", "in web-1 web-2, out web-1"),
-        ("internalTrafficPolicy: Local", "in web-1, out web-1 web-2"),
-        ("internalTrafficPolicy: Local, externalTrafficPolicy: Local", "in web-1, out web-1, kept web-2"),
+        ("internalTrafficPolicy: Local", "in web-1, out web-1 web-2, at world addresses in web-1 web-2"),
+        (
+            "internalTrafficPolicy: Local, externalTrafficPolicy: Local",
+            "in web-1, out web-1, at world addresses in web-1 web-2",
+        ),
     ] {
         assert_eq!(of(policies), format!("{head}{rest}"), "{policies}");
     }

@@ -2,7 +2,8 @@
 //!
 //! A service port is shown as one line, such as
 //! `shop/web:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80: in web-1 web-2, out web-1, kept web-3`:
-//! whom clients inside and outside may be given, and who only keeps what he has.
+//! whom clients inside and outside may be given, and who only keeps what he has. Where clients inside may
+//! be given others at addresses for the world, these stand there too.
 
 mod backends;
 mod frontends;
@@ -94,10 +95,14 @@ fn line(port: &ServicePort) -> String {
         if backend.state == cirri_abi::BackendState::ACTIVE { name } else { format!("({name})") }
     };
     let set = |set: &[usize]| set.iter().map(name).collect::<Vec<_>>().join(" ");
-    let chosen: BTreeSet<usize> = port.inside.iter().chain(&port.outside).copied().collect();
+    let chosen: BTreeSet<usize> =
+        port.inside.iter().chain(&port.outside).chain(port.within.iter().flatten()).copied().collect();
+    let within =
+        port.within.as_ref().map_or(String::new(), |within| format!(", at world addresses in {}", set(within)));
     let kept: Vec<usize> = (0..port.backends.len()).filter(|index| !chosen.contains(index)).collect();
     let mut line =
         format!("{} @ {}: in {}, out {}", port.id, frontends.join(" "), set(&port.inside), set(&port.outside));
+    line += &within;
     if !kept.is_empty() {
         line += &format!(", kept {}", set(&kept));
     }
