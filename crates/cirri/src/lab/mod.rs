@@ -107,6 +107,10 @@ enum Verb {
 /// What went wrong and what to do about it, in one line. Refused input is not an error of the program: it is printed
 /// here and answered with exit code 2.
 pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
+    // On this very thread: while another thread's program replaces the process, the process looks like a zombie.
+    if matches!(args.verb, Verb::In(_)) {
+        return dispatch(args);
+    }
     // A thread of its own, so that it does not matter whether the caller already runs inside an async runtime.
     let outcome = std::thread::scope(|scope| scope.spawn(|| dispatch(args)).join());
     let outcome = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
