@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use cirri_loader::Tables;
 use serde::Deserialize;
+
+use crate::lab::cgroup;
 
 /// A lab; taken down with its guard.
 pub struct BenchLab {
@@ -71,6 +74,18 @@ impl BenchLab {
         let entries = std::fs::read_dir(pin_root).with_context(|| format!("cannot list {}", pin_root.display()))?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         Ok(names.filter(|name| name.starts_with(&prefix)).collect())
+    }
+
+    /// The control group of a node, which the programs on its sockets are attached to.
+    pub fn group(&self, node: &str) -> Result<PathBuf> {
+        cgroup::of(&self.name.parse().map_err(anyhow::Error::msg)?, node)
+    }
+
+    /// The tables of a lab of one node.
+    pub fn tables(&self, pin_root: &Path) -> Result<Tables> {
+        let instances = self.instances(pin_root)?;
+        let instance = instances.first().context("a lab without an agent")?;
+        Ok(Tables::open(pin_root, instance)?)
     }
 
     fn cirri(&self, words: &[&str]) -> Result<String> {

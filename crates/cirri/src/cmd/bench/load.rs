@@ -127,10 +127,18 @@ fn answer(mut stream: TcpStream, echo: bool, buffer: &mut [u8]) -> io::Result<()
     }
 }
 
-/// Runs one window from `netns` against a server.
-pub fn run(netns: &Path, server: &Server, mode: Mode, length: Duration, cpu: usize) -> Result<Window> {
+/// Runs one window from `netns` against a server; if it is behind a service, by that address.
+pub fn run(
+    netns: &Path,
+    server: &Server,
+    service: Option<SocketAddr>,
+    mode: Mode,
+    length: Duration,
+    cpu: usize,
+) -> Result<Window> {
     let port = if mode == Mode::Bulk { SINK } else { ECHO };
-    let to = server.addresses.iter().find(|address| address.port() == port).context("a server without a port")?;
+    let own = server.addresses.iter().find(|address| address.port() == port);
+    let to = &service.or(own.copied()).context("a server without a port")?;
     let before = server.used.load(Ordering::Relaxed);
     let client = netns::within(netns, || {
         stay_on(cpu)?;
@@ -236,8 +244,8 @@ fn own_time() -> Duration {
 }
 
 /// Waits until a server can be reached, as it may take a moment after its policy is there.
-pub fn await_reachable(netns: &Path, server: &Server) -> Result<()> {
-    let Some(to) = server.addresses.first() else { bail!("a server without a port") };
+pub fn await_reachable(netns: &Path, server: &Server, service: Option<SocketAddr>) -> Result<()> {
+    let Some(to) = &service.or(server.addresses.first().copied()) else { bail!("a server without a port") };
     let begun = Instant::now();
     loop {
         match netns::within(netns, || TcpStream::connect_timeout(to, PATIENCE))? {

@@ -14,7 +14,9 @@ mod packets;
 mod pin;
 mod plain;
 mod report;
+mod rivals;
 mod served;
+mod services;
 mod sockets;
 mod stats;
 mod traffic;
@@ -62,6 +64,15 @@ enum BenchCommand {
     },
     /// What services in the system call cost connect
     Sockets {
+        #[command(flatten)]
+        pins: PinArgs,
+        #[command(flatten)]
+        amount: AmountArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Connections to services, beside plain routing, iptables and nftables (needs a lab)
+    Services {
         #[command(flatten)]
         pins: PinArgs,
         #[command(flatten)]
@@ -145,6 +156,10 @@ impl AmountArgs {
         sockets::Plan { rounds: if self.quick { 20 } else { 200 }, calls: 500, cpu: self.cpu }
     }
 
+    fn services(&self) -> services::Plan {
+        services::Plan { traffic: self.traffic(), many: !self.quick, more: if self.quick { 3 } else { 5 } }
+    }
+
     fn everything(&self) -> report::Plan {
         report::Plan { packets: self.plan(), traffic: self.traffic(), control: self.control(), quick: self.quick }
     }
@@ -176,6 +191,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Sockets { pins, amount, output } => {
             let lines = sockets::run(&pins.pin_root, &amount.sockets()).map_err(failed)?;
             output::print(output.output, &lines, |lines| sockets::table(lines))
+        }
+        BenchCommand::Services { pins, amount, output } => {
+            let services = services::run(&pins.pin_root, &amount.services()).map_err(failed)?;
+            output::print(output.output, &services, services::table)
         }
         BenchCommand::Control { amount, output } => {
             let control = control::run(&amount.control()).map_err(failed)?;

@@ -12,6 +12,7 @@ use crate::lab::netns;
 /// The topology; removed with its guard.
 pub struct Plain {
     prefix: String,
+    names: &'static [&'static str],
 }
 
 pub const NEAR: Ipv4Addr = Ipv4Addr::new(10, 99, 2, 2);
@@ -70,17 +71,43 @@ const SCRIPT: &str = "
 @node2 route add 10.99.5.0/24 via 10.99.9.1
 ";
 
+/// The same with one node only: a client and a server on it, at the same addresses.
+const SMALL_NAMESPACES: [&str; 3] = ["node1", "client", "near"];
+const SMALL_SCRIPT: &str = "
+@node1 link add c type veth peer name eth0 netns @client
+@node1 link add s type veth peer name eth0 netns @near
+@node1 addr add 10.99.1.1/24 dev c
+@node1 addr add 10.99.2.1/24 dev s
+@client addr add 10.99.1.2/24 dev eth0
+@near addr add 10.99.2.2/24 dev eth0
+@node1 link set c up
+@node1 link set s up
+@client link set eth0 up
+@near link set eth0 up
+@client route add default via 10.99.1.1
+@near route add default via 10.99.2.1
+";
+
 impl Plain {
     /// Builds it.
     pub fn up() -> Result<Plain> {
-        let plain = Plain { prefix: format!("cirri-bench-{}-", std::process::id()) };
-        for name in NAMESPACES {
+        Plain::build("", &NAMESPACES, SCRIPT)
+    }
+
+    /// Builds one with one node. `tag` tells those of this process apart.
+    pub fn small(tag: &str) -> Result<Plain> {
+        Plain::build(&format!("{tag}-"), &SMALL_NAMESPACES, SMALL_SCRIPT)
+    }
+
+    fn build(tag: &str, names: &'static [&'static str], script: &str) -> Result<Plain> {
+        let plain = Plain { prefix: format!("cirri-bench-{}-{tag}", std::process::id()), names };
+        for name in names {
             netns::create(&plain.name(name))?;
         }
-        for line in SCRIPT.lines().filter(|line| !line.is_empty()) {
+        for line in script.lines().filter(|line| !line.is_empty()) {
             plain.ip(line)?;
         }
-        for node in ["node1", "node2"] {
+        for node in names.iter().filter(|name| name.starts_with("node")) {
             netns::within(&plain.netns(node), || std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))??;
         }
         Ok(plain)
@@ -113,7 +140,7 @@ impl Plain {
 
 impl Drop for Plain {
     fn drop(&mut self) {
-        for name in NAMESPACES {
+        for name in self.names {
             if let Err(error) = netns::delete(&self.name(name)) {
                 eprintln!("cirri: {}: {error}", self.name(name));
             }

@@ -1,6 +1,7 @@
 //! `cirri bench traffic`: real connections, requests and bulk data between pods of a lab, beside
 //! plain kernel routing in the same rounds.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use cirri_abi::node_flag;
 use cirri_loader::Tables;
 use serde::Serialize;
 
+use super::group::Home;
 use super::labs::{self, BenchLab};
 use super::load::{self, Mode, Server, Window};
 use super::plain::{self, Plain};
@@ -46,21 +48,25 @@ pub struct Line {
 }
 
 /// A way that traffic takes.
-struct Way {
-    name: &'static str,
-    beside: &'static str,
-    client: PathBuf,
-    server: usize,
+pub struct Way {
+    pub name: &'static str,
+    pub beside: &'static str,
+    pub client: PathBuf,
+    pub server: usize,
+    /// The address to use instead of the server's own.
+    pub service: Option<SocketAddr>,
+    /// The control group that the client's sockets belong to; `None`: this process's own.
+    pub group: Option<PathBuf>,
     /// Whether connections are reported; `None` if nothing of Cirri is there.
-    visible: Option<bool>,
-    modes: &'static [Mode],
+    pub visible: Option<bool>,
+    pub modes: &'static [Mode],
 }
 
 /// A way through a lab: name, what it is beside, the server's pod, whether connections are reported.
 type LabWay = (&'static str, &'static str, &'static str, bool, &'static [Mode]);
 
 const ALL: &[Mode] = &[Mode::Connections, Mode::Requests, Mode::Bulk];
-const SHORT: &[Mode] = &[Mode::Connections, Mode::Requests];
+pub const SHORT: &[Mode] = &[Mode::Connections, Mode::Requests];
 
 const OVERLAY: &[LabWay] = &[
     ("overlay-near", "plain-near", "near", true, ALL),
@@ -87,7 +93,8 @@ pub fn run(pin_root: &Path, plan: &Plan) -> Result<Vec<Line>> {
         ("plain-vxlan-far", "plain-far", "far", plain::FAR_BY_VXLAN),
     ] {
         let client = plain.netns("client");
-        ways.push(Way { name, beside, client, server: servers.len(), visible: None, modes: ALL });
+        let server = servers.len();
+        ways.push(Way { name, beside, client, server, service: None, group: None, visible: None, modes: ALL });
         servers.push(Server::start(&plain.netns(pod), address.into(), plan.cpu)?);
     }
     let labs = [(lab("o", "overlay")?, OVERLAY), (lab("d", "direct")?, DIRECT)];
@@ -106,15 +113,12 @@ pub fn run(pin_root: &Path, plan: &Plan) -> Result<Vec<Line>> {
                 }
             };
             let (client, _) = info.pod("client")?;
-            ways.push(Way { name, beside, client, server, visible: Some(*visible), modes });
+            let visible = Some(*visible);
+            ways.push(Way { name, beside, client, server, service: None, group: None, visible, modes });
         }
         for instance in lab.instances(pin_root)? {
             tables.push(Tables::open(pin_root, &instance)?);
         }
-    }
-    for way in &ways {
-        load::await_reachable(&way.client, servers.get(way.server).context("a way without a server")?)
-            .with_context(|| way.name)?;
     }
     measure(plan, &ways, &servers, &tables)
 }
@@ -136,7 +140,14 @@ fn lab(tag: &str, routing: &str) -> Result<BenchLab> {
     Ok(lab)
 }
 
-fn measure(plan: &Plan, ways: &[Way], servers: &[Server], tables: &[Tables]) -> Result<Vec<Line>> {
+/// Lets all ways take turns.
+pub fn measure(plan: &Plan, ways: &[Way], servers: &[Server], tables: &[Tables]) -> Result<Vec<Line>> {
+    let mut home = Home::new()?;
+    for way in ways {
+        home.enter(way.group.as_deref())?;
+        let server = servers.get(way.server).context("a way without a server")?;
+        load::await_reachable(&way.client, server, way.service).with_context(|| way.name)?;
+    }
     let mut windows: Vec<(&Way, Mode, Vec<Window>)> =
         ways.iter().flat_map(|way| way.modes.iter().map(move |mode| (way, *mode, Vec::new()))).collect();
     eprintln!("cirri: {} windows in each of {} rounds", windows.len(), plan.rounds);
@@ -146,7 +157,8 @@ fn measure(plan: &Plan, ways: &[Way], servers: &[Server], tables: &[Tables]) -> 
                 report_connections(tables, visible)?;
             }
             let server = servers.get(way.server).context("a way without a server")?;
-            let window = load::run(&way.client, server, *mode, plan.window, plan.cpu);
+            home.enter(way.group.as_deref())?;
+            let window = load::run(&way.client, server, way.service, *mode, plan.window, plan.cpu);
             done.push(window.with_context(|| way.name)?);
         }
     }
