@@ -354,3 +354,110 @@ fn the_backend_answers_itself_when_packets_come_in_ipip() {
             .is_err()
     );
 }
+
+#[test]
+fn what_cannot_work_is_said_before_anything_changes() {
+    let lab = EdgeLab::new(1);
+    let file = lab.file();
+    let file = file.to_string_lossy();
+    let one = "services: [{name: web, address: 203.0.113.10, port: 80, backends: [{address: 10.77.0.11}]}]";
+    let cases = [
+        (format!("devices: [eth9]\n{one}"), "there is no device eth9; devices: lo, eth0"),
+        (format!("address: 10.77.0.99\n{one}"), "no device has 10.77.0.99; correct address"),
+        (
+            one.replace("203.0.113.10", "10.77.0.1").replace("services", "address: 10.77.0.1\nservices"),
+            "load balancer's own address",
+        ),
+        (one.replace("port: 80", "port: 65536"), "port 65536 is out of range"),
+        (one.replace("port: 80", "port: 80, algorithm: fair"), "fair"),
+        (one.replace("10.77.0.11", "'fd77::11'"), "another family"),
+        (
+            format!("{}, {}", one.trim_end_matches(']'), "{name: two, address: 203.0.113.10, port: 80}]"),
+            "is service web's already",
+        ),
+        (format!("{one}\nacceleration: fastest"), "fastest"),
+    ];
+    for (text, said) in cases {
+        lab.write(&text);
+        let ran = lab.command(&["--config", &file]);
+        let error = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert_eq!(ran.status.code(), Some(2), "{text}: {error}");
+        assert!(error.contains(said), "{text}: {error}");
+        assert!(!lab.pins().exists(), "{text}");
+    }
+    lab.write(one);
+    assert!(lab.command(&["check", "--config", &file]).status.success());
+    let nobody = lab.command(&["status", "--config", &file]);
+    assert_eq!(nobody.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&nobody.stderr).contains("no load balancer answers"));
+    assert_eq!(lab.command(&[]).status.code(), Some(2), "neither a file nor a command");
+}
+
+/// The first packet of each connection carries the service's address in an IP option, and the client's
+/// address as its source: what a Cirri node needs to answer itself. What it does with it is shown by the
+/// tests of services in clusters.
+#[test]
+fn a_first_packet_with_a_dsr_option_names_the_service() {
+    let mut lab = EdgeLab::new(1);
+    let text = services("    forwarding: dsr-option\n");
+    let only_b1: String = text
+        .lines()
+        .filter(|line| !line.contains("name: b2") && !line.contains("name: b3"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    lab.write(&only_b1);
+    lab.start();
+    let wire = lab.backends["b1"].namespace.run(|| {
+        // Every frame that comes in.
+        let all = i32::from(0x0003_u16.to_be());
+        socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::RAW, Some(all.into()))
+    });
+    let mut wire = wire.unwrap().unwrap();
+    wire.set_read_timeout(Some(PATIENCE)).unwrap();
+    let vip4: std::net::Ipv4Addr = VIP.parse().unwrap();
+    let vip6: std::net::Ipv6Addr = VIP6.parse().unwrap();
+    let v4 = [&[0x9a, 8][..], &80_u16.to_be_bytes(), &vip4.octets()].concat();
+    for (to, option, v6) in [(format!("{VIP}:80"), v4, false), (format!("[{VIP6}]:80"), vip6.octets().to_vec(), true)] {
+        let to: std::net::SocketAddr = to.parse().unwrap();
+        // Nobody answers as the service here, so it does not come to a connection.
+        let client = lab.client.namespace.clone();
+        let connecting = std::thread::spawn(move || {
+            client.run(|| std::net::TcpStream::connect_timeout(&to, PATIENCE / 10).is_ok()).unwrap()
+        });
+        let deadline = Instant::now() + PATIENCE;
+        let frame = loop {
+            assert!(Instant::now() < deadline, "no such packet for {to}");
+            let mut frame = [0; 2048];
+            let length = io::Read::read(&mut wire, &mut frame).unwrap();
+            let frame = &frame[..length];
+            let ours = if v6 {
+                frame[12..14] == [0x86, 0xdd] && frame[20] == 60
+            } else {
+                frame[12..14] == [8, 0] && frame[14] == 0x47
+            };
+            if ours {
+                break frame.to_vec();
+            }
+        };
+        assert!(!connecting.join().unwrap());
+        let (source, destination) =
+            if v6 { (&frame[22..38], &frame[38..54]) } else { (&frame[26..30], &frame[30..34]) };
+        let (client, backend): (IpAddr, IpAddr) = if v6 {
+            ("fd77::2".parse().unwrap(), "fd77::11".parse().unwrap())
+        } else {
+            ([10, 77, 0, 2].into(), [10, 77, 0, 11].into())
+        };
+        let octets = |ip: IpAddr| match ip {
+            IpAddr::V4(v4) => v4.octets().to_vec(),
+            IpAddr::V6(v6) => v6.octets().to_vec(),
+        };
+        assert_eq!((source, destination), (&octets(client)[..], &octets(backend)[..]));
+        let headers = if v6 { &frame[54..78] } else { &frame[34..42] };
+        if v6 {
+            assert_eq!((headers[0], headers[1], headers[2]), (6, 2, 0x1b), "{headers:x?}");
+            assert_eq!((&headers[4..20], &headers[20..22]), (&option[..], &80_u16.to_be_bytes()[..]), "{headers:x?}");
+        } else {
+            assert_eq!(headers, option);
+        }
+    }
+}

@@ -54,6 +54,8 @@ pub const PACKAGES: &[Package] = &[
         why: "a real runtime that calls the CNI plugin",
     },
     Package { name: "runc", proof: "runc", need: Need::Test, why: "starts containerd's containers" },
+    Package { name: "bird2", proof: "bird", need: Need::Test, why: "announces a load balancer's addresses by BGP" },
+    Package { name: "ethtool", proof: "ethtool", need: Need::Test, why: "has virtual devices behave like network cards" },
     Package { name: "iperf3", proof: "iperf3", need: Need::Bench, why: "throughput and its kernel baseline" },
 ];
 
@@ -165,8 +167,13 @@ fn get(packages: &[String], toolchain: Option<&bpf::Toolchain>) -> Result<()> {
 }
 
 /// Packages that bring a service, and its name.
-const SERVICES: [(&str, &str); 4] =
-    [("etcd-server", "etcd"), ("redis-server", "redis-server"), ("nginx-light", "nginx"), ("containerd", "containerd")];
+const SERVICES: [(&str, &str); 5] = [
+    ("etcd-server", "etcd"),
+    ("redis-server", "redis-server"),
+    ("nginx-light", "nginx"),
+    ("containerd", "containerd"),
+    ("bird2", "bird"),
+];
 
 /// Everything a person must type for what is missing, the linker included.
 fn by_hand(packages: &[String], toolchain: Option<&bpf::Toolchain>) -> String {
