@@ -21,6 +21,8 @@ pub struct BenchLab {
 /// What `cirri lab list -o json` says, as far as it is needed.
 #[derive(Debug, Deserialize)]
 pub struct Info {
+    /// The namespace of its etcd.
+    pub net: PathBuf,
     pub nodes: Vec<NodeInfo>,
     pub pods: Vec<PodInfo>,
 }
@@ -28,6 +30,7 @@ pub struct Info {
 #[derive(Debug, Deserialize)]
 pub struct NodeInfo {
     pub pid: Option<i32>,
+    pub socket: PathBuf,
     pub log: PathBuf,
 }
 

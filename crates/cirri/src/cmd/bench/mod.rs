@@ -19,6 +19,7 @@ mod served;
 mod services;
 mod sockets;
 mod stats;
+mod tenk;
 mod traffic;
 mod verify;
 
@@ -82,6 +83,13 @@ enum BenchCommand {
     },
     /// From a manifest to its enforcement, attaching pods, memory of the agent (needs a lab)
     Control {
+        #[command(flatten)]
+        amount: AmountArgs,
+        #[command(flatten)]
+        output: OutputArgs,
+    },
+    /// Ten thousand services on a real agent: until in force, one change, memory (needs a lab)
+    Tenk {
         #[command(flatten)]
         amount: AmountArgs,
         #[command(flatten)]
@@ -160,6 +168,14 @@ impl AmountArgs {
         services::Plan { traffic: self.traffic(), many: !self.quick, more: if self.quick { 3 } else { 5 } }
     }
 
+    fn tenk(&self) -> tenk::Plan {
+        if self.quick {
+            tenk::Plan { services: 1000, changes: 20 }
+        } else {
+            tenk::Plan { services: 10_000, changes: 200 }
+        }
+    }
+
     fn everything(&self) -> report::Plan {
         report::Plan { packets: self.plan(), traffic: self.traffic(), control: self.control(), quick: self.quick }
     }
@@ -199,6 +215,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         BenchCommand::Control { amount, output } => {
             let control = control::run(&amount.control()).map_err(failed)?;
             output::print(output.output, &control, control::shown)
+        }
+        BenchCommand::Tenk { amount, output } => {
+            let tenk = tenk::run(&amount.tenk()).map_err(failed)?;
+            output::print(output.output, &tenk, tenk::shown)
         }
         BenchCommand::All { out, pins, amount } => {
             report::run(&pins.pin_root, &amount.everything(), out).map_err(failed)
