@@ -249,8 +249,9 @@ pub(crate) fn draft<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropRe
         None => return Err(DropReason::NO_CONFIG),
     };
     let now = tables.now();
-    let opener = if is_by_network(&s.from, &s.to, asked_by_network(s)) { 0 } else { tunnel };
-    let other = if is_by_network(&s.to, &s.from, false) { 0 } else { tunnel };
+    let asked = asked_by_network(s);
+    let opener = if is_by_network(tables, &s.from, &s.opener.src, &s.to, asked) { 0 } else { tunnel };
+    let other = if is_by_network(tables, &s.to, &s.translated.dst, &s.from, false) { 0 } else { tunnel };
     direction(tables, &s.from, &s.to, &s.translated, [opener, other], now, &mut s.forward)?;
     direction(tables, &s.to, &s.from, &s.translated.turned(), [other, opener], now, &mut s.reverse)?;
     s.reverse.flags = recipe_flag::REPLY;
@@ -321,10 +322,13 @@ fn direction<T: Tables>(
 }
 
 /// Whether another node itself is met by the network and not through the overlay: it sends to addresses of
-/// nodes and of the outside by the network, and looks for their packets there.
+/// nodes and of the outside by the network, and looks for their packets there. Only at its own address: it
+/// may send in the name of a node from any other, through the overlay.
 #[inline(always)]
-fn is_by_network(node: &Place, other: &Place, asked: bool) -> bool {
-    node.identity.id == Identity::REMOTE_NODE.id && (asked || other.kind != PlaceKind::Local)
+fn is_by_network<T: Tables>(tables: &T, node: &Place, addr: &Addr, other: &Place, asked: bool) -> bool {
+    node.identity.id == Identity::REMOTE_NODE.id
+        && (asked || other.kind != PlaceKind::Local)
+        && service::is_peer(tables, addr)
 }
 
 /// Whether the opener has asked for a service at an address that leads by the network: it knows nothing of

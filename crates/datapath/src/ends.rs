@@ -49,7 +49,9 @@ pub(crate) fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut
         _ => {
             // From the node's stack, or from the network: the address says who it is, so it must
             // not be one that can only come another way.
-            if let Err(reason) = s.from.set_address(tables, src) {
+            // A packet for a service has been asked for already.
+            let known = s.served.yes && s.hook == Hook::FROM_NETWORK;
+            if !known && let Err(reason) = s.from.set_address(tables, src) {
                 return Err(match s.hook {
                     // Nobody can be there, or it is one of our own addresses that nobody has yet.
                     Hook::FROM_NETWORK if reason != DropReason::NO_CONFIG => DropReason::INVALID_SOURCE_IP.into(),

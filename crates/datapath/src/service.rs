@@ -84,7 +84,7 @@ fn is_own<T: Services>(tables: &T, addr: &Addr) -> bool {
 
 /// Whether an address is another node's.
 #[inline(always)]
-fn is_peer<T: Services>(tables: &T, addr: &Addr) -> bool {
+pub(crate) fn is_peer<T: Services>(tables: &T, addr: &Addr) -> bool {
     match tables.ipcache(addr) {
         Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
         None => false,
