@@ -27,7 +27,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::kernel::{TestInstance, TestNamespace};
-use crate::lab::{binary, printed};
+use crate::lab::{binary, eventually, printed};
 use cirri_loader::EdgeWanted;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -49,7 +49,7 @@ pub struct EdgeLab {
     pub lb: TestNamespace,
     /// The backends', by name.
     pub backends: BTreeMap<String, TestNamespace>,
-    _switch: TestNamespace,
+    switch: TestNamespace,
     _passing: TestInstance,
     directory: tempfile::TempDir,
     instance: String,
@@ -73,7 +73,30 @@ impl EdgeLab {
         run(&client, "ip -6 route add 2001:db8::/64 via fd77::1");
         let instance = format!("edge-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let directory = tempfile::tempdir().expect("a directory");
-        EdgeLab { client, lb, backends, _switch: switch, _passing: passing, directory, instance, daemon: None }
+        EdgeLab { client, lb, backends, switch, _passing: passing, directory, instance, daemon: None }
+    }
+
+    /// Another host on the switch, at 10.77.0.`number`.
+    pub fn host(&self, name: &str, number: usize) -> TestNamespace {
+        host(&self.switch, name, number)
+    }
+
+    /// Starts a second load balancer in another namespace, with the same services, in TC. Its directory
+    /// goes with the lab's; dropping it takes it away.
+    pub fn second(&self, place: TestNamespace, services: &str) -> Second {
+        let file = self.directory.path().join("second.yaml");
+        let state = self.directory.path().join("second");
+        let head = format!("devices: [eth0]\nacceleration: off\nstateDir: {}\n", state.display());
+        let instance = format!("{}-second", self.instance);
+        std::fs::write(&file, format!("{head}bpf: {{instance: {instance}, maps: {MAPS}}}\n{services}\n"))
+            .expect("written");
+        let (binary, at) = (binary().expect("built"), file.clone());
+        let child = place.namespace.run(move || {
+            Command::new(binary).args(["lb", "--config"]).arg(at).stdin(Stdio::null()).stderr(Stdio::null()).spawn()
+        });
+        let second = Second { child: child.expect("entered").expect("started"), file, place };
+        eventually("the second one answers", Duration::from_secs(60), || state.join("lb.sock").exists());
+        second
     }
 
     /// Writes the load balancer's file, as an editor does: another one, renamed into place. The test
@@ -231,6 +254,23 @@ impl EdgeLab {
         socket.connect(to).expect("connected");
         socket.set_read_timeout(Some(PATIENCE)).expect("set");
         socket
+    }
+}
+
+/// A second load balancer.
+pub struct Second {
+    child: Child,
+    file: PathBuf,
+    place: TestNamespace,
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        // Ended already, perhaps.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let down = command_in(&self.place, &["down", "--config", &self.file.to_string_lossy()]);
+        assert!(down.status.success() || std::thread::panicking(), "{}", String::from_utf8_lossy(&down.stderr));
     }
 }
 

@@ -316,13 +316,9 @@ fn the_backend_answers_itself_when_packets_come_in_ipip() {
     let wrapped = services("    forwarding: dsr-ipip\n").replace("port: 8080", "port: 80");
     lab.write(&wrapped);
     lab.start();
-    let pins = format!("{}-host", lab.pins().file_name().unwrap().to_string_lossy());
+    let hosts = BackendHosts::set_up(&lab, &["--device", "eth0", "--vip", VIP, "--vip", VIP6]);
     let mut servers = Vec::new();
-    let host = ["backend", "--device", "eth0", "--vip", VIP, "--vip", VIP6, "--instance"];
     for (name, place) in &lab.backends {
-        let instance = format!("{pins}-{name}");
-        let set_up = edge::command_in(place, &[&host[..], &[&instance]].concat());
-        assert!(set_up.status.success(), "{}", String::from_utf8_lossy(&set_up.stderr));
         for address in [format!("{VIP}:80"), format!("[{VIP6}]:80")] {
             servers.push(Server::at(place, name, &address));
         }
@@ -339,20 +335,68 @@ fn the_backend_answers_itself_when_packets_come_in_ipip() {
     let total = &stats["services"][0]["total"];
     assert_eq!((&total["connections"], &total["answers"]), (&60.into(), &0.into()), "{stats:#}");
     drop(servers);
-    for (name, place) in &lab.backends {
-        let instance = format!("{pins}-{name}");
-        let removed = edge::command_in(place, &[&host[..], &[&instance, "--remove"]].concat());
-        assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
-        assert!(!lab.pins().with_file_name(&instance).exists());
-        assert!(!edge::run(place, "ip address show dev lo").contains(VIP));
+    let instances: Vec<String> = lab.backends.keys().map(|name| hosts.instance(name)).collect();
+    drop(hosts);
+    assert!(!instances.iter().any(|instance| lab.pins().with_file_name(instance).exists()));
+    assert!(!lab.backends.values().any(|place| edge::run(place, "ip address show dev lo").contains(VIP)));
+    let to = format!("{VIP}:80").parse().unwrap();
+    let connected = lab.client.namespace.run(|| std::net::TcpStream::connect_timeout(&to, PATIENCE / 5));
+    assert!(connected.unwrap().is_err(), "nobody unwraps any more");
+}
+
+/// What makes load balancers side by side worth having: a router that knows one less sends a connection's
+/// packets to another, which has never seen it.
+#[test]
+fn another_load_balancer_goes_on_where_one_stopped() {
+    let mut lab = EdgeLab::new(3);
+    let wrapped = "services: [{name: web, address: 203.0.113.10, port: 80, forwarding: dsr-ipip, backends: [
+        {address: 10.77.0.11}, {address: 10.77.0.12}, {address: 10.77.0.13}]}]";
+    lab.write(wrapped);
+    lab.start();
+    let second = lab.second(lab.host("lb2", 4), wrapped);
+    let hosts = BackendHosts::set_up(&lab, &["--device", "eth0", "--vip", VIP]);
+    let servers: Vec<Server> =
+        lab.backends.iter().map(|(name, place)| Server::at(place, name, &format!("{VIP}:80"))).collect();
+    let mut talks = lab.connect_many(&format!("{VIP}:80"), 60);
+    assert_eq!(spread(&talks).len(), 3);
+    edge::run(&lab.client, "ip route replace 203.0.113.0/24 via 10.77.0.4");
+    talks.iter_mut().for_each(edge::Talk::goes_on);
+    drop((servers, hosts, second));
+}
+
+/// `cirri lb backend` on every backend.
+struct BackendHosts<'a> {
+    lab: &'a EdgeLab,
+    arguments: Vec<String>,
+}
+
+impl<'a> BackendHosts<'a> {
+    fn set_up(lab: &'a EdgeLab, arguments: &[&str]) -> BackendHosts<'a> {
+        let hosts = BackendHosts { lab, arguments: arguments.iter().map(|word| (*word).to_owned()).collect() };
+        hosts.each(&[]);
+        hosts
     }
-    assert!(
-        lab.client
-            .namespace
-            .run(|| std::net::TcpStream::connect_timeout(&format!("{VIP}:80").parse().unwrap(), PATIENCE / 5))
-            .unwrap()
-            .is_err()
-    );
+
+    fn instance(&self, name: &str) -> String {
+        format!("{}-{name}", self.lab.pins().file_name().unwrap().to_string_lossy())
+    }
+
+    fn each(&self, more: &[&str]) {
+        for (name, place) in &self.lab.backends {
+            let instance = self.instance(name);
+            let words: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+            let ran = edge::command_in(place, &[&["backend", "--instance", &instance][..], &words, more].concat());
+            assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        }
+    }
+}
+
+impl Drop for BackendHosts<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.each(&["--remove"]);
+        }
+    }
 }
 
 #[test]
