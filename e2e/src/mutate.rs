@@ -3,17 +3,26 @@
 //! The same seed makes the same packets. They meet a small world with policies, in which some
 //! connections are open, so that mutations of their packets come near to passing.
 
-use cirri_abi::{Cookie, Hook, Identity, Ipcache, Port, ipcache_flag};
+use cirri_abi::{
+    Algorithm, Backend, Cookie, Forwarding, Hook, Identity, Ipcache, Port, Service, ipcache_flag, node_flag,
+    service_flag,
+};
 use cirri_datapath::TunnelKey;
 use cirri_sim::Frame;
 use fastrand::Rng;
 
 use crate::fixtures::{
-    A, B, Change, Devices, RULESET_A, RULESET_B, Step, World, addresses, all, allow, config, deny, entry,
+    A, ANY, B, Change, Devices, EDGE, RULESET_A, RULESET_B, Step, World, addresses, all, allow, config, deny, entry,
 };
 
 /// Identity of pod c of node n2.
 pub const C: Identity = Identity { id: 500 };
+
+/// Addresses and ports of services, of TCP and UDP: in the cluster only; of nodes; outside with direct return
+/// by option; and by IPIP.
+pub const FRONTS: [(&str, u16); 4] = [("vip", 80), (ANY, 30080), ("lb", 80), ("lb", 443)];
+/// Who serves behind each of them.
+pub const BACKENDS: [(&str, u16); 5] = [("b", 8080), ("c", 8080), ("w", 8443), ("n1", 8080), ("a", 80)];
 
 /// Makes packets.
 pub struct Mutator {
@@ -26,9 +35,29 @@ pub struct Mutator {
 ///
 /// Pod a may speak to b, to c, and to port 443 (TCP) of anybody; it lets b in at port 80 (TCP). Pod b
 /// may speak to everybody; it lets a in at port 80 (TCP), c everywhere, and anybody at 8080 (TCP).
+///
+/// [`FRONTS`] are services, all with the same [`BACKENDS`].
 pub fn tables(devices: Devices, ports: u16) -> Vec<Change> {
     let mut tables = World::new(false, devices).tables;
+    for v6 in [false, true] {
+        let mut world = World { v6, devices, tables: Vec::new() };
+        for front in FRONTS {
+            world = world.service(front, &BACKENDS, |row| {
+                // Chance is not the same on two hosts.
+                row.algorithm = Algorithm::MAGLEV;
+                match front {
+                    ("vip", _) => row.flags |= service_flag::INSIDE_ONLY,
+                    ("lb", 80) => row.forwarding = Forwarding::DSR_OPTION,
+                    ("lb", _) => row.forwarding = Forwarding::DSR_IPIP,
+                    _ => {}
+                }
+            });
+        }
+        // Numbers of backends and slots are each family's own.
+        tables.extend(world.tables.into_iter().map(|change| if v6 { shifted(change) } else { change }));
+    }
     let mut node = config(devices);
+    node.flags |= node_flag::HOST_BACKENDS;
     (node.masquerade_first, node.masquerade_mask) = (Port::new(50_000), ports - 1);
     tables.push(Change::Config(node));
     let (ingress, egress) = (0, 1);
@@ -61,6 +90,23 @@ pub fn tables(devices: Devices, ports: u16) -> Vec<Change> {
     tables
 }
 
+/// Moves a service and its backends to numbers that the other family does not use.
+fn shifted(change: Change) -> Change {
+    match change {
+        Change::Backend(number, backend) => {
+            Change::Backend(number + 20, Backend { service: backend.service + 2, ..backend })
+        }
+        Change::Slots(first, backends) => {
+            Change::Slots(first + 200, backends.into_iter().map(|number| number + 20).collect())
+        }
+        Change::Service(key, row) if row.id != 0 => {
+            let (inside_first, outside_first) = (row.inside_first + 200, row.outside_first + 200);
+            Change::Service(key, Service { id: row.id + 2, inside_first, outside_first, ..row })
+        }
+        other => other,
+    }
+}
+
 impl Mutator {
     /// From a seed.
     pub fn new(seed: u64, devices: Devices) -> Mutator {
@@ -91,10 +137,10 @@ impl Mutator {
     /// Another hook or another door.
     fn elsewhere(&mut self, hook: &mut u8, frame: &mut Frame) {
         let Devices { a, b, eth, overlay } = self.devices;
-        *hook = self.rng.choice([1, 1, 2, 3, 3, 5, 6]).unwrap_or(Hook::FROM_WORKLOAD);
+        *hook = self.rng.choice([1, 1, 2, 3, 3, 4, 5, 6, EDGE, EDGE]).unwrap_or(Hook::FROM_WORKLOAD);
         frame.ifindex = match *hook {
             Hook::FROM_WORKLOAD | Hook::TO_WORKLOAD => self.rng.choice([a, b]).unwrap_or(a),
-            Hook::FROM_NETWORK => eth,
+            Hook::FROM_NETWORK | Hook::TO_NETWORK | EDGE => eth,
             _ => overlay,
         };
         let (vni, node) = (self.rng.choice([0, 1, 300, 500, 777]), self.rng.choice([2, 2, 2, 3]));
@@ -135,7 +181,10 @@ impl Mutator {
                 self.party(frame, at, v6);
             }
             12 => {
-                let port = self.rng.choice([0u16, 53, 80, 443, 5000, 8080, 8472, 40_000, 50_000, 50_001]).unwrap_or(80);
+                let port = self
+                    .rng
+                    .choice([0u16, 53, 80, 443, 5000, 8080, 8443, 8472, 30_080, 40_000, 50_000, 50_001])
+                    .unwrap_or(80);
                 let at = transport + if self.rng.bool() { 2 } else { 0 };
                 for (i, byte) in port.to_be_bytes().into_iter().enumerate() {
                     self.set(frame, at + i, byte);
@@ -209,7 +258,11 @@ impl Mutator {
     }
 
     fn party(&mut self, frame: &mut Frame, at: usize, v6: bool) {
-        let name = self.rng.choice(["a", "b", "c", "n1", "n2", "w", "w2", "plain", "nowhere", "gone"]).unwrap_or("a");
+        let parties = [
+            "a", "b", "c", "n1", "n2", "w", "w2", "plain", "nowhere", "gone", "vip", "vip", "lb", "lb", "gateway",
+            "router",
+        ];
+        let name = self.rng.choice(parties).unwrap_or("a");
         let octets = match addresses(name)[usize::from(v6)] {
             std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
             std::net::IpAddr::V6(ip) => ip.octets().to_vec(),

@@ -5,10 +5,10 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::LazyLock;
 
-use cirri_abi::{GATEWAY_MAC, GATEWAY_V6, Hook};
+use cirri_abi::{GATEWAY_MAC, GATEWAY_V6, Hook, dsr};
 use cirri_datapath::Verdict;
-use cirri_e2e::fixtures::{Answer, Devices, Host, Native, addresses};
-use cirri_e2e::mutate::{Mutator, tables};
+use cirri_e2e::fixtures::{ANY, Answer, Devices, EDGE, Host, Native, addresses};
+use cirri_e2e::mutate::{BACKENDS, FRONTS, Mutator, tables};
 use cirri_e2e::say;
 use cirri_sim::Frame;
 
@@ -68,13 +68,16 @@ struct Kind {
     quotes: Option<Read>,
     /// ICMP type.
     icmp: Option<u8>,
+    /// Its outer header was taken off.
+    unwrapped: bool,
 }
 
 /// Remembers what it saw pass.
 #[derive(Default)]
 struct Oracle {
     opened: HashSet<Read>,
-    fragments: HashMap<(IpAddr, IpAddr, u8, u32), (u16, u16)>,
+    /// The first fragments: as they came, and as they left.
+    fragments: HashMap<(IpAddr, IpAddr, u8, u32), (Read, Read)>,
 }
 
 impl Oracle {
@@ -89,11 +92,15 @@ impl Oracle {
         if matches!(verdict, Verdict::Local { .. }) && is_gateways_answer(hook, frame, out) {
             return Ok(());
         }
-        // What the node gets goes through its own stack, and meets `to_workload` if it is forwarded.
-        if to.is_none() && matches!(hook, Hook::FROM_NETWORK) {
-            return Ok(());
+        if to.is_none() && hook == EDGE {
+            // It is met again behind the stack's door.
+            return if frame.bytes == out.bytes { Ok(()) } else { Err("it passes, and is another".into()) };
         }
-        let Some(kind) = parse(&frame.bytes) else {
+        let (edge, hook) = (hook == EDGE, if hook == EDGE { Hook::FROM_NETWORK } else { hook });
+        if to.is_none() && matches!(hook, Hook::FROM_NETWORK | Hook::TO_NETWORK) {
+            return self.check_stack(hook, frame, out);
+        }
+        let Some(kind) = unwrapped(&frame.bytes, &out.bytes) else {
             let link = frame.bytes.get(12..14).is_none_or(|kind| kind != [8, 0] && kind != [0x86, 0xdd]);
             // Other protocols of the link are the node's, except out of a workload.
             return if link && to.is_none() && hook != Hook::FROM_WORKLOAD {
@@ -108,12 +115,62 @@ impl Oracle {
         if to.is_none() && hook == Hook::TO_OVERLAY {
             return if is(&kind.read.src, "n1") { Ok(()) } else { Err("the node sends as somebody else".into()) };
         }
+        if is_refusal(hook, frame, verdict, &kind, out) {
+            return Ok(());
+        }
         let Some(after) = parse(&out.bytes) else { return Err("it became nothing".into()) };
+        if out.bytes.len() > frame.bytes.len() && out.bytes.ends_with(&frame.bytes[14..]) && is_ipip(&after.read) {
+            return self.check_wrapped(&kind, &after.read);
+        }
+        let verdict = match verdict {
+            // Before the stack there is no other way to a neighbour.
+            Verdict::Device { ifindex } if edge => Verdict::Neighbour { ifindex, peer: 0 },
+            other => other,
+        };
         self.check_ends(hook, frame, verdict, out, &kind, &after)?;
         if let Some(quoted) = after.quotes {
-            return self.check_error(hook, &after, quoted, to.is_none());
+            return self.check_error(hook, &kind, &after, quoted, to.is_none());
         }
         self.check_policy(hook, frame, &kind, &after, to.is_none())
+    }
+
+    /// What the node gets goes through its own stack, and meets `to_workload` if it is forwarded. What the
+    /// node sends is its own. Only what is a service's may change.
+    fn check_stack(&mut self, hook: u8, frame: &Frame, out: &Frame) -> Result<(), String> {
+        let (Some(kind), Some(after)) = (unwrapped(&frame.bytes, &out.bytes), parse(&out.bytes)) else {
+            return if frame.bytes == out.bytes { Ok(()) } else { Err("it is nothing, and is another".into()) };
+        };
+        let same = frame.bytes == out.bytes;
+        if hook == Hook::FROM_NETWORK {
+            self.opened.extend(is(&after.read.dst, "n1").then_some(after.read));
+            let unwrapped = is_ipip(&parse(&frame.bytes).map_or(kind.read, |kind| kind.read));
+            let served = is_front(hook, &kind.read) && is_backend(&after.read);
+            let later = kind.fragment.is_some_and(|(_, later)| later);
+            return if same || served || later || unwrapped || kind.quotes.is_some() {
+                Ok(())
+            } else {
+                Err("it is for no service, and is another".into())
+            };
+        }
+        let knows = |read: &Read| self.opened.contains(&read.turned());
+        let known = match kind.quotes {
+            Some(quoted) => self.opened.contains(&quoted),
+            None => knows(&kind.read) || kind.fragment.is_some(),
+        };
+        if same || known { Ok(()) } else { Err("it answers nothing, and is another".into()) }
+    }
+
+    /// In IPIP to a backend: a service's, or an error about it.
+    fn check_wrapped(&mut self, kind: &Kind, outer: &Read) -> Result<(), String> {
+        let known = match kind.quotes {
+            Some(quoted) => self.opened.contains(&quoted.turned()),
+            None => is_at(&kind.read.dst, "lb") && (kind.read.dport == 443 || kind.fragment.is_some()),
+        };
+        if !known || !BACKENDS.iter().any(|(name, _)| is_at(&outer.dst, name)) || !is(&outer.src, "n1") {
+            return Err("it is in IPIP, and of no service with it".into());
+        }
+        self.opened.insert(kind.read);
+        Ok(())
     }
 
     /// Who sent it, and whether it goes where it says.
@@ -134,18 +191,23 @@ impl Oracle {
                 Err("it goes to the wrong workload".into())
             }
             Verdict::Device { .. } => {
-                let identity = if frame.ifindex == DEVICES.a { 300 } else { 400 };
-                let right = out.tunnel_to == Some((u32::from_ne_bytes([192, 168, 0, 2]), identity));
+                let own = if frame.ifindex == DEVICES.a { 300 } else { 400 };
+                let (peer, identity) = out.tunnel_to.unwrap_or_default();
+                // Others' packets that are handed on, and answers in the node's name, are a service's.
+                let handed_on = hook != Hook::FROM_WORKLOAD || (identity == 1 && kind.read.src != after.read.src);
+                let right = peer == u32::from_ne_bytes([192, 168, 0, 2]) && (identity == own || handed_on);
                 let remote = is_remote(&after.read.dst);
                 if right && remote { Ok(()) } else { Err(format!("the tunnel is wrong: {:?}", out.tunnel_to)) }
             }
-            Verdict::Neighbour { .. } if is_remote(&after.read.dst) || device(&after.read.dst).is_some() => {
+            Verdict::Neighbour { .. }
+                if (is_remote(&after.read.dst) && !is(&after.read.dst, "n2")) || device(&after.read.dst).is_some() =>
+            {
                 Err("it leaves for an address of the cluster".into())
             }
-            Verdict::Continue if hook == Hook::FROM_WORKLOAD && !is(&kind.read.dst, "n1") => {
+            Verdict::Continue if hook == Hook::FROM_WORKLOAD && !is(&after.read.dst, "n1") => {
                 Err("it is handed to the node, but is for another".into())
             }
-            Verdict::Continue if hook == Hook::FROM_OVERLAY && !is(&kind.read.dst, "n1") => {
+            Verdict::Continue if hook == Hook::FROM_OVERLAY && !is(&after.read.dst, "n1") => {
                 Err("it is handed to the node, but is for another".into())
             }
             Verdict::Continue if hook == Hook::TO_WORKLOAD && device(&kind.read.dst) != Some(frame.ifindex) => {
@@ -158,7 +220,7 @@ impl Oracle {
     }
 
     /// An error goes against a packet that passed, to its sender.
-    fn check_error(&self, hook: u8, after: &Kind, quoted: Read, continues: bool) -> Result<(), String> {
+    fn check_error(&self, hook: u8, kind: &Kind, after: &Kind, quoted: Read, continues: bool) -> Result<(), String> {
         let own = is(&after.read.src, "n1") || is(&after.read.dst, "n1");
         if continues && own && hook != Hook::FROM_NETWORK {
             return Ok(());
@@ -166,7 +228,9 @@ impl Oracle {
         if quoted.src != after.read.dst {
             return Err("the error is for another than the sender".into());
         }
-        let known = self.opened.contains(&quoted) || self.opened.contains(&quoted.turned());
+        // Either end may know the connection by other addresses than the other.
+        let mut forms = [Some(quoted), kind.quotes].into_iter().flatten();
+        let known = forms.any(|quoted| self.opened.contains(&quoted) || self.opened.contains(&quoted.turned()));
         if known { Ok(()) } else { Err(format!("no such packet passed: {quoted:?}")) }
     }
 
@@ -180,45 +244,143 @@ impl Oracle {
         continues: bool,
     ) -> Result<(), String> {
         if hook == Hook::FROM_OVERLAY && continues {
-            // For the node itself, as `check_ends` saw.
+            // For the node itself, as `check_ends` saw. Its stack may answer for a service.
+            self.opened.insert(after.read);
             return Ok(());
         }
-        // Into a workload it is known by the addresses that this has; out of one, by those it came with.
-        let at = if hook == Hook::FROM_WORKLOAD { kind } else { after };
-        let mut read = at.read;
+        let (mut came, mut left) = (kind.read, after.read);
         if let Some((id, later)) = kind.fragment {
-            let came = kind.read;
             let key = (came.src, came.dst, came.protocol, id);
             if later {
-                let Some(ports) = self.fragments.get(&key) else {
+                let Some(first) = self.fragments.get(&key) else {
                     return Err("its first fragment did not pass".into());
                 };
-                (read.sport, read.dport) = *ports;
+                if first.1.dst != left.dst {
+                    return Err("its first fragment went elsewhere".into());
+                }
+                (came, left) = *first;
             } else {
-                self.fragments.insert(key, (read.sport, read.dport));
+                self.fragments.insert(key, (came, left));
             }
         }
+        // Out of a workload it is known by the addresses that it came with, elsewhere by those that it has;
+        // what is for a service is judged by its sender and by the backend.
+        // What somebody there began is no service's.
+        let began = left == came && !kind.syn && self.opened.contains(&came.turned());
+        let front = is_front(hook, &came) && !began;
+        let mut read = if hook == Hook::FROM_WORKLOAD { came } else { left };
+        if front && !kind.unwrapped {
+            read = Read { dst: left.dst, dport: left.dport, ..came };
+            if !is_backend(&left) {
+                return Err("it is for a service, and goes to none of its backends".into());
+            }
+            if hook == Hook::FROM_NETWORK && is_at(&came.dst, "vip") && !is(&came.src, "n2") {
+                return Err("it is for an address of the cluster, and from outside".into());
+            }
+        }
+        let by_option = hook == Hook::FROM_OVERLAY && matches!(came.protocol, 6 | 17) && names_service(frame);
         let sender = match frame.tunnel {
-            Some(key) if hook == Hook::FROM_OVERLAY => Some(if key.vni == 1 { 6 } else { key.vni }),
+            Some(key) if hook == Hook::FROM_OVERLAY && !by_option => Some(if key.vni == 1 { 6 } else { key.vni }),
             _ => None,
         };
-        let answers = !kind.syn && self.opened.contains(&read.turned());
+        let forms = if hook == Hook::FROM_WORKLOAD { [came, came] } else { [came, left] };
+        let answers = !front && !kind.syn && forms.iter().any(|read| self.opened.contains(&read.turned()));
         if self.opened.contains(&read) || answers {
+            // It may have got another port than last time.
+            self.opened.extend(front.then_some(left));
             return Ok(());
         }
         if hook == Hook::FROM_OVERLAY {
-            let remote =
-                frame.tunnel.is_some_and(|key| key.remote == u32::from_ne_bytes([192, 168, 0, 2]) && key.vni != 0);
-            if !remote || !is_remote(&read.src) {
+            let peer = frame.tunnel.is_some_and(|key| key.remote == u32::from_ne_bytes([192, 168, 0, 2]));
+            let remote = is_remote(&came.src) && frame.tunnel.is_some_and(|key| key.vni != 0);
+            let outside = by_option && !is_remote(&came.src) && device(&came.src).is_none() && !is(&came.src, "n1");
+            if !peer || !(remote || outside) {
                 return Err("the overlay does not vouch for it".into());
             }
+        }
+        if hook == Hook::FROM_NETWORK && !front && device(&left.dst).is_none() {
+            return Err("it is for no service, and is handed on".into());
         }
         if !allowed(&read, sender) {
             return Err(format!("no rule allows {read:?} ({:?})", kind.icmp));
         }
-        self.opened.insert(read);
+        self.opened.extend([read, left]);
         Ok(())
     }
+}
+
+/// Whether something is for a service, where it was met.
+fn is_front(hook: u8, read: &Read) -> bool {
+    let node = |address| match hook {
+        Hook::FROM_WORKLOAD => is(address, "n1") || is(address, "n2"),
+        _ => is(address, "n1"),
+    };
+    matches!(read.protocol, 6 | 17)
+        && FRONTS.iter().any(|(name, port)| {
+            let there =
+                if *name == ANY { node(&read.dst) } else { hook != Hook::FROM_OVERLAY && is_at(&read.dst, name) };
+            there && *port == read.dport
+        })
+}
+
+/// Whether something is for one of the backends.
+fn is_backend(read: &Read) -> bool {
+    BACKENDS.iter().any(|(name, port)| is_at(&read.dst, name) && *port == read.dport)
+}
+
+fn is_at(address: &IpAddr, name: &str) -> bool {
+    addresses(name).contains(address)
+}
+
+fn is_ipip(read: &Read) -> bool {
+    matches!(read.protocol, dsr::IPIP | dsr::IPV6)
+}
+
+/// The packet, without the outer header that it came in and left without.
+fn unwrapped(bytes: &[u8], out: &[u8]) -> Option<Kind> {
+    let kind = parse(bytes)?;
+    let header = if kind.read.src.is_ipv4() { 34 } else { 54 };
+    let plain = parse(out).is_none_or(|out| !is_ipip(&out.read));
+    let here = device(&kind.read.dst).is_some() || is(&kind.read.dst, "n1");
+    if !is_ipip(&kind.read) || !plain || !here {
+        return Some(kind);
+    }
+    let inner = [&bytes[..14], bytes.get(header..)?].concat();
+    Some(Kind { unwrapped: true, ..parse(&inner)? })
+}
+
+/// Whether a frame carries the option that names a service with it.
+fn names_service(frame: &Frame) -> bool {
+    let of = |name: &str| addresses(name);
+    let [IpAddr::V4(four), IpAddr::V6(six)] = of("lb") else { return false };
+    let option4 = [&[dsr::OPTION_V4, 8, 0, 80][..], &four.octets()].concat();
+    let option6 = [&[dsr::OPTION_V6, 20][..], &six.octets(), &[0, 80]].concat();
+    frame.bytes.get(34..42) == Some(&option4) || frame.bytes.windows(20).any(|bytes| bytes == option6)
+}
+
+/// A reset, or an ICMP error, to the sender of what nobody serves or what is too big, from whom it asked.
+fn is_refusal(hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Frame) -> bool {
+    // What it quotes may be cut off.
+    let Some(after) = out.bytes.get(14..).and_then(|packet| parse_ip(packet, !kind.read.src.is_ipv4(), false)) else {
+        return false;
+    };
+    let back = match verdict {
+        Verdict::Local { ifindex } => hook == Hook::FROM_WORKLOAD && ifindex == frame.ifindex,
+        Verdict::Device { ifindex } => hook == Hook::FROM_NETWORK && ifindex == frame.ifindex,
+        _ => false,
+    };
+    let named = match hook {
+        Hook::FROM_WORKLOAD => device(&kind.read.src) == Some(frame.ifindex),
+        _ => device(&kind.read.src).is_none() && !is(&kind.read.src, "n1"),
+    };
+    let asked = ["vip", "lb"].iter().any(|name| is_at(&kind.read.dst, name));
+    let served = is_front(hook, &kind.read);
+    let said = if after.read.protocol == 6 {
+        !served && (after.read.sport, after.read.dport) == (kind.read.dport, kind.read.sport)
+    } else {
+        after.icmp.is_some() && (!served || is_at(&kind.read.dst, "lb"))
+    };
+    back && named && asked && said && (after.read.src, after.read.dst) == (kind.read.dst, kind.read.src)
 }
 
 /// The rules of `mutate::tables`, said once more.
@@ -321,8 +483,14 @@ fn parse_ip(packet: &[u8], v6: bool, outer: bool) -> Option<Kind> {
             return None;
         }
     }
-    let mut kind =
-        Kind { read: Read { src, dst, protocol, sport: 0, dport: 0 }, syn: false, fragment, quotes: None, icmp: None };
+    let mut kind = Kind {
+        read: Read { src, dst, protocol, sport: 0, dport: 0 },
+        syn: false,
+        fragment,
+        quotes: None,
+        icmp: None,
+        unwrapped: false,
+    };
     if fragment.is_some_and(|(_, later)| later) {
         return Some(kind);
     }
