@@ -176,6 +176,12 @@ impl Datapath {
         xdp(&mut self.ebpf, edge::PROGRAM)
     }
 
+    /// Pins a loaded program of any kind on a BPF file system, for tools beside the agent.
+    pub fn pin_program(&mut self, name: &str, path: &Path) -> Result<(), LoadError> {
+        let failed = |error: aya::pin::PinError| LoadError::Object(format!("{}: {error}", path.display()));
+        program(&mut self.ebpf, name)?.pin(path).map_err(failed)
+    }
+
     /// The names of the programs, sorted.
     pub fn program_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.ebpf.programs().map(|(name, _)| name.to_owned()).collect();

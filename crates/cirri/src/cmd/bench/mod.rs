@@ -4,6 +4,7 @@ mod cases;
 mod check;
 mod control;
 mod frame;
+mod goals;
 mod ground;
 mod group;
 mod instance;
@@ -177,7 +178,15 @@ impl AmountArgs {
     }
 
     fn everything(&self) -> report::Plan {
-        report::Plan { packets: self.plan(), traffic: self.traffic(), control: self.control(), quick: self.quick }
+        report::Plan {
+            packets: self.plan(),
+            sockets: self.sockets(),
+            services: self.services(),
+            tenk: self.tenk(),
+            traffic: self.traffic(),
+            control: self.control(),
+            quick: self.quick,
+        }
     }
 
     fn control(&self) -> control::Plan {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::cases::{self, Case, Kind};
 use super::ground::Ground;
-use super::packets;
+use super::packets::{self, Stage};
 
 /// Connections that are there.
 const FLOWS: u16 = 16_384;
@@ -25,6 +25,8 @@ pub struct Pinned {
     program: PathBuf,
     /// An empty program, loaded beside it.
     floor: PathBuf,
+    /// What kind of programs these are: `tc`, `xdp`.
+    hook: &'static str,
     /// Where the maps are pinned, by name.
     maps: PathBuf,
     /// Run the harness with `nsenter --net=` this.
@@ -82,24 +84,30 @@ fn fill_and_pin(case: &'static Case, dir: &Path, ground: &Ground, others: Option
     let v6 = case.has_v6().then_some(true);
     let mut packets = Vec::new();
     let mut leg = None;
-    let mut trial = datapath.trial()?;
+    let opener = cases::find(case.opener_case()).unwrap_or(case);
+    let mut stage = Stage { trial: datapath.trial()?, tables: tables.clone() };
     if let Some(others) = others {
         packets::let_others_through(&tables, others)?;
     }
     for v6 in [Some(false), v6].into_iter().flatten() {
-        let answer = case.established().then(|| case.establish(&mut trial, ground, v6, FLOWS)).transpose()?;
+        let answer = match case.lane {
+            _ if !case.established() => None,
+            None => Some(case.establish(&mut stage.trial, ground, v6, FLOWS)?),
+            Some(_) => opener.open(&mut stage, ground, v6, FLOWS.into())?,
+        };
         let measured = case.measured(ground, v6, answer.as_ref());
         packets.push(hex(&measured.packet));
         leg = Some(measured.leg);
     }
-    drop(trial);
+    drop(stage);
     if matches!(case.kind, Kind::New | Kind::Dropped) {
         ground.allow_any_source(&tables)?;
     }
     let leg = leg.context("a case without packets")?;
+    let edge = leg.program == "edge";
     let pin_program = |datapath: &mut Datapath, name: &str| -> Result<PathBuf> {
         let path = dir.join(format!("prog_{name}"));
-        datapath.program_mut(name)?.pin(&path).with_context(|| format!("cannot pin {}", path.display()))?;
+        datapath.pin_program(name, &path)?;
         Ok(path)
     };
     let mut packets = packets.into_iter();
@@ -107,7 +115,8 @@ fn fill_and_pin(case: &'static Case, dir: &Path, ground: &Ground, others: Option
         case: case.name,
         about: case.about,
         program: pin_program(&mut datapath, leg.program)?,
-        floor: pin_program(&mut datapath, "floor")?,
+        floor: pin_program(&mut datapath, if edge { "floor_edge" } else { "floor" })?,
+        hook: if edge { "xdp" } else { "tc" },
         maps: dir.join(INSTANCE).join(format!("{:016x}", cirri_abi::ABI_HASH)),
         netns: ground.path(),
         ifindex: leg.ifindex,
@@ -123,7 +132,7 @@ pub fn shown(pinned: &Pinned) -> String {
     let Pinned { program, floor, maps, netns, ifindex, packet4, .. } = pinned;
     let flows = if pinned.flows > 0 { 16_384 } else { -1 };
     let line = |label: &str, pin: &Path, flows: i64| {
-        format!("{label},pin={},wrap=tc,if={ifindex},flows={flows},pkt={packet4}", pin.display())
+        format!("{label},pin={},wrap={},if={ifindex},flows={flows},pkt={packet4}", pin.display(), pinned.hook)
     };
     format!(
         "{}: {}\nprogram {}\nfloor   {}\nmaps    {}\nnetns   {}\nifindex {ifindex}, mark {}\nIPv4    {packet4}\nIPv6    {}\n\n\

@@ -2,22 +2,27 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::control::{self, Control};
 use super::packets::{self, Line, Measures, shown};
+use super::services::{self, Services};
 use super::stats::Spread;
-use super::traffic::{self, Line as Traffic, mode_name};
+use super::tenk::{self, TenK};
+use super::traffic::{self, Line as Traffic};
 use super::verify::{self, Bill};
-use super::{cases, load::Mode};
+use super::{cases, goals, sockets};
 
 /// What is measured, and how much.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub packets: packets::Plan,
+    pub sockets: sockets::Plan,
+    pub services: services::Plan,
+    pub tenk: tenk::Plan,
     pub traffic: traffic::Plan,
     pub control: control::Plan,
     pub quick: bool,
@@ -25,7 +30,7 @@ pub struct Plan {
 
 /// Everything that was measured in one go.
 #[derive(Debug, Serialize)]
-struct Report {
+pub struct Report {
     date: String,
     kernel: String,
     machine: String,
@@ -37,8 +42,11 @@ struct Report {
     rounds: usize,
     programs: Vec<Bill>,
     #[serde(flatten)]
-    measures: Measures,
-    traffic: Vec<Traffic>,
+    pub(super) measures: Option<Measures>,
+    pub(super) sockets: Vec<sockets::Line>,
+    pub(super) services: Option<Services>,
+    pub(super) tenk: Option<TenK>,
+    pub(super) traffic: Vec<Traffic>,
     control: Option<Control>,
 }
 
@@ -49,8 +57,11 @@ pub fn run(pin_root: &Path, plan: &Plan, out: &Path) -> Result<()> {
     let before = load_average();
     let mut report = Report {
         programs: verify::run(pin_root)?,
-        measures: packets::run(pin_root, &plan.packets)?,
+        measures: None,
+        sockets: Vec::new(),
         traffic: Vec::new(),
+        services: None,
+        tenk: None,
         control: None,
         date: date(),
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
@@ -58,16 +69,30 @@ pub fn run(pin_root: &Path, plan: &Plan, out: &Path) -> Result<()> {
         processors: std::thread::available_parallelism().map_or(1, usize::from),
         build: if cfg!(debug_assertions) { "debug" } else { "release" },
         quick: plan.quick,
-        load: [before, load_average()],
+        load: [before, before],
         rounds: plan.packets.rounds,
     };
-    report.write(out)?;
-    report.traffic = traffic::run(pin_root, &plan.traffic)?;
-    report.load = [before, load_average()];
-    report.write(out)?;
-    report.control = Some(control::run(&plan.control)?);
-    report.load = [before, load_average()];
-    report.write(out)
+    type Part = fn(&mut Report, &Path, &Plan) -> Result<()>;
+    let parts: [(&str, Part); 6] = [
+        ("packets", |report, root, plan| Ok(report.measures = Some(packets::run(root, &plan.packets)?))),
+        ("sockets", |report, root, plan| Ok(report.sockets = sockets::run(root, &plan.sockets)?)),
+        ("services", |report, root, plan| Ok(report.services = Some(services::run(root, &plan.services)?))),
+        ("ten thousand services", |report, _, plan| Ok(report.tenk = Some(tenk::run(&plan.tenk)?))),
+        ("traffic", |report, root, plan| Ok(report.traffic = traffic::run(root, &plan.traffic)?)),
+        ("control", |report, _, plan| Ok(report.control = Some(control::run(&plan.control)?))),
+    ];
+    let mut failed = Ok(());
+    for (name, part) in parts {
+        let begun = Instant::now();
+        if let Err(error) = part(&mut report, pin_root, plan).with_context(|| format!("{name} could not be measured")) {
+            eprintln!("cirri: {error:#}");
+            failed = failed.and(Err(error));
+        }
+        eprintln!("cirri: {name}: {:.0} s", begun.elapsed().as_secs_f64());
+        report.load = [before, load_average()];
+        report.write(out)?;
+    }
+    failed
 }
 
 impl Report {
@@ -82,8 +107,15 @@ impl Report {
 
     fn markdown(&self) -> String {
         let mut text = self.head();
-        self.goals(&mut text);
+        goals::write(self, &mut text);
         self.packet_tables(&mut text);
+        sockets::write(&self.sockets, &mut text);
+        if let Some(services) = &self.services {
+            services::write(services, &mut text);
+        }
+        if let Some(tenk) = &self.tenk {
+            tenk::write(tenk, &mut text);
+        }
         self.traffic_table(&mut text);
         self.control_table(&mut text);
         self.program_table(&mut text);
@@ -101,107 +133,36 @@ impl Report {
         )
     }
 
-    // === Goals ===
-
-    fn goals(&self, text: &mut String) {
-        text.push_str(
-            "\n## Where it stands\n\nThe peer's figures (Cilium 1.19-dev, `bpf_lxc`, compiled as an agent sets it) were measured on \
-             the same kind of machine in another run; ratios to them carry that caveat.\n\n\
-             | goal | | mark | here | what bounds it |\n|---|---|---|---|---|\n",
-        );
-        let mut row = |cells: [&str; 5]| text.push_str(&format!("| {} |\n", cells.join(" | ")));
-        row([
-            "5",
-            "pod egress to another node, policy on, established, ns over `bpf_lxc` (466 / 482; VXLAN 496 / 504)",
-            "≤ 0.35",
-            &self.over_peer(&[("pod-to-remote-direct", 466.0, 482.0), ("pod-to-remote-overlay", 496.0, 504.0)]),
-            "the flow lookup and the helper that redirects; into the tunnel, setting its key (about 35 ns)",
-        ]);
-        row([
-            "6",
-            "pod to pod on one node, policy of both sides, over `bpf_lxc` egress + ingress (840 / 851)",
-            "≤ 0.25",
-            &self.over_peer(&[("pod-to-pod", 840.0, 851.0)]),
-            "one flow lookup for both sides; with 16K flows, one or two cold lines of the flow table",
-        ]);
-        row([
-            "8",
-            "connections/s with policy and 10,000 services over plain routing",
-            "≥ 1.05",
-            &format!(
-                "no services yet; without: {}",
-                self.rates(&["overlay-near", "direct-near", "direct-far"], Mode::Connections)
-            ),
-            "a connection is mostly the two TCP stacks; a new one costs two decisions' worth of slow path and an event",
-        ]);
-        row([
-            "9",
-            "connections/s at 1,000 over 1 policy rule",
-            "≥ 0.98",
-            &self.rates(&["overlay-near-1000-rules", "direct-far-1000-rules"], Mode::Connections),
-            "a rule set is asked once a connection, by longest prefix: depth, not number of rules",
-        ]);
-        row([
-            "12",
-            "connections/s with reported connections over without",
-            "≥ 0.98",
-            &self.visibility(),
-            "an established packet pays nothing; a new connection pays an event, and the agent that reads and names it \
-             shares the processor with the traffic",
-        ]);
-        row([
-            "17",
-            "requests on one connection over plain routing",
-            "≥ 1.08",
-            &self.rates(&["overlay-near", "direct-near", "direct-far"], Mode::Requests),
-            "the node's stack is left out on the way to a local pod; between nodes only on one side",
-        ]);
-    }
-
-    fn over_peer(&self, cases: &[(&str, f64, f64)]) -> String {
-        let one = |(case, min, p25): &(&str, f64, f64)| {
-            let ours = self.measures.lines.iter().find(|it| it.case == *case && it.family == 4 && it.flows == 1)?;
-            Some(format!("{case}: {:.2} (min), {:.2} (p25)", ours.gross.min / min, ours.gross.p25 / p25))
-        };
-        cases.iter().filter_map(one).collect::<Vec<_>>().join("; ")
-    }
-
-    fn rates(&self, ways: &[&str], mode: Mode) -> String {
-        let lines = ways.iter().filter_map(|way| self.traffic.iter().find(|it| it.way == *way && it.mode == mode));
-        let shown = |it: &Traffic| format!("{}: {:.2} (cpu {:.2})", it.way, it.rate_ratio, it.cpu_ratio);
-        lines.map(shown).collect::<Vec<_>>().join("; ")
-    }
-
-    fn visibility(&self) -> String {
-        let quiet = self.traffic.iter().filter(|it| it.way.ends_with("-unreported") && it.mode == Mode::Connections);
-        let shown = |it: &Traffic| format!("{}: {:.2} (cpu {:.2})", it.beside, 1.0 / it.rate_ratio, 1.0 / it.cpu_ratio);
-        quiet.map(shown).collect::<Vec<_>>().join("; ")
-    }
-
     // === Tables ===
 
     fn packet_tables(&self, text: &mut String) {
+        let Some(measures) = &self.measures else { return };
         let _ = write!(
             text,
             "\n## Nanoseconds a packet\n\nmin / p25 / median of {} interleaved rounds, by `BPF_PROG_TEST_RUN`; 96-byte packets, \
              restored before each run by a program that tail-calls the measured one. **The way there is in the figures: \
-             subtract `floor`** (`floor-overlay` for cases out of the overlay, whose wrapper also sets a tunnel key). \
+             subtract `floor`** (`floor-overlay` for cases out of the overlay, whose wrapper also sets a tunnel key; `floor-edge` at XDP; \
+             `floor-one-a-run` for what no wrapper at tc can make short again, where each packet is a run of its own). \
              Connections were opened by the programs themselves, each case has tables of its own; *full*: 700,000 other \
              connections went through first. Checked in every round by the counters: established packets cause no \
              decision, new ones one each, refused ones a drop each. Packets that make an event each come \
              in bursts of 1,000, after which the events are read: a reader that keeps up. Checksums are full, not offloaded; the redirect \
-             itself and the device are not in it.\n",
+             itself and the device are not in it. Services: 10,000 others with 10 backends each stand beside, and a peer's 64 \
+             backends behind the one that is asked. *524,288 flows*: so many connections to 32 ports of one service are there at once, \
+             in tables with room for all; a round meets 32,768 of them, the next round the next.\n",
             self.rounds
         );
         for family in [4, 6] {
             let _ = write!(
                 text,
-                "\n### IPv{family}\n\n| case | program | tables | 1 flow | 1,024 flows | 16,384 flows | each packet a new flow |\n|---|---|---|---|---|---|---|\n"
+                "\n### IPv{family}\n\n| case | program | tables | 1 flow | 1,024 flows | 16,384 flows | 524,288 flows | each packet a new flow |\n|---|---|---|---|---|---|---|---|\n"
             );
-            let names = ["floor", "floor-overlay"].into_iter().chain(cases::ALL.iter().map(|case| case.name));
+            let names = ["floor", "floor-overlay", "floor-edge", "floor-one-a-run"]
+                .into_iter()
+                .chain(cases::ALL.iter().map(|case| case.name));
             for name in names {
                 for tables in ["fresh", "full"] {
-                    self.packet_row(text, name, family, tables);
+                    packet_row(&measures.lines, text, name, family, tables);
                 }
             }
         }
@@ -209,26 +170,13 @@ impl Report {
         for case in cases::ALL {
             let _ = writeln!(text, "- `{}`: {}", case.name, case.about);
         }
-    }
-
-    fn packet_row(&self, text: &mut String, name: &str, family: u8, tables: &str) {
-        let lines: Vec<&Line> = self
-            .measures
-            .lines
-            .iter()
-            .filter(|it| it.case == name && it.family == family && it.tables == tables)
-            .collect();
-        let Some(first) = lines.first() else { return };
-        let cell = |flows: u64| lines.iter().find(|it| it.flows == flows).map_or("-".to_owned(), |it| shown(&it.gross));
-        let program = &first.program;
-        let _ = writeln!(
-            text,
-            "| {name} | `{program}` | {tables} | {} | {} | {} | {} |",
-            cell(1),
-            cell(1024),
-            cell(16_384),
-            cell(0)
+        text.push_str(
+            "\n### What came out\n\nOne packet of every case with a service, taken apart again: addresses, ports, every checksum, \
+             outer headers, options, at the edge Ethernet addresses.\n\n| case | program | packet |\n|---|---|---|\n",
         );
+        for it in &measures.checked {
+            let _ = writeln!(text, "| {} | `{}` | {} |", it.case, it.program, it.packet);
+        }
     }
 
     fn traffic_table(&self, text: &mut String) {
@@ -239,26 +187,9 @@ impl Report {
              routing over the same devices, with `plain-vxlan-far` through a VXLAN device. Each lab pod is under a policy \
              that lets the client in by one rule, or by the last of 1,000. *unreported*: the packet path reports drops only. \
              *rate*: median over the rounds of the ratio to the way beside it; *cpu*: least processor time of both threads \
-             an operation, and its ratio.\n\n\
-             | way | mode | median | best | p50 µs | p99 µs | cpu | beside | rate | cpu |\n|---|---|---|---|---|---|---|---|---|---|\n",
+             an operation, and its ratio.\n\n",
         );
-        for it in &self.traffic {
-            let figures = traffic::shown(it);
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {} | {:.0} | {:.0} | {} | {} | {:.2} | {:.2} |",
-                it.way,
-                mode_name(it.mode),
-                figures.median,
-                figures.best,
-                it.p50,
-                it.p99,
-                figures.cpu,
-                it.beside,
-                it.rate_ratio,
-                it.cpu_ratio
-            );
-        }
+        traffic::write_rows(&self.traffic, text);
     }
 
     fn control_table(&self, text: &mut String) {
@@ -297,6 +228,22 @@ impl Report {
             let _ = writeln!(text, "| `{}` | {verified} | {stack} | {xlated} | {jited} |", bill.name());
         }
     }
+}
+
+fn packet_row(all: &[Line], text: &mut String, name: &str, family: u8, tables: &str) {
+    let of = |it: &&Line| it.case == name && it.family == family;
+    let lines: Vec<&Line> = all.iter().filter(of).filter(|it| it.tables == tables).collect();
+    let Some(first) = lines.first() else { return };
+    let gross = |line: Option<&&Line>| line.map_or("-".to_owned(), |it| shown(&it.gross));
+    let cell = |flows: u64| gross(lines.iter().find(|it| it.flows == flows));
+    // Their tables are larger, and as full as they get.
+    let many = if tables == "full" {
+        gross(all.iter().filter(of).find(|it| it.tables == "many").as_ref())
+    } else {
+        "-".into()
+    };
+    let cells = [cell(1), cell(1024), cell(16_384), many, cell(0)].join(" | ");
+    let _ = writeln!(text, "| {name} | `{}` | {tables} | {cells} |", first.program);
 }
 
 fn load_average() -> f64 {

@@ -144,3 +144,25 @@ pub fn table(services: &Services) -> String {
     text += "\n";
     text + &table.render(output::terminal_width())
 }
+
+/// The part of a report.
+pub fn write(services: &Services, text: &mut String) {
+    text.push_str(
+        "\n## Connections to services\n\nA client, a node and a server on it each; client and server threads on one processor; all ways take \
+         turns in every round. *plain*: kernel routing, no service. *iptables*, *nftables*: the rules that kube-proxy makes in these modes, \
+         three endpoints a service, the service in the middle; no policy. *socket*, *packet*: Cirri with policy on, translated in the system \
+         call or per packet; the service that is asked stands in its tables beside so many others of 10 backends each, which the bench \
+         writes. Columns as below.\n\n",
+    );
+    traffic::write_rows(&services.lines, text);
+    text.push_str(
+        "\nWhat the packet filters take to be told (Cirri: next section):\n\n\
+         | rules | services | all at once, ms | one more: min / p25 / median, ms |\n|---|---|---|---|\n",
+    );
+    for it in &services.rules {
+        let Spread { min, p25, median } = it.one_more_ms;
+        let row =
+            format!("| {} | {} | {:.0} | {min:.1} / {p25:.1} / {median:.1} |\n", it.way, it.services, it.loaded_ms);
+        text.push_str(&row);
+    }
+}

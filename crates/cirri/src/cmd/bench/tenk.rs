@@ -185,3 +185,12 @@ pub fn shown(it: &TenK) -> String {
         it.maps_mib[1]
     )
 }
+
+/// The part of a report.
+pub fn write(it: &TenK, text: &mut String) {
+    let lines = shown(it).trim_end().replace('\n', "\n- ");
+    text.push_str(&format!(
+        "\n## Ten thousand services on an agent\n\nA lab of two nodes, both of which follow its etcd, on the same processors as etcd \
+         and the writer; figures of node 1.\n\n- {lines}\n"
+    ));
+}

@@ -1,6 +1,7 @@
 //! `cirri bench traffic`: real connections, requests and bulk data between pods of a lab, beside
 //! plain kernel routing in the same rounds.
 
+use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -221,6 +222,23 @@ pub fn table(lines: &[Line]) -> String {
     table.render(output::terminal_width())
 }
 
+/// The table of a report.
+pub fn write_rows(lines: &[Line], text: &mut String) {
+    text.push_str(
+        "| way | mode | median | best | p50 µs | p99 µs | cpu | beside | rate | cpu |\n|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for it in lines {
+        let Shown { median, best, cpu } = shown(it);
+        let Line { way, beside, p50, p99, rate_ratio, cpu_ratio, .. } = it;
+        let mode = mode_name(it.mode);
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "| {way} | {mode} | {median} | {best} | {p50:.0} | {p99:.0} | {cpu} | {beside} | {rate_ratio:.2} | {cpu_ratio:.2} |"
+        );
+    }
+}
+
 /// Figures with their units.
 pub struct Shown {
     pub median: String,
@@ -243,7 +261,7 @@ pub fn shown(line: &Line) -> Shown {
 }
 
 /// The name that people see.
-pub fn mode_name(mode: Mode) -> &'static str {
+fn mode_name(mode: Mode) -> &'static str {
     match mode {
         Mode::Connections => "connections",
         Mode::Requests => "requests",
