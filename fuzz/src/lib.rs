@@ -4,44 +4,55 @@
 use std::net::IpAddr;
 
 use cirri_abi::{
-    Addr, Cookie, Endpoint, Hook, Identity, Ipcache, IpcacheKey, NodeConfig, PolicyEntry, PolicyKey, Port,
-    ipcache_flag, node_flag, policy_flag,
+    Addr, Backend, BackendState, Cookie, Endpoint, EventKind, Forwarding, Hook, Identity, Ipcache, IpcacheKey,
+    NodeConfig, PolicyEntry, PolicyKey, Port, Service, ServiceKey, ipcache_flag, node_flag, policy_flag, proto,
+    service_flag,
 };
 use cirri_control::policy::Cluster;
 use cirri_control::resource::{Resource, parse_documents};
-use cirri_datapath::{NextHop, TunnelKey};
+use cirri_datapath::{NextHop, TunnelKey, Verdict};
 use cirri_sim::{Frame, Node, Ruleset};
 
 const WORKLOADS: [u32; 2] = [10, 11];
 const NETWORK: u32 = 2;
 const OVERLAY: u32 = 3;
+/// Packets from the network before the stack: no hook has this number.
+const EDGE: u8 = 0x83;
+/// Bytes of an outer IPv6 header, the longest that a packet is given.
+const LONGEST_ADDITION: usize = 40;
 
-/// Sends packets through a node with two workloads, a peer and the outside.
+/// Sends packets through a node with two workloads, a peer, the outside, and services.
 ///
 /// The input is a list of packets: a byte that picks hook and device, a byte of length (in units of
-/// eight), the bytes. Whatever they are, the packet path must not panic, and a dropped packet must be
-/// a counted one.
+/// eight), the bytes. Whatever they are, the packet path must not panic, a dropped or refused packet must
+/// be a counted one, and what passes before the stack must be as it came.
 pub fn packets(mut input: &[u8]) {
     let node = node();
-    let mut dropped = 0;
+    let mut refused = 0;
     while let [kind, length, rest @ ..] = input {
         let length = (usize::from(*length) * 8).min(rest.len());
         let (bytes, next) = rest.split_at(length);
         input = next;
-        let hook = [1, 2, 3, 5, 6, 1, 3, 5][usize::from(kind & 7)];
+        let hook = [1, 2, 3, 5, 6, 4, 3, EDGE][usize::from(kind & 7)];
         let ifindex = match hook {
-            Hook::FROM_NETWORK => NETWORK,
+            Hook::FROM_NETWORK | Hook::TO_NETWORK | EDGE => NETWORK,
             Hook::FROM_OVERLAY | Hook::TO_OVERLAY => OVERLAY,
             _ => WORKLOADS[usize::from(kind >> 3 & 1)],
         };
         let key = TunnelKey { vni: [500, 1, 0, 300][usize::from(kind >> 4 & 3)], remote: peer() };
         let tunnel = (hook == Hook::FROM_OVERLAY).then_some(key);
-        let ran = node.run(hook, Frame { bytes: bytes.to_vec(), ifindex, tunnel, ..Frame::default() });
-        dropped += u64::from(matches!(ran.verdict, cirri_datapath::Verdict::Drop(_)));
-        assert_eq!(ran.frame.bytes.len(), bytes.len(), "no verdict changes a packet's length");
+        let frame = Frame { bytes: bytes.to_vec(), ifindex, tunnel, ..Frame::default() };
+        let ran = if hook == EDGE { node.run_edge(frame) } else { node.run(hook, frame) };
+        // Who is refused may be told: such a packet goes, as an answer.
+        let said = node.take_events().iter().any(|event| event.kind == EventKind::DROP);
+        refused += u64::from(said || matches!(ran.verdict, Verdict::Drop(_)));
+        if hook == EDGE && ran.verdict == Verdict::Continue {
+            assert_eq!(ran.frame.bytes, bytes, "what passes is as it came");
+        }
+        assert!(said || ran.frame.bytes.len() <= bytes.len() + LONGEST_ADDITION, "nothing else makes it longer");
     }
     let counted: u64 = (2..512).map(|index| node.counter(index).packets).sum();
-    assert_eq!(counted, dropped, "every drop is counted, and nothing else");
+    assert_eq!(counted, refused, "every drop is counted, and nothing else");
 }
 
 /// Reads manifests and compiles the rule sets of their pods. Whatever they are, that must not panic,
@@ -80,7 +91,10 @@ pub fn policies(input: &[u8]) {
 
 fn node() -> Node {
     let mut node = Node::new(NodeConfig {
-        flags: node_flag::TUNNEL | node_flag::MASQUERADE_V4 | node_flag::MASQUERADE_V6,
+        flags: node_flag::TUNNEL
+            | node_flag::MASQUERADE_V4
+            | node_flag::MASQUERADE_V6
+            | node_flag::HOST_BACKENDS,
         overlay_ifindex: OVERLAY,
         v4: addr("192.168.0.1"),
         v6: addr("fd01::1"),
@@ -124,9 +138,57 @@ fn node() -> Node {
         let entry = Ipcache { identity, flags, peer, slot, ..Ipcache::default() };
         node.put_ipcache(IpcacheKey { prefix_len: length, addr: addr(net) }, entry);
     }
-    node.put_route(addr("0.0.0.0"), 96, NextHop { ifindex: NETWORK, peer: u32::from_ne_bytes([192, 168, 0, 254]), ..NextHop::default() });
-    node.put_route(addr("::"), 0, NextHop { ifindex: NETWORK, ..NextHop::default() });
+    let hop = NextHop { ifindex: NETWORK, mac: [2, 0, 0, 0, 0, 2], own_mac: [2, 0, 0, 0, 0, 1], mtu: 1500, ..NextHop::default() };
+    node.put_route(addr("0.0.0.0"), 96, NextHop { peer: u32::from_ne_bytes([192, 168, 0, 254]), ..hop });
+    node.put_route(addr("::"), 0, hop);
+    serve(&mut node);
     node
+}
+
+/// Services of every forwarding at several addresses, with backends everywhere; and addresses that refuse.
+fn serve(node: &mut Node) {
+    let families = [
+        ["10.96.0.10", "0.0.0.0", "192.0.2.10", "10.0.1.4", "10.0.2.4", "192.168.0.1", "198.51.100.7"],
+        ["fd00:0:0:96::10", "::", "2001:db8:192::10", "fd00:0:0:1::4", "fd00:0:0:2::4", "fd01::1", "2001:db8::7"],
+    ];
+    for (family, [cluster, own, outside, backends @ ..]) in (0u32..).zip(families) {
+        for (protocol, proto) in (0u32..).zip([proto::TCP, proto::UDP]) {
+            let service = 1 + family * 2 + protocol;
+            let first = service * 10;
+            for (number, backend) in (first..).zip(backends) {
+                let (port, state) = (Port::new(8080), BackendState::ACTIVE);
+                let row = Backend { addr: addr(backend), port, proto, state, service, ..Backend::default() };
+                node.put_backend(number, row);
+                node.put_slots(number, &[number]);
+            }
+            let fronts = [
+                (cluster, 80, Forwarding::SNAT, service_flag::INSIDE_ONLY),
+                (own, 30080, Forwarding::SNAT, 0),
+                (outside, 80, Forwarding::DSR_OPTION, 0),
+                (outside, 443, Forwarding::DSR_IPIP, service_flag::RANGES | service_flag::RANGES_DENY),
+            ];
+            for (front, port, forwarding, flags) in fronts {
+                let count = backends.len() as u32;
+                let row = Service {
+                    id: service,
+                    flags,
+                    inside_first: first,
+                    inside_count: count,
+                    outside_first: first,
+                    outside_count: count,
+                    affinity: u32::from(port == 443) * 60,
+                    forwarding,
+                    ..Service::default()
+                };
+                node.put_service(ServiceKey { addr: addr(front), port: Port::new(port), proto, _pad: 0 }, row);
+            }
+        }
+        for front in [cluster, outside] {
+            let refuse = Service { flags: service_flag::REFUSE, ..Service::default() };
+            node.put_service(ServiceKey { addr: addr(front), ..ServiceKey::default() }, refuse);
+        }
+    }
+    node.put_node_port(Port::new(30080));
 }
 
 fn peer() -> u32 {
