@@ -50,7 +50,7 @@ pub struct ServiceSpec {
     /// Addresses of the world that its owner brings to the nodes.
     #[serde(rename = "externalIPs", skip_serializing_if = "Vec::is_empty")]
     pub external_ips: Vec<IpAddr>,
-    /// The address that its load balancer is to have.
+    /// The address that its owner wishes its load balancer to have. Never served: only what its status says is.
     #[serde(rename = "loadBalancerIP", skip_serializing_if = "Option::is_none")]
     pub load_balancer_ip: Option<IpAddr>,
     /// Which clients may use the load balancer's addresses; empty: all.

@@ -130,9 +130,10 @@ impl Services {
         };
         add(FrontendKind::ClusterIp, &mut spec.cluster_ips.addresses().iter().copied());
         if spec.kind == ServiceType::LoadBalancer {
+            // Not `spec.loadBalancerIP`: that is a wish of whoever wrote the service, and any address can
+            // be wished for. Whoever hands out addresses writes them into the status.
             let given = &service.status.load_balancer.ingress;
-            let asked = spec.load_balancer_ip.filter(|_| given.is_empty());
-            add(FrontendKind::LoadBalancer, &mut given.iter().map(|one| one.ip).chain(asked));
+            add(FrontendKind::LoadBalancer, &mut given.iter().map(|one| one.ip));
         }
         add(FrontendKind::ExternalIp, &mut spec.external_ips.iter().copied());
         let (first, last) = self.settings.node_ports;

@@ -60,21 +60,23 @@ fn node_ports_are_at_the_nodes_own_addresses_of_the_services_families() {
 }
 
 #[test]
-fn a_load_balancer_has_the_addresses_it_was_given_or_else_the_one_it_asked_for() {
+fn a_load_balancer_has_the_addresses_it_was_given_and_not_those_that_it_wishes_for() {
     let spec = "type: LoadBalancer, clusterIP: 10.96.0.1, loadBalancerIP: 203.0.113.7, externalIPs: [198.51.100.1], ports: [{port: 80}]";
     expect(
         &service(spec),
-        &[
-            "shop/web:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80 LoadBalancer 203.0.113.7:80 ExternalIP 198.51.100.1:80: in , out ",
-        ],
+        &["shop/web:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80 ExternalIP 198.51.100.1:80: in , out "],
     );
-    let given = service(spec).replace("}}\n", "}, status: {loadBalancer: {ingress: [{ip: 203.0.113.9}]}}}\n");
     expect(
-        &given,
+        &given(&service(spec), "203.0.113.9"),
         &[
             "shop/web:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80 LoadBalancer 203.0.113.9:80 ExternalIP 198.51.100.1:80: in , out ",
         ],
     );
+}
+
+/// A service with an address in its status.
+fn given(service: &str, address: &str) -> String {
+    service.replace("}}\n", &format!("}}, status: {{loadBalancer: {{ingress: [{{ip: {address}}}]}}}}}}\n"))
 }
 
 #[test]
@@ -195,9 +197,10 @@ fn hybrid_is_dsr_for_tcp_and_snat_for_the_rest() {
 #[test]
 fn affinity_and_source_ranges_go_into_the_port() {
     let manifests = service(
-        "type: LoadBalancer, loadBalancerIP: 203.0.113.1, ipFamilies: [IPv4], sessionAffinity: ClientIP, \
+        "type: LoadBalancer, ipFamilies: [IPv4], sessionAffinity: ClientIP, \
          loadBalancerSourceRanges: [192.0.2.0/24], ports: [{port: 80}]",
     );
+    let manifests = given(&manifests, "203.0.113.1");
     let world = World::new(&manifests);
     let port = world.one();
     assert_eq!((port.affinity, port.ranges_deny), (10_800, false));
