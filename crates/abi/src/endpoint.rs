@@ -100,4 +100,6 @@ pub mod node_flag {
     /// Some service has a backend in this node's own network namespace: its answers leave by the
     /// node's stack, and have to be looked at there.
     pub const HOST_BACKENDS: u32 = 16;
+    /// A load balancer alone: backends are plain hosts outside, which direct return may be used for.
+    pub const ALONE: u32 = 32;
 }

@@ -55,8 +55,9 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         // The other side opens a connection of its own with the same ports.
         return Ok(Next::Go);
     }
-    if syn && s.option_addr != Addr::UNSPECIFIED {
-        // The client may be at another service by now.
+    let may_go = s.pending || s.old.state == State::CLOSING || s.old.flags & recipe_flag::HALF != 0;
+    if syn && s.option_addr != Addr::UNSPECIFIED && may_go {
+        // The client may be at another service by now. What came without an option is not ended by one.
         return Ok(Next::Go);
     }
     s.reopened = syn && !s.pending;
@@ -426,8 +427,12 @@ pub(crate) fn advance<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     Ok(Next::Go)
 }
 
+/// Ticks that a connection whose answers take another way stays among the unfinished. A flood of forged
+/// ones drives itself out of their table meanwhile.
+const ONE_WAY_AGE: u32 = 2;
+
 /// A connection whose answers take another way counts as established when its opener has sent what it
-/// sends only with an answer in hand; a stream of datagrams, with its second.
+/// sends only with an answer in hand (a stream of datagrams, a second), and has lasted a second.
 #[inline(always)]
 fn advance_one_way<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch, flow: &T::Flow) -> Outcome {
     let recipe = s.current();
@@ -436,7 +441,9 @@ fn advance_one_way<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     let closing = flags & (TCP_FIN | TCP_RST) != 0;
     tables.count_backend(recipe.backend, false, packet.length());
     let first_close = closing && recipe.tcp_flags & (TCP_FIN | TCP_RST) == 0;
-    if s.pending && !(tcp && flags & TCP_SYN != 0) {
+    // Anybody can send two packets: what evicts others' connections must have lasted.
+    let lasts = tables.now().count.wrapping_sub(recipe.since.count) >= ONE_WAY_AGE;
+    if s.pending && lasts && !(tcp && flags & TCP_SYN != 0) {
         flow.set_state(if closing { State::CLOSING } else { State::ESTABLISHED }, flags);
         if tables.promote(&s.parsed.tuple, flow, &mut s.spare) {
             tables.remove(Table::Pending, &s.parsed.tuple);

@@ -2,7 +2,7 @@
 //! the client itself. Either in an IP option of the first packets, or by sending the packet, untouched,
 //! in IPIP. Layouts: `cirri_abi::dsr`.
 
-use cirri_abi::{Addr, DropReason, Forwarding, Hook, Identity, Port, Recipe, ServiceKey, dsr, ipcache_flag, node_flag};
+use cirri_abi::{Addr, DropReason, Forwarding, Hook, Identity, Port, Recipe, dsr, ipcache_flag, node_flag};
 
 use crate::{
     parse::{Class, parse_network},
@@ -166,7 +166,7 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
         dsr::IPV6 if !tuple.src.is_v4() && s.parsed.l4 == L3 + IPV6_HEADER => true,
         _ => return Ok(()),
     };
-    if !is_backend(tables, &tuple.dst) || !is_for_service(packet, tables, s.parsed.l4, v6) {
+    if !is_from_node(tables, &tuple.src) || !is_backend(tables, &tuple.dst) {
         return Ok(());
     }
     let port = if v6 {
@@ -190,53 +190,49 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
     Ok(())
 }
 
-/// Whether the packet that begins at `at` is for an address that services are behind. What else a
-/// workload is sent in IPIP is its own business.
+/// Whether another node of the cluster sent it. Anybody else's packet in a packet would come past every
+/// filter that looked at the outer one.
 #[inline(always)]
-fn is_for_service<P: Packet, T: Tables>(packet: &P, tables: &T, at: u32, v6: bool) -> bool {
-    let addr = if v6 {
-        match packet.load::<wire::Ipv6>(at) {
-            Some(ip) => Addr { words: ip.dst },
-            None => return false,
-        }
-    } else {
-        match packet.load::<wire::Ipv4>(at) {
-            Some(ip) => Addr::v4_word(ip.dst),
-            None => return false,
-        }
-    };
-    // Every address of services has a row of its own; nodes' addresses have node ports.
-    tables.service(&ServiceKey { addr, port: Port { be: 0 }, proto: 0, _pad: 0 }).is_some()
-        || match tables.ipcache(&addr) {
-            Some(entry) => entry.flags & ipcache_flag::HOST != 0 || entry.identity.id == Identity::REMOTE_NODE.id,
-            None => false,
-        }
+fn is_from_node<T: Tables>(tables: &T, addr: &Addr) -> bool {
+    match tables.ipcache(addr) {
+        Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
+        None => false,
+    }
 }
 
 /// For a plain host behind a load balancer: the length of a packet's outer IP header, bytes, if it holds
-/// another packet of its family and is for this host.
+/// another packet of its family and both are for this host. It never forwards for strangers.
 #[inline(always)]
 pub fn is_outer_of_host<P: Packet, T: Services>(packet: &P, tables: &T) -> Option<u32> {
     let eth = packet.load::<wire::Ethernet>(0)?;
-    let (dst, header) = match u16::from_be(eth.ethertype) {
+    let (outer, inner, header) = match u16::from_be(eth.ethertype) {
         wire::ETHERTYPE_IPV4 => {
             let ip = packet.load::<wire::Ipv4>(L3)?;
             if ip.version_ihl != 0x45 || ip.proto != dsr::IPIP || ip.fragment & wire::FRAGMENT_MASK != 0 {
                 return None;
             }
-            (Addr::v4_word(ip.dst), IPV4_HEADER)
+            let within = packet.load::<wire::Ipv4>(L3 + IPV4_HEADER)?;
+            (Addr::v4_word(ip.dst), Addr::v4_word(within.dst), IPV4_HEADER)
         }
         wire::ETHERTYPE_IPV6 => {
             let ip = packet.load::<wire::Ipv6>(L3)?;
             if ip.next != dsr::IPV6 {
                 return None;
             }
-            (Addr { words: ip.dst }, IPV6_HEADER)
+            let within = packet.load::<wire::Ipv6>(L3 + IPV6_HEADER)?;
+            (Addr { words: ip.dst }, Addr { words: within.dst }, IPV6_HEADER)
         }
         _ => return None,
     };
-    let entry = tables.ipcache(&dst)?;
-    (entry.flags & ipcache_flag::HOST != 0).then_some(header)
+    (is_of_host(tables, &outer) && is_of_host(tables, &inner)).then_some(header)
+}
+
+#[inline(always)]
+fn is_of_host<T: Services>(tables: &T, addr: &Addr) -> bool {
+    match tables.ipcache(addr) {
+        Some(entry) => entry.flags & ipcache_flag::HOST != 0,
+        None => false,
+    }
 }
 
 /// Whether an address is of a workload of this node, or of this node itself if it serves.
@@ -249,11 +245,7 @@ fn is_backend<T: Tables>(tables: &T, addr: &Addr) -> bool {
         Some(node) => node.flags & node_flag::HOST_BACKENDS != 0,
         None => false,
     };
-    serves
-        && match tables.ipcache(addr) {
-            Some(entry) => entry.flags & ipcache_flag::HOST != 0,
-            None => false,
-        }
+    serves && is_of_host(tables, addr)
 }
 
 /// Whether an option may be believed: it names a service that is forwarded so. Anybody could write one,

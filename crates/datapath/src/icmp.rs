@@ -72,7 +72,7 @@ fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> O
         Hook::TO_WORKLOAD => is_host(tables, &s.parsed.tuple.src),
         _ => is_host(tables, &s.parsed.tuple.dst),
     };
-    if !own {
+    if !own || s.outer_dst != Addr::UNSPECIFIED {
         return Err(DropReason::UNKNOWN_STATE.into());
     }
     if s.hook == Hook::FROM_OVERLAY {

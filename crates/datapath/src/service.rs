@@ -55,6 +55,10 @@ pub(crate) fn find<'a, T: Services>(
     proto: u8,
     inside: bool,
 ) -> Option<&'a Service> {
+    // Rows of the unspecified address are nobody's address.
+    if *addr == Addr::ANY_V4 || *addr == Addr::UNSPECIFIED {
+        return None;
+    }
     let exact = tables.service(&ServiceKey { addr: *addr, port, proto, _pad: 0 });
     if exact.is_some() {
         return exact;
@@ -202,7 +206,8 @@ pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scrat
     // What another node has handed on may be for one of its own ports.
     let any_node = workload || s.outer_dst != Addr::UNSPECIFIED;
     let Some(service) = find(tables, &dst, dport, proto, any_node) else {
-        return Ok(Next::Go);
+        // What another node has packed up is for a service, or nobody's.
+        return if s.outer_dst == Addr::UNSPECIFIED { Ok(Next::Go) } else { Err(DropReason::UNSUPPORTED_DSR.into()) };
     };
     // Nobody is refused, and so told, in another's name.
     if s.hook == Hook::FROM_NETWORK

@@ -64,6 +64,8 @@ pub struct Scratch {
     pub icmp_type: u8,
     /// Where the packet was met.
     pub hook: u8,
+    /// The range of ports to choose from: the first, and a mask.
+    pub ports: (u16, u16),
     /// The answers' recipe is in its table: it claims a port.
     pub claimed: bool,
     /// An established connection of the same tuple has to go.
@@ -140,6 +142,8 @@ pub enum Stage {
     Draft,
     /// Put in what becomes of its addresses: a service's backend, masquerade, direct return.
     Translate,
+    /// No source port was free: take one back.
+    Reclaim,
     /// Write the recipes of both directions.
     Write,
     /// Put the service's address into the packet, for the backend's node.
@@ -327,7 +331,9 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     if s.hook == Hook::TO_WORKLOAD {
         s.forward.action = Action::CONTINUE;
     }
-    tables.stage(Stage::Translate, packet, s)?;
+    if let Next::Carry = tables.stage(Stage::Translate, packet, s)? {
+        tables.stage(Stage::Reclaim, packet, s)?;
+    }
     tables.stage(Stage::Write, packet, s)?;
     tables.count(CounterIndex::reason(0, s.judgement.direction), packet.length());
     s.event.kind = EventKind::NEW;
@@ -439,8 +445,9 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
             connection::draft(tables, s)?;
             Ok(Next::Go)
         }
-        Stage::Translate => {
-            translate::translate(tables, s)?;
+        Stage::Translate => translate::translate(tables, s),
+        Stage::Reclaim => {
+            translate::reclaim(tables, s)?;
             Ok(Next::Go)
         }
         Stage::Write => connection::write(packet, tables, s),

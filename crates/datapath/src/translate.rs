@@ -8,7 +8,7 @@ use cirri_abi::{
 use crate::{
     carry::tuple_difference,
     place::PlaceKind,
-    slow::Scratch,
+    slow::{Next, Outcome, Scratch},
     traits::{Flow, Table, Tables},
 };
 
@@ -25,11 +25,17 @@ pub(crate) fn is_for_node<T: Tables>(tables: &T, addressed: impl FnOnce(&NodeCon
 }
 
 /// The stage: puts the rewrites into both drafts, and claims a source port where one is needed.
+/// [`Next::Carry`]: none was found.
 #[inline(always)]
-pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropReason> {
+pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Outcome {
     if s.served.yes {
-        if is_returned_directly(s) {
-            return return_directly(s);
+        let alone = match tables.node() {
+            Some(node) => node.flags & node_flag::ALONE != 0,
+            None => false,
+        };
+        if is_returned_directly(s, alone) {
+            return_directly(s);
+            return Ok(Next::Go);
         }
         if s.served.backend != 0 {
             s.forward.backend = s.served.backend;
@@ -48,6 +54,7 @@ pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Dr
             s.reverse.src_identity = Identity::HOST;
         }
     } else if s.option_addr != Addr::UNSPECIFIED && s.from.kind == PlaceKind::World {
+        s.forward.flags |= recipe_flag::HALF;
         s.reverse.flags |= recipe_flag::HALF;
         s.reverse.rewrite = Rewrite::SOURCE;
         s.reverse.source = s.option_addr;
@@ -55,21 +62,22 @@ pub(crate) fn translate<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Dr
     }
     if s.opener.proto == proto::SCTP && (s.served.yes && s.translated.dport != s.opener.dport) {
         // Its checksum covers the ports, and is none that could be adjusted.
-        return Err(DropReason::MASQUERADE_UNSUPPORTED);
+        return Err(DropReason::MASQUERADE_UNSUPPORTED.into());
     }
     if let Some(source) = wanted_source(tables, s)? {
         return bind(tables, s, &source);
     }
     s.forward.csum_delta = tuple_difference(&s.opener, &s.opener.rewritten(&s.forward));
     s.reverse.csum_delta = tuple_difference(&s.answer, &s.answer.rewritten(&s.reverse));
-    Ok(())
+    Ok(Next::Go)
 }
 
 /// Whether the backend's node answers the client itself. Of clients in the cluster it would believe no
 /// option.
 #[inline(always)]
-fn is_returned_directly(s: &Scratch) -> bool {
-    let away = matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World);
+fn is_returned_directly(s: &Scratch, alone: bool) -> bool {
+    // A host outside the cluster knows nothing of it, unless this is a load balancer alone.
+    let away = s.to.kind == PlaceKind::Remote || (s.to.kind == PlaceKind::World && alone);
     let possible = match s.served.forwarding {
         Forwarding::DSR_OPTION => true,
         Forwarding::DSR_IPIP => s.forward.action == Action::DEVICE,
@@ -79,7 +87,7 @@ fn is_returned_directly(s: &Scratch) -> bool {
 }
 
 #[inline(always)]
-fn return_directly(s: &mut Scratch) -> Result<(), DropReason> {
+fn return_directly(s: &mut Scratch) {
     s.forward.backend = s.served.backend;
     s.forward.flags |= recipe_flag::SERVED;
     s.forward.destination = s.translated.dst;
@@ -92,7 +100,6 @@ fn return_directly(s: &mut Scratch) -> Result<(), DropReason> {
         s.forward.flags |= recipe_flag::ONE_WAY | recipe_flag::DSR_OPTION;
         s.forward.csum_delta = tuple_difference(&s.opener, &s.translated);
     }
-    Ok(())
 }
 
 /// Where a connection gets its source from.
@@ -125,16 +132,16 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
         if s.to.kind != PlaceKind::World || s.to.plain || node.flags & flag == 0 {
             return Ok(same);
         }
-        // The receiver may be a node by an address that nobody told us. From our node's own address it
-        // would take this for the overlay's, whose VNI could then be any identity.
-        if s.opener.proto == proto::UDP && s.translated.dport == Port::new(VXLAN_PORT) {
-            return Err(DropReason::ENCAPSULATION_PROHIBITED);
-        }
     } else if !s.served.yes
         || !matches!(s.hook, Hook::FROM_NETWORK | Hook::FROM_OVERLAY)
         || !matches!(s.to.kind, PlaceKind::Remote | PlaceKind::World)
     {
         return Ok(same);
+    }
+    // The receiver may be a node, also by an address that nobody told us. From our node's own address it
+    // would take this for the overlay's, whose VNI could then be any identity.
+    if s.opener.proto == proto::UDP && s.translated.dport == Port::new(VXLAN_PORT) {
+        return Err(DropReason::ENCAPSULATION_PROHIBITED);
     }
     let echo = s.parsed.icmp[0] == if v4 { 8 } else { 128 };
     match s.opener.proto {
@@ -169,7 +176,7 @@ const ATTEMPTS: u16 = 32;
 /// take the same port. Then the established are asked, in this order: a connection is in their table
 /// before it leaves the pending one.
 #[inline(always)]
-fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), DropReason> {
+fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Outcome {
     s.reverse.destination = s.opener.src;
     s.reverse.destination_port = s.opener.sport;
     s.forward.rewrite |= Rewrite::SOURCE;
@@ -202,17 +209,63 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Result<(), D
         }
         s.forward.source_port = Port::new(port);
         s.answer.dport = Port::new(port);
-        if !tables.insert(Table::Pending, &s.answer, &s.reverse, true) {
-            continue;
+        if claim(tables, s) {
+            return Ok(Next::Go);
         }
-        if tables.flow(Table::Flows, &s.answer).is_none() {
-            s.claimed = true;
+    }
+    s.ports = (source.first, source.mask);
+    Ok(Next::Carry)
+}
+
+/// Takes the port that stands in the drafts, if it is free.
+#[inline(always)]
+fn claim<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
+    if !tables.insert(Table::Pending, &s.answer, &s.reverse, true) {
+        return false;
+    }
+    if tables.flow(Table::Flows, &s.answer).is_none() {
+        s.claimed = true;
+        return true;
+    }
+    tables.remove(Table::Pending, &s.answer);
+    false
+}
+
+/// The stage when ports are scarce: takes one back from a connection that nobody has answered for a
+/// while. Those who only begin connections lose theirs first.
+#[inline(always)]
+pub(crate) fn reclaim<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropReason> {
+    for _ in 0..RECLAIM_ATTEMPTS {
+        let port = Port::new(s.ports.0.wrapping_add(tables.random() as u16 & s.ports.1));
+        s.forward.source_port = port;
+        s.answer.dport = port;
+        evict_unfinished(tables, s);
+        if claim(tables, s) {
             return Ok(());
         }
-        tables.remove(Table::Pending, &s.answer);
     }
     Err(DropReason::NO_MASQUERADE_PORT)
 }
+
+/// Ports that are looked at for one that can be taken back. Under a flood of beginnings nearly every one can.
+const RECLAIM_ATTEMPTS: u32 = 3;
+
+#[inline(always)]
+fn evict_unfinished<T: Tables>(tables: &T, s: &Scratch) {
+    let Some(flow) = tables.flow(Table::Pending, &s.answer) else {
+        return;
+    };
+    let recipe = flow.recipe();
+    if tables.now().count.wrapping_sub(recipe.last_seen.count) >= PATIENCE {
+        let opener = s.answer.opposite(recipe);
+        tables.remove(Table::Pending, &s.answer);
+        tables.remove(Table::Pending, &opener);
+    }
+}
+
+/// Ticks that a connection may wait for its first answer while others need its port: two repetitions of
+/// a SYN.
+const PATIENCE: u32 = 4;
 
 /// Takes away what stands in the place of this connection's answers, if that is its own from earlier, or
 /// of a connection that is over.
