@@ -6,10 +6,11 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cirri_abi::{Addr, Backend, BackendState, Port, Service, ServiceKey, ServiceSlot};
-use cirri_e2e::lab::{Lab, eventually, printed};
+use cirri_e2e::lab::{self, Lab, eventually, printed};
 use cirri_loader::Tables;
 use cirri_store::{Etcd, EtcdOptions, PREFIX, Store};
 use serde_json::{Value, json};
@@ -160,6 +161,88 @@ fn a_node_answers_how_many_local_backends_a_service_has() {
     lab.apply(&[pods, &service("other", 2, 32101)].concat()).unwrap();
     let refused = || world.run(|| std::net::TcpStream::connect("172.31.255.11:32100").is_err()).unwrap();
     eventually("a health check closes with its service", PATIENCE, refused);
+}
+
+/// A client that talks to a service once, waits for a line, and talks again, each time over one socket.
+const TALK: &str = "exec 3<>/dev/udp/$0/53; printf one >&3; read -r -n 1 -t 5 -u 3 && echo answered; read -r; \
+                    printf two >&3 || echo over; read -r -n 1 -t 5 -u 3 && echo answered";
+
+#[test]
+fn a_datagram_socket_ends_with_its_backend_and_others_do_not() {
+    let lab = Lab::up("svcudp", 2, &[]).unwrap();
+    let pod = |name: &str, node: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}\nspec: {{nodeName: \
+             {node}, containers: [{{name: c, image: none, ports: [{{containerPort: 53, protocol: UDP}}]}}]}}\n"
+        )
+    };
+    let service = |ip: u8, app: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: dns{ip}, namespace: shop}}\nspec: {{clusterIP: 10.96.0.{ip}, \
+             selector: {{app: {app}}}, ports: [{{port: 53, protocol: UDP}}]}}\n"
+        )
+    };
+    let pods = [
+        "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n",
+        &pod("client", "node1"),
+        &pod("a", "node2"),
+        &pod("b", "node2"),
+    ]
+    .concat();
+    lab.apply(&[&pods, &*service(53, "a"), &service(54, "b")].concat()).unwrap();
+    let mut talks = ["10.96.0.53", "10.96.0.54"].map(|to| Talk::start(&lab, to));
+    for talk in &mut talks {
+        assert_eq!(talk.line(), "answered");
+    }
+    // The first service goes to the other backend, which answers from now on; the second stays.
+    lab.apply(&[&pods, &*service(53, "b"), &service(54, "b")].concat()).unwrap();
+    let [mut moved, mut stayed] = talks;
+    stayed.go_on();
+    assert_eq!(stayed.line(), "answered");
+    // That happens after the change is in force, beside all else.
+    let log = lab.node("node1").unwrap().log;
+    let ended =
+        || std::fs::read_to_string(&log).unwrap().contains("sockets that were connected to backends that are gone");
+    eventually("the agent ends a socket", PATIENCE, ended);
+    moved.go_on();
+    assert_eq!(moved.line(), "over", "the socket went on to a backend that is gone");
+}
+
+/// A client of [`TALK`], in a pod.
+struct Talk {
+    child: Child,
+    said: BufReader<ChildStdout>,
+}
+
+impl Talk {
+    fn start(lab: &Lab, to: &str) -> Talk {
+        let mut child = Command::new(lab::binary().unwrap())
+            .args(["lab", "exec", "--name", lab.name(), "shop/client", "--", "bash", "-c", TALK, to])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(child.stdout.take().unwrap());
+        Talk { child, said }
+    }
+
+    /// The next line that it says.
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.said.read_line(&mut line).unwrap();
+        line.trim_end().to_string()
+    }
+
+    fn go_on(&mut self) {
+        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        self.child.wait().unwrap();
+    }
 }
 
 #[test]

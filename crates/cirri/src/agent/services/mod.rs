@@ -180,12 +180,14 @@ impl Serving {
                 _ => write::together(self.queue.iter().take(adding).flat_map(|group| &group.writes)),
             };
             let counted = |number: &u32| self.resumed || self.used.contains(number);
-            match write::write(tables, &writes, counted) {
-                Ok(released) => {
-                    for released in released {
-                        self.used.insert(released.number);
-                        self.over.extend(released.datagrams.filter(|to| !self.datagrams.contains_key(to)));
-                    }
+            let mut released = Vec::new();
+            let outcome = write::write(tables, &writes, counted, &mut released);
+            for released in released {
+                self.used.insert(released.number);
+                self.over.extend(released.datagrams.filter(|to| !self.datagrams.contains_key(to)));
+            }
+            match outcome {
+                Ok(()) => {
                     self.queue.drain(..adding);
                     self.failure = None;
                 }

@@ -51,11 +51,12 @@ pub fn together<'a>(writes: impl Iterator<Item = &'a Write>) -> Vec<Cow<'a, Writ
 /// # Errors
 /// The kernel's.
 pub fn carry_out(tables: &Tables, writes: &[Write]) -> Result<(), MapError> {
-    write(tables, &one(writes), |_| true).map(drop)
+    write(tables, &one(writes), |_| true, &mut Vec::new())
 }
 
 /// Does them, those of one kind that follow each other at once. `counted` says which numbers of backends
-/// may have counters of an owner before. On error a first part of them is done; all may be done again.
+/// may have counters of an owner before; `released` learns which take nothing any more. On error a first part
+/// of them is done; all may be done again.
 ///
 /// # Errors
 /// The kernel's.
@@ -63,17 +64,17 @@ pub fn write(
     tables: &Tables,
     writes: &[Cow<'_, Write>],
     counted: impl Fn(&u32) -> bool,
-) -> Result<Vec<Released>, MapError> {
-    let mut released = Vec::new();
+    released: &mut Vec<Released>,
+) -> Result<(), MapError> {
     let mut rest = writes;
     while let Some(first) = rest.first() {
         let kind = std::mem::discriminant(first.as_ref());
         let same = rest.iter().take_while(|write| std::mem::discriminant(write.as_ref()) == kind).count();
         let (now, later) = rest.split_at(same);
-        write_kind(tables, now, &counted, &mut released)?;
+        write_kind(tables, now, &counted, released)?;
         rest = later;
     }
-    Ok(released)
+    Ok(())
 }
 
 /// Writes of one kind.
