@@ -491,7 +491,13 @@ impl Talk {
 pub fn ask_datagram(socket: &UdpSocket) -> io::Result<(String, IpAddr)> {
     socket.send(b"who")?;
     let mut buffer = [0; 2048];
-    let length = socket.recv(&mut buffer)?;
+    // A machine that was paused interrupts who waits.
+    let length = loop {
+        match socket.recv(&mut buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => break other?,
+        }
+    };
     let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
     let mut words = text.split_whitespace();
     let (name, seen) = words.next().zip(words.next()).ok_or_else(|| io::Error::other(format!("answered {text:?}")))?;

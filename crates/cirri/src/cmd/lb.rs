@@ -186,8 +186,8 @@ where there is one). The answer goes to the client itself, so the load balancer 
   cirri lb backend --device eth0 --vip 203.0.113.10
   cirri lb backend --device eth0 --vip 203.0.113.10 --remove
 
-Without --vip the address is the administrator's business: it belongs on `lo`, and devices should not answer
-ARP for it (sysctls arp_ignore=1, arp_announce=2), which --vip sees to. The program stays until --remove or a
+Without --vip the address is the administrator's business: it must be there before, on `lo`, and devices should
+not answer ARP for it (sysctls arp_ignore=1, arp_announce=2), which --vip sees to. The program stays until --remove or a
 reboot; no process runs. MTU: a wrapped packet is 20 bytes longer (IPv6: 40).";
 
 /// Runs it.

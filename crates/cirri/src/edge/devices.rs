@@ -127,8 +127,8 @@ impl Machine {
     /// The kernel's.
     pub fn tell(&self, plan: &Plan, tables: &Tables) -> Result<(), MapError> {
         let node = NodeConfig {
-            // A load balancer's connections are too many to tell of each.
-            flags: node_flag::DROPS_ONLY,
+            // Of no cluster, and with too many connections to tell of each.
+            flags: node_flag::ALONE | node_flag::DROPS_ONLY,
             v4: self.v4.map_or(Addr::UNSPECIFIED, |v4| IpAddr::V4(v4).into()),
             v6: self.v6.map_or(Addr::UNSPECIFIED, |v6| IpAddr::V6(v6).into()),
             masquerade_first: Port::new(plan.snat_ports.first),

@@ -21,6 +21,7 @@ mod report;
 mod server;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 
 use cirri_abi::epoch_slot;
 use cirri_loader::gc::{self, Collector};
-use cirri_loader::net::{ForeignRoutes, Neighbours, Net};
+use cirri_loader::net::{ForeignRoutes, NeighbourChange, Neighbours, Net};
 use cirri_loader::{Datapath, Events, LoadOptions};
 use futures::FutureExt;
 use rustix::fs::{FlockOperation, flock};
@@ -81,7 +82,7 @@ struct ConfigState {
     error: String,
 }
 
-/// How long changes of routes and neighbours are gathered.
+/// How long changes of routes are gathered.
 const BURST: Duration = Duration::from_millis(20);
 /// How often flow tables are swept, and how many entries at a time: a load balancer's fill quickly.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
@@ -123,7 +124,8 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     let spawn = |task: Pin<Box<dyn Future<Output = ()>>>| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(reload(Arc::clone(&shared), watch)));
     spawn(Box::pin(follow_checks(Arc::clone(&shared), outcomes)));
-    spawn(Box::pin(follow_network(Arc::clone(&shared), routes, neighbours)));
+    spawn(Box::pin(follow_routes(Arc::clone(&shared), routes)));
+    spawn(Box::pin(follow_neighbours(Arc::clone(&shared), neighbours)));
     spawn(Box::pin(catch_up(Arc::clone(&shared))));
     spawn(Box::pin(collect(Arc::clone(&shared))));
     if let Some(events) = events {
@@ -270,24 +272,14 @@ async fn follow_checks(shared: Arc<Shared>, mut outcomes: UnboundedReceiver<Outc
 
 /// Connections ask again for their way when somebody changed it: recipes hold the neighbour that a
 /// route led to. Devices that come back are served again.
-async fn follow_network(shared: Arc<Shared>, mut routes: ForeignRoutes, mut neighbours: Neighbours) {
-    loop {
-        let going_on = tokio::select! {
-            changed = routes.changed() => changed,
-            changed = neighbours.changed() => changed.is_some(),
-        };
-        if !going_on {
-            return tracing::error!("routes and neighbours are not watched any more");
-        }
+async fn follow_routes(shared: Arc<Shared>, mut routes: ForeignRoutes) {
+    while routes.changed().await {
         // Daemons change routes in bursts; one renewal does for what came at once.
         tokio::time::sleep(BURST).await;
         while routes.changed().now_or_never() == Some(true) {}
-        while let Some(Some(_)) = neighbours.changed().now_or_never() {}
         let mut here = shared.machine.lock().await;
         let core = shared.core.lock().await;
-        if let Err(error) = core.tables.bump(epoch_slot::NODE) {
-            tracing::error!(%error, "established connections may go on by a way that is gone");
-        }
+        renew(&core);
         let Here { net, datapath, machine, attached, trouble } = &mut *here;
         let outcome = match Machine::look(&core.plan, net).await {
             Ok(seen) => {
@@ -302,6 +294,50 @@ async fn follow_network(shared: Arc<Shared>, mut routes: ForeignRoutes, mut neig
             tracing::error!(error, "devices and addresses are not as the file wants them");
         }
         *trouble = now;
+    }
+    tracing::error!("routes are not watched any more");
+}
+
+/// Recipes hold Ethernet addresses: connections ask again when one changed, and when a backend's or the
+/// gateway's is found. Until then XDP leaves their packets to TC, where the kernel finds the neighbour.
+/// Clients on the machine's own Ethernet come and go, and concern nobody else's connections.
+async fn follow_neighbours(shared: Arc<Shared>, mut neighbours: Neighbours) {
+    let net = match Net::here() {
+        Ok(net) => net,
+        Err(error) => return tracing::error!(%error, "neighbours are not watched"),
+    };
+    let mut known: BTreeMap<(u32, IpAddr), [u8; 6]> = BTreeMap::new();
+    match net.neighbours_found().await {
+        Ok(found) => known.extend(found.iter().map(|neighbour| ((neighbour.device, neighbour.ip), neighbour.mac))),
+        Err(error) => tracing::warn!(%error, "neighbours that are known already cannot be read"),
+    }
+    while let Some(NeighbourChange { ip, device, mac }) = neighbours.changed().await {
+        // One that does not answer keeps its address until it has another.
+        let Some(mac) = mac else { continue };
+        let concerns = match known.insert((device, ip), mac) {
+            Some(before) => before != mac,
+            None => is_on_the_way(&shared, &net, ip).await,
+        };
+        if concerns {
+            renew(&*shared.core.lock().await);
+        }
+    }
+    tracing::error!("neighbours are not watched any more");
+}
+
+/// Whether packets of services go to this neighbour, as far as can be told.
+async fn is_on_the_way(shared: &Shared, net: &Net, ip: IpAddr) -> bool {
+    let backend = {
+        let core = shared.core.lock().await;
+        core.plan.services.iter().flat_map(|service| &service.backends).any(|backend| backend.address == ip)
+    };
+    // Without an answer it is better to ask once too often.
+    backend || net.default_route(ip.is_ipv6()).await.map_or(true, |route| route.is_some_and(|it| it.via == Some(ip)))
+}
+
+fn renew(core: &Core) {
+    if let Err(error) = core.tables.bump(epoch_slot::NODE) {
+        tracing::error!(%error, "established connections may go on by a way that is gone");
     }
 }
 

@@ -150,6 +150,13 @@ impl Checker<'_> {
             return wrong(format!("sourceRanges has {range}, which no client of {address} can be in"));
         }
         let forwarding = service.forwarding.or(defaults.forwarding).unwrap_or_default();
+        if service.protocol == Protocol::Sctp && forwarding == ForwardingName::Snat {
+            return wrong(
+                "snat gives connections another source port, which SCTP's checksum does not allow; \
+                 set forwarding: dsr-ipip"
+                    .to_owned(),
+            );
+        }
         let pool = self.pool_of(*at, file, pools, service, forwarding)?;
         let mut backends: Vec<Backend> = Vec::with_capacity(service.backends.len());
         for backend in &service.backends {
@@ -239,6 +246,13 @@ impl Checker<'_> {
             return wrong(format!(
                 "port {port} differs from the service's {}, and with dsr-ipip nothing translates it; \
                  serve on the service's port, or use snat",
+                service.port.0
+            ));
+        }
+        if service.protocol == Protocol::Sctp && port != service.port.0 {
+            return wrong(format!(
+                "port {port} differs from the service's {}, and SCTP's checksum does not let ports be translated; \
+                 serve on the service's port",
                 service.port.0
             ));
         }

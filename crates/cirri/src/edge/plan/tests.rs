@@ -82,6 +82,7 @@ fn bad_input_gives_one_clear_error() {
         (with("devices: [eth0]", "device: [eth0]"), &["lb.yaml:2:", "device"]),
         (with("affinity: 60", "affinity: 90000"), &["service dns", "affinity", "86400"]),
         (with("weight: 3", "weight: 300"), &["300", "256"]),
+        (with("port: 443\n", "port: 443\n    protocol: SCTP\n"), &["service six", "SCTP", "dsr-ipip"]),
         (with("rise: 1", "rise: 0"), &["rise", "1 to 100"]),
         (with("2001:db8::80", "::ffff:1.2.3.4"), &["service six", "IPv4 address in IPv6 form"]),
         (with("203.0.113.10\n    port: 80", "198.51.100.7\n    port: 80"), &["service web", "pool wide"]),
