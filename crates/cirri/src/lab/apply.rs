@@ -132,6 +132,9 @@ pub fn apply(
 
 fn await_all(lab: &Lab, deadline: Instant, interrupt: &Interrupt) -> anyhow::Result<()> {
     cluster::settle(lab, deadline.saturating_duration_since(Instant::now()), interrupt)?;
+    for problem in cluster::problems_of_services(lab)? {
+        output::complain(&problem);
+    }
     let refused = cluster::refused_policies(lab)?;
     if !refused.is_empty() {
         bail!("refused, the last good version stays in force: {}", refused.join("\ncirri: "));

@@ -197,6 +197,21 @@ pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
     Ok(refused)
 }
 
+/// What agents find wrong with services, as `namespace/name: why`, each once. What they can serve of them they do.
+///
+/// # Errors
+/// An agent is down.
+pub fn problems_of_services(lab: &Lab) -> anyhow::Result<Vec<String>> {
+    let answers = each_node(lab, |node| {
+        status(lab, &node.name)
+            .map_err(|problem| anyhow::anyhow!("the agent of {} does not answer: {problem}", node.name))
+    })?;
+    let mut problems: Vec<String> = answers.into_iter().flat_map(|status| status.services.problems).collect();
+    problems.sort();
+    problems.dedup();
+    Ok(problems)
+}
+
 /// Runs `work` for all nodes at once; the answers come in the order of the nodes.
 ///
 /// # Errors
