@@ -120,6 +120,8 @@ impl Tables {
         }
         live.shared = std::mem::take(&mut wanted.shared);
         self.share(&live.shared, &old.shared, &mut writes);
+        live.refusing = std::mem::take(&mut wanted.refusing);
+        self.refuse(&live.refusing, &old.refusing);
         let gone_rows: Vec<ServiceKey> = std::mem::take(&mut old.rows).into_iter().map(|(key, _)| key).collect();
         for key in &gone_rows {
             self.release(*key, &mut writes);
@@ -169,6 +171,7 @@ impl Tables {
     pub(super) fn clear(&mut self, live: Live) -> Vec<Write> {
         let mut writes = Vec::new();
         self.share(&[], &live.shared, &mut writes);
+        self.refuse(&[], &live.refusing);
         for (key, _) in live.rows {
             self.release(key, &mut writes);
             self.settle_refusal(key.addr, &mut writes);

@@ -115,7 +115,7 @@ pub struct Tables {
     /// Backends by number: whose, and which of theirs.
     by_backend: HashMap<u32, (Arc<PortId>, usize)>,
     owners: HashMap<ServiceKey, Owner>,
-    /// Every address that has rows (the node's own left out).
+    /// Every address whose rows decide about the rest of it (the node's own left out).
     addresses: HashMap<Addr, Refusal>,
     /// How many of them have their own row.
     refusals: u32,
@@ -145,6 +145,8 @@ struct Live {
     backends: HashMap<Place, (u32, cirri_abi::Backend)>,
     /// Those of the rows whose addresses have other uses too.
     shared: Vec<ServiceKey>,
+    /// Those whose addresses were given to the service as a whole.
+    refusing: Vec<ServiceKey>,
     ranges: Vec<RangeKey>,
     sets: Vec<Set>,
 }
@@ -348,8 +350,8 @@ impl Tables {
         let mut addresses = HashSet::new();
         for (key, ..) in &wanted.rows {
             rows += usize::from(!self.owners.contains_key(key));
-            let refuses = !is_own(key.addr) && !wanted.shared.contains(key);
-            if refuses && !self.addresses.contains_key(&key.addr) {
+            let refuses = !is_own(key.addr) && wanted.refusing.contains(key) && !wanted.shared.contains(key);
+            if refuses && !self.addresses.get(&key.addr).is_some_and(|refusal| refusal.stands) {
                 addresses.insert(key.addr);
             }
         }

@@ -46,20 +46,25 @@ impl Tables {
             }
         }
         self.backends = Numbers::without(self.capacity.backends.saturating_sub(1), &taken);
-        for (key, row) in found.services {
-            if key.port.number() == 0 && key.proto == 0 {
-                self.addresses.entry(key.addr).or_default().stands = true;
-                self.refusals += 1;
-                continue;
-            }
+        let (alone, rows): (Vec<_>, Vec<_>) =
+            found.services.into_iter().partition(|(key, _)| key.port.number() == 0 && key.proto == 0);
+        for (key, _) in alone {
+            self.addresses.entry(key.addr).or_default().stands = true;
+            self.refusals += 1;
+        }
+        for (key, row) in rows {
             let id = service(&mut live, row.id);
             if let Some(one) = live.get_mut(&id) {
                 one.rows.push((key, row));
+                // Which of them it stands for is not known: as long as one is there, it does.
+                if let Some(refusal) = self.addresses.get_mut(&key.addr) {
+                    refusal.refusing += 1;
+                    one.refusing.push(key);
+                }
             }
             self.owners.insert(key, Owner::Inherited(id));
-            match is_own(key.addr) {
-                true => *self.node_ports.rows.entry(key.port.number()).or_default() += 1,
-                false => self.addresses.entry(key.addr).or_default().rows += 1,
+            if is_own(key.addr) {
+                *self.node_ports.rows.entry(key.port.number()).or_default() += 1;
             }
         }
         for key in found.ranges {
@@ -88,7 +93,7 @@ impl Tables {
         for number in std::mem::take(&mut self.strays) {
             self.give_back_backend(number, &mut writes);
         }
-        let forgotten = |refusal: &Refusal| refusal.rows == 0;
+        let forgotten = |refusal: &Refusal| refusal.refusing == 0;
         let addresses: Vec<_> = self.addresses.iter().filter(|(_, it)| forgotten(it)).map(|(addr, _)| *addr).collect();
         for addr in addresses {
             self.settle_refusal(addr, &mut writes);

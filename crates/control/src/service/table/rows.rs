@@ -10,9 +10,9 @@ use std::sync::Arc;
 /// The row of an address alone.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Refusal {
-    /// How many other rows the address has.
-    pub rows: u32,
-    /// How many of them say that the address has other uses too: it refuses nothing then.
+    /// How many other rows say that the address was given to their service as a whole: it refuses the rest.
+    pub refusing: u32,
+    /// How many say that the address has other uses too: it refuses nothing then.
     pub shared: u32,
     /// Whether it stands in the table.
     pub stands: bool,
@@ -57,10 +57,13 @@ impl Tables {
             && let Some(live) = self.inherited.get_mut(&number)
         {
             live.rows.retain(|(known, _)| *known != key);
+            if let Some(at) = live.refusing.iter().position(|known| *known == key) {
+                live.refusing.swap_remove(at);
+                self.refuse(&[], &[key]);
+            }
         }
-        match is_own(key.addr) {
-            true => writes.extend(self.node_ports.open(key.port.number(), before.is_none())),
-            false => self.addresses.entry(key.addr).or_default().rows += u32::from(before.is_none()),
+        if is_own(key.addr) {
+            writes.extend(self.node_ports.open(key.port.number(), before.is_none()));
         }
     }
 
@@ -70,8 +73,6 @@ impl Tables {
         writes.push(Write::RemoveService(key));
         if is_own(key.addr) {
             writes.extend(self.node_ports.close(key.port.number()));
-        } else if let Some(refusal) = self.addresses.get_mut(&key.addr) {
-            refusal.rows -= 1;
         }
     }
 
@@ -90,12 +91,24 @@ impl Tables {
         }
     }
 
+    /// Books which rows' addresses were given to their service as a whole.
+    pub(super) fn refuse(&mut self, now: &[ServiceKey], before: &[ServiceKey]) {
+        for key in now.iter().filter(|key| !before.contains(key)) {
+            self.addresses.entry(key.addr).or_default().refusing += 1;
+        }
+        for key in before.iter().filter(|key| !now.contains(key)) {
+            if let Some(refusal) = self.addresses.get_mut(&key.addr) {
+                refusal.refusing -= 1;
+            }
+        }
+    }
+
     /// Writes or removes the row of an address alone, as its other rows have it.
     pub(super) fn settle_refusal(&mut self, addr: Addr, writes: &mut Vec<Write>) {
         let Some(refusal) = self.addresses.get_mut(&addr) else { return };
-        let wanted = refusal.rows > 0 && refusal.shared == 0 && !is_own(addr);
+        let wanted = refusal.refusing > 0 && refusal.shared == 0 && !is_own(addr);
         let stood = std::mem::replace(&mut refusal.stands, wanted);
-        if refusal.rows == 0 && refusal.shared == 0 {
+        if refusal.refusing == 0 && refusal.shared == 0 {
             self.addresses.remove(&addr);
         }
         let key = ServiceKey { addr, ..ServiceKey::default() };

@@ -1,5 +1,7 @@
 //! Writes are carried out on a model of the kernel's tables that checks every single step.
 
+mod addresses;
+
 use super::*;
 use crate::service::{Frontend, FrontendKind};
 use cirri_abi::{Algorithm, BackendState, Port, proto, service_flag};
@@ -306,57 +308,6 @@ fn what_is_not_valid_is_refused() {
 }
 
 #[test]
-fn ranges_close_addresses_for_the_world_and_no_others() {
-    let mut tables = Tables::new(small());
-    let mut kernel = Kernel::default();
-    let world = Addr::v4([203, 0, 113, 1]);
-    let mut port = service(1, [1]);
-    port.frontends.push(Frontend { addr: world, port: 80, kind: FrontendKind::LoadBalancer, shared: false });
-    port.frontends.push(node_port(30_000));
-    port.ranges = vec!["192.0.2.7/24".parse().unwrap(), "fd00::/8".parse().unwrap()];
-    kernel.carry_out(tables.set(&port).unwrap());
-    let flags = |kernel: &Kernel| {
-        let mut flags: Vec<u32> = kernel.services.iter().filter(|(k, _)| k.proto != 0).map(|(_, r)| r.flags).collect();
-        flags.sort_unstable();
-        flags
-    };
-    assert_eq!(flags(&kernel), [0, service_flag::INSIDE_ONLY, service_flag::RANGES]);
-    let expected = RangeKey { prefix_len: 32 + 96 + 24, service: 1, addr: Addr::v4([192, 0, 2, 0]) };
-    assert_eq!(kernel.ranges, HashSet::from([expected]));
-    port.ranges_deny = true;
-    kernel.carry_out(tables.set(&port).unwrap());
-    assert_eq!(flags(&kernel)[2], service_flag::RANGES | service_flag::RANGES_DENY);
-    kernel.carry_out(tables.set(&ServicePort { ranges: Vec::new(), ..port }).unwrap());
-    assert_eq!((flags(&kernel)[2], kernel.ranges.len()), (service_flag::INSIDE_ONLY, 0));
-}
-
-#[test]
-fn an_address_with_other_uses_refuses_nothing() {
-    let mut tables = Tables::new(small());
-    let mut kernel = Kernel::default();
-    let refuses = |kernel: &Kernel| kernel.services.values().any(|row| row.flags & service_flag::REFUSE != 0);
-    let host = Frontend { addr: Addr::v4([192, 0, 2, 1]), port: 80, kind: FrontendKind::ExternalIp, shared: true };
-    let mut port = ServicePort { frontends: vec![host], ..service(1, [1]) };
-    kernel.carry_out(tables.set(&port).unwrap());
-    assert!(!refuses(&kernel));
-    assert_eq!(kernel.node_ports, BTreeMap::from([(1, 1 << 16)]), "its packets are looked at");
-    let other = ServicePort { frontends: vec![Frontend { port: 81, shared: false, ..host }], ..service(2, [2]) };
-    kernel.carry_out(tables.set(&other).unwrap());
-    assert!(!refuses(&kernel), "one of its rows says so");
-    port.frontends[0].shared = false;
-    kernel.carry_out(tables.set(&port).unwrap());
-    assert!(refuses(&kernel), "the node lost the address");
-    assert_eq!(kernel.node_ports, BTreeMap::from([(1, 0)]));
-    port.frontends[0].shared = true;
-    kernel.carry_out(tables.set(&port).unwrap());
-    assert!(!refuses(&kernel), "and got it back");
-    kernel.carry_out(tables.remove(&id(1)));
-    assert!(refuses(&kernel));
-    kernel.carry_out(tables.remove(&id(2)));
-    assert_eq!((kernel.services.len(), tables.usage()), (0, Usage::default()));
-}
-
-#[test]
 fn clients_inside_have_a_set_of_their_own_at_addresses_for_the_world() {
     let mut tables = Tables::new(small());
     let mut kernel = Kernel::default();
@@ -514,6 +465,9 @@ fn step() -> impl Strategy<Value = Step> {
             if affinity == 1 {
                 // An address that is not only for services, now and then.
                 port.frontends[0].shared = maglev;
+            }
+            if subset & 32 != 0 {
+                port.frontends[0].kind = FrontendKind::ExternalIp;
             }
             if node {
                 port.frontends.push(node_port(30_000 + number as u16));

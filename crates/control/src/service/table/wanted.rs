@@ -16,6 +16,8 @@ pub struct Wanted {
     pub rows: Vec<(ServiceKey, u32, bool)>,
     /// Keys whose addresses have other uses too.
     pub shared: Vec<ServiceKey>,
+    /// Keys whose addresses were given to the service as a whole: what it does not name there is refused.
+    pub refusing: Vec<ServiceKey>,
     /// Place and state. Where several are given for one place, the first counts.
     pub backends: Vec<(Place, u8)>,
     /// Who may be given to clients inside, outside, and inside at addresses for the world: indexes into
@@ -42,6 +44,7 @@ impl Wanted {
         let id = || Box::new(port.id.clone());
         let mut rows: Vec<(ServiceKey, u32, bool)> = Vec::with_capacity(port.frontends.len());
         let mut shared: Vec<ServiceKey> = Vec::new();
+        let mut refusing: Vec<ServiceKey> = Vec::new();
         for frontend in &port.frontends {
             if is_v6(frontend.addr) != port.id.v6 {
                 return Err(TableError::FrontendFamily { id: id(), addr: frontend.addr.into() });
@@ -53,6 +56,9 @@ impl Wanted {
                 ServiceKey { addr: frontend.addr, port: Port::new(frontend.port), proto: port.id.protocol, _pad: 0 };
             if frontend.shared && !shared.contains(&key) {
                 shared.push(key);
+            }
+            if is_given(frontend.kind) && !refusing.contains(&key) {
+                refusing.push(key);
             }
             let flags = flags(port, frontend.kind);
             let world = !matches!(frontend.kind, FrontendKind::ClusterIp | FrontendKind::HostPort);
@@ -118,7 +124,7 @@ impl Wanted {
                 }
             }
         }
-        Ok(Wanted { rows, shared, backends, sets: [inside, outside, within], make, ranges })
+        Ok(Wanted { rows, shared, refusing, backends, sets: [inside, outside, within], make, ranges })
     }
 }
 
@@ -162,6 +168,12 @@ fn repeats(weights: &[u16]) -> Vec<u32> {
 
 fn gcd(a: u16, b: u16) -> u16 {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Whether an address of this kind is the service's, with all of its ports. One that its owner brings may be anybody's:
+/// he must not be able to cut others off from the rest of it.
+fn is_given(kind: FrontendKind) -> bool {
+    matches!(kind, FrontendKind::ClusterIp | FrontendKind::LoadBalancer)
 }
 
 fn flags(port: &ServicePort, kind: FrontendKind) -> u32 {
