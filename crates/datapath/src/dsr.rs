@@ -115,7 +115,9 @@ pub(crate) fn read_option<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut 
         let Some(option) = packet.load::<wire::ServiceOption6>(at) else {
             return;
         };
-        let ours = option.kind == dsr::OPTION_V6 && option.length as u32 == dsr::LENGTH_V6 / 8 - 1;
+        let ours = option.kind == dsr::OPTION_V6
+            && option.option_length as u32 == dsr::LENGTH_V6 - 4
+            && option.length as u32 == dsr::LENGTH_V6 / 8 - 1;
         let protocol = match packet.load::<wire::Fragment6>(at + dsr::LENGTH_V6) {
             // A datagram's first fragment.
             Some(fragment) if option.next == FRAGMENT => fragment.next,
