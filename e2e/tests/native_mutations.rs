@@ -142,7 +142,9 @@ impl Oracle {
         };
         let same = frame.bytes == out.bytes;
         if hook == Hook::FROM_NETWORK {
-            self.opened.extend(is(&after.read.dst, "n1").then_some(after.read));
+            // What is for the node in a service's place will be answered in its name.
+            let given = is(&after.read.dst, "n1") && (!same || names_service(frame, true));
+            self.opened.extend(given.then_some(after.read));
             let unwrapped = is_ipip(&parse(&frame.bytes).map_or(kind.read, |kind| kind.read));
             let served = is_front(hook, &kind.read) && is_backend(&after.read);
             let later = kind.fragment.is_some_and(|(_, later)| later);
@@ -278,7 +280,7 @@ impl Oracle {
                 return Err("it is for an address of the cluster, and from outside".into());
             }
         }
-        let by_option = hook == Hook::FROM_OVERLAY && matches!(came.protocol, 6 | 17) && names_service(frame);
+        let by_option = hook == Hook::FROM_OVERLAY && matches!(came.protocol, 6 | 17) && names_service(frame, false);
         let sender = match frame.tunnel {
             Some(key) if hook == Hook::FROM_OVERLAY && !by_option => Some(if key.vni == 1 { 6 } else { key.vni }),
             _ => None,
@@ -349,13 +351,15 @@ fn unwrapped(bytes: &[u8], out: &[u8]) -> Option<Kind> {
     Some(Kind { unwrapped: true, ..parse(&inner)? })
 }
 
-/// Whether a frame carries the option that names a service with it.
-fn names_service(frame: &Frame) -> bool {
-    let of = |name: &str| addresses(name);
-    let [IpAddr::V4(four), IpAddr::V6(six)] = of("lb") else { return false };
+/// Whether a frame carries the option that names a service with it: in the first header, where nodes put
+/// it, or, if `anywhere`, behind others.
+fn names_service(frame: &Frame, anywhere: bool) -> bool {
+    let [IpAddr::V4(four), IpAddr::V6(six)] = addresses("lb") else { return false };
     let option4 = [&[dsr::OPTION_V4, 8, 0, 80][..], &four.octets()].concat();
     let option6 = [&[dsr::OPTION_V6, 20][..], &six.octets(), &[0, 80]].concat();
-    frame.bytes.get(34..42) == Some(&option4) || frame.bytes.windows(20).any(|bytes| bytes == option6)
+    let first = frame.bytes.get(20) == Some(&60) && frame.bytes.get(56..76) == Some(&option6);
+    let behind = anywhere && frame.bytes.windows(20).any(|bytes| bytes == option6);
+    frame.bytes.get(34..42) == Some(&option4) || first || behind
 }
 
 /// A reset, or an ICMP error, to the sender of what nobody serves or what is too big, from whom it asked.

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use aya::TestRun;
 use aya::programs::{ProgramError, TestRunOptions};
 use cirri_abi::{
-    Backend, BackendCounter, Counter, FlowEvent, Hook, NodeConfig, Recipe, ServiceSlot, SnatPool, Tuple, VXLAN_PORT,
+    Affinity, Backend, BackendCounter, Counter, FlowEvent, Hook, NodeConfig, Recipe, ServiceSlot, SnatPool, Tick,
+    Tuple, VXLAN_PORT,
 };
 use cirri_datapath::Table;
 use cirri_e2e::fixtures::{Answer, BACKENDS, Change, Devices, EDGE, Host, NODE_MAC, Output, ROUTES, WIRE_MAC};
@@ -140,6 +141,30 @@ impl Kernel {
         }
         t.set_node(&NodeConfig::default()).expect("written");
         self.events();
+    }
+
+    /// Makes everything in the tables older: nobody waits for the kernel's clock.
+    fn age(&self, ticks: u32) {
+        let earlier = |tick: Tick| Tick { count: tick.count.wrapping_sub(ticks) };
+        let older = |recipe: Recipe| {
+            let (since, last_seen) = (earlier(recipe.since), earlier(recipe.last_seen));
+            Recipe { since, last_seen, ..recipe }
+        };
+        let t = &self.tables;
+        for table in [&t.flows4, &t.pending4] {
+            for (key, recipe) in table.entries().expect("listed") {
+                table.put(&key, &older(recipe)).expect("written");
+            }
+        }
+        for table in [&t.flows6, &t.pending6] {
+            for (key, recipe) in table.entries().expect("listed") {
+                table.put(&key, &older(recipe)).expect("written");
+            }
+        }
+        for (key, kept) in t.affinity.entries().expect("listed") {
+            let last_used = earlier(kept.last_used);
+            t.affinity.put(&key, &Affinity { last_used, ..kept }).expect("written");
+        }
     }
 
     /// Through the program before the stack.
@@ -287,6 +312,7 @@ impl Host for Kernel {
             Change::NoIpcache(key) => assert!(t.ipcache.delete(key).expect("deleted")),
             Change::Ruleset(slot, entries) => drop(t.install_ruleset(*slot, entries).expect("installed")),
             Change::Bump(slot) => drop(t.bump(*slot).expect("moved")),
+            Change::Later(ticks) => self.age(*ticks),
             Change::Service(key, service) => t.services.put(key, service).expect("written"),
             Change::NoService(key) => assert!(t.services.delete(key).expect("deleted")),
             Change::Backend(number, backend) => t.backends.put(number, backend).expect("written"),
