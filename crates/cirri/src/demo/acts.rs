@@ -1,4 +1,7 @@
-//! The five acts.
+//! The acts.
+
+mod replicas;
+mod services;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -52,6 +55,10 @@ pub fn play(stage: &Stage, name: &LabName, interrupt: &Interrupt) -> anyhow::Res
     play.in_the_middle()?;
     play.may_go_on()?;
     play.without_agents()?;
+    play.may_go_on()?;
+    play.a_service()?;
+    play.may_go_on()?;
+    play.replicas_go()?;
     Ok(play.lab)
 }
 

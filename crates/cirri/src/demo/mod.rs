@@ -1,10 +1,12 @@
 //! `cirri demo`: see it work in half a minute.
 //!
 //! A small shop of real programs on a lab of two nodes: its traffic before and after a policy, the flows and the rule
-//! behind each, a connection that a policy stops in the middle, and agents that are killed while traffic goes on.
+//! behind each, a connection that a policy stops in the middle, agents that are killed while traffic goes on, a service
+//! in front of two replicas, and replicas that terminate or die while clients go on.
 //! Every claim it prints is checked. It is also a test: `cargo xtask demo` fails if any check does.
 
 mod acts;
+mod requests;
 mod stage;
 mod traffic;
 
@@ -30,7 +32,7 @@ const PROGRAMS: [(&str, &str); 6] = [
 /// Exit code after a signal, as shells count SIGINT.
 const EXIT_INTERRUPTED: u8 = 130;
 
-/// See it work: two nodes, real programs, a policy, the flows and the rule behind each drop.
+/// See it work: two nodes, real programs, a policy, the flows and the rule behind each drop, a service.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "It needs root, and etcd, nginx, redis and curl (`cargo xtask setup` installs them). Everything it
@@ -74,7 +76,7 @@ fn play(args: &DemoArgs) -> anyhow::Result<bool> {
         stage.line("Removed what an earlier run had left.");
     }
     let teardown = Teardown { name: &args.name, armed: true };
-    stage.line("Cirri's demo: a small shop on two nodes, its traffic, and a policy. It runs in network namespaces of");
+    stage.line("Cirri's demo: a small shop on two nodes, policies and services. It runs in network namespaces of");
     stage.line("its own and removes everything at the end; Ctrl-C stops it at any time.");
     let played = acts::play(&stage, &args.name, &interrupt);
     // What goes wrong because of an interruption is not the news.
@@ -140,6 +142,8 @@ fn next(stage: &Stage, lab: &Lab) {
     }
     stage.text("cirri observe --follow --verdict dropped");
     stage.text("cirri policy explain --from guest/scan --to shop/web --port 80");
+    stage.text("cirri service get market/stall");
+    stage.text(&format!("cirri lab probe --name {name} --from world --to svc:market/stall --vip node:node1 -n 20"));
     stage.text("cirri status");
     stage.text(&format!("cirri lab down --name {name}"));
 }

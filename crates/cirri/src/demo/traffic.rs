@@ -175,11 +175,32 @@ impl Held {
     /// # Errors
     /// No answer in time, another one than the shop's, or the connection broke.
     pub fn get(&mut self, patience: Duration) -> std::io::Result<()> {
-        self.connection.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")?;
-        while !self.line(patience)?.is_empty() {}
-        match self.line(patience)? {
+        match self.fetch(patience)?.1 {
             page if page == GREETING => Ok(()),
             other => Err(std::io::Error::other(format!("another answer than the shop's: {other:?}"))),
+        }
+    }
+
+    /// Fetches a page from whoever of a service is at the other end, which answers with its name; leaves the
+    /// connection open for the next.
+    ///
+    /// # Errors
+    /// No answer in time, none with a name, or the connection broke.
+    pub fn served_by(&mut self, patience: Duration) -> std::io::Result<String> {
+        let (headers, _) = self.fetch(patience)?;
+        let name = headers.iter().find_map(|header| header.strip_prefix("Served-By: "));
+        name.map(str::to_owned).ok_or_else(|| std::io::Error::other(format!("nobody's name is in {headers:?}")))
+    }
+
+    /// The headers and the one line of a page.
+    fn fetch(&mut self, patience: Duration) -> std::io::Result<(Vec<String>, String)> {
+        self.connection.get_mut().write_all(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")?;
+        let mut headers = Vec::new();
+        loop {
+            match self.line(patience)? {
+                end if end.is_empty() => return Ok((headers, self.line(patience)?)),
+                header => headers.push(header),
+            }
         }
     }
 }

@@ -1,0 +1,239 @@
+//! Requests to services, made by `curl` inside pods: each on a new connection, with who answered it.
+
+use std::fmt;
+use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use crate::lab::interrupt::Interrupt;
+use crate::lab::{netns, process};
+
+/// What `curl` says of a request, on one line of its standard error, which it does not buffer. A text that may hold
+/// anything comes last.
+const REPORT: &str = "%{stderr}%{exitcode}|%{time_total}|%header{served-by}|%header{seen-client}|%{errormsg}\\n";
+/// How long a request may take, seconds.
+const REQUEST_MAX: &str = "1.5";
+/// How fast requests follow one another in a stream.
+const RATE: &str = "200/s";
+/// More requests than any stream makes.
+const ENDLESS: usize = 1_000_000;
+/// How long requests may take to come in.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often a wait for requests looks for an interruption.
+const SLICE: Duration = Duration::from_millis(100);
+/// `curl` could not connect.
+const COULD_NOT_CONNECT: i32 = 7;
+/// `curl` waited in vain.
+const TIMED_OUT: i32 = 28;
+
+/// Who asks, and what.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    /// As `front/ui`, or `world`.
+    pub name: String,
+    /// Its network namespace.
+    pub netns: PathBuf,
+    /// Its control group.
+    pub group: PathBuf,
+    /// The service's address.
+    pub to: SocketAddr,
+}
+
+/// What came of one request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took.
+    pub took: Duration,
+    /// Who served it, as whose client; or why it failed.
+    pub outcome: Result<Answer, Failed>,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The replica's name.
+    pub by: String,
+    /// The address that the replica saw.
+    pub client: IpAddr,
+}
+
+/// Why a request failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failed {
+    /// `curl`'s exit code.
+    code: i32,
+    /// `curl`'s words.
+    why: String,
+}
+
+impl Failed {
+    /// Whether the connection was refused, rather than cut off or left without an answer.
+    pub fn refused(&self) -> bool {
+        self.code == COULD_NOT_CONNECT
+    }
+
+    /// Whether there was only silence.
+    pub fn silent(&self) -> bool {
+        self.code == TIMED_OUT
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "curl: ({}) {}", self.code, self.why)
+    }
+}
+
+/// Makes so many requests, one after the other.
+///
+/// # Errors
+/// `curl` cannot be started there, or says something else than it was told to.
+pub fn ask(asker: &Asker, count: usize) -> anyhow::Result<Vec<Request>> {
+    let (mut child, report) = curl(asker, count, false)?;
+    let requests: anyhow::Result<Vec<Request>> =
+        BufReader::new(report).lines().map(|line| read(&line?, Instant::now())).collect();
+    child.wait()?;
+    let requests = requests.with_context(|| format!("{} asks {}", asker.name, asker.to))?;
+    if requests.len() != count {
+        bail!("{} asks {}: curl made {} of {count} requests", asker.name, asker.to, requests.len());
+    }
+    Ok(requests)
+}
+
+/// Steady requests of several clients at once, a few hundred a second each, until dropped.
+#[derive(Debug)]
+pub struct Streams {
+    clients: Vec<Child>,
+    readers: Vec<JoinHandle<()>>,
+    incoming: Receiver<(usize, anyhow::Result<Request>)>,
+    requests: Vec<Request>,
+}
+
+impl Streams {
+    /// Starts them.
+    ///
+    /// # Errors
+    /// `curl` cannot be started there.
+    pub fn start(askers: &[Asker]) -> anyhow::Result<Self> {
+        let (sender, incoming) = channel();
+        let mut streams = Self { clients: Vec::new(), readers: Vec::new(), incoming, requests: Vec::new() };
+        for (index, asker) in askers.iter().enumerate() {
+            let (client, report) = curl(asker, ENDLESS, true)?;
+            streams.clients.push(client);
+            let sender = sender.clone();
+            streams.readers.push(std::thread::spawn(move || {
+                for line in BufReader::new(report).lines() {
+                    let request = line.map_err(anyhow::Error::from).and_then(|line| read(&line, Instant::now()));
+                    // Nobody listens any more: the streams are being dropped.
+                    if sender.send((index, request)).is_err() {
+                        return;
+                    }
+                }
+            }));
+        }
+        Ok(streams)
+    }
+
+    /// Waits until each client has begun and ended so many requests from now on.
+    ///
+    /// # Errors
+    /// A client ended or stopped asking; [`crate::lab::interrupt::Interrupted`].
+    pub fn more(&mut self, count: usize, interrupt: &Interrupt) -> anyhow::Result<()> {
+        let since = Instant::now();
+        let mut missing = vec![count; self.clients.len()];
+        while missing.iter().any(|missing| *missing > 0) {
+            interrupt.check()?;
+            match self.incoming.recv_timeout(SLICE) {
+                Ok((index, request)) => {
+                    let request = request?;
+                    if let Some(missing) = missing.get_mut(index).filter(|_| request.begun >= since) {
+                        *missing = missing.saturating_sub(1);
+                    }
+                    self.requests.push(request);
+                }
+                Err(RecvTimeoutError::Timeout) if since.elapsed() < PATIENCE => {}
+                Err(_) => bail!("the clients stopped asking"),
+            }
+        }
+        Ok(())
+    }
+
+    /// The requests that were begun from one moment until another, of those that [`Streams::more`] has seen.
+    pub fn between(&self, from: Instant, to: Instant) -> Vec<&Request> {
+        self.requests.iter().filter(|request| (from..to).contains(&request.begun)).collect()
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        for client in &mut self.clients {
+            // An error means that it has ended already.
+            let _ = client.kill();
+            let _ = client.wait();
+        }
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
+    }
+}
+
+/// `curl`, started in the client's namespace and control group, and where it reports.
+fn curl(asker: &Asker, count: usize, paced: bool) -> anyhow::Result<(Child, ChildStderr)> {
+    let mut command = Command::new(process::own_binary()?);
+    command.args(["lab", "__in"]).arg(&asker.group).args(["--", "curl", "-sf", "--noproxy", "*"]);
+    command.args(["--max-time", REQUEST_MAX, "-H", "Connection: close", "-o", "/dev/null", "-w", REPORT]);
+    if paced {
+        command.args(["--rate", RATE]);
+    }
+    command
+        .arg(format!("http://{}/?[1-{count}]", asker.to))
+        // Ctrl-C at the terminal is for the demo alone: a client it killed would look like one that failed.
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut child = netns::within(&asker.netns, || command.spawn())?.context("cannot start curl")?;
+    let report = child.stderr.take().context("curl has no standard error")?;
+    Ok((child, report))
+}
+
+/// Reads [`REPORT`].
+fn read(line: &str, now: Instant) -> anyhow::Result<Request> {
+    let fields: Vec<&str> = line.splitn(5, '|').collect();
+    let [code, took, by, client, why] = fields[..] else { bail!("curl: {line}") };
+    let code: i32 = code.parse().with_context(|| format!("curl: {line}"))?;
+    let took = Duration::try_from_secs_f64(took.parse()?)?;
+    let outcome = match code {
+        0 => Ok(Answer { by: by.to_owned(), client: client.parse().with_context(|| format!("curl: {line}"))? }),
+        _ => Err(Failed { code, why: why.to_owned() }),
+    };
+    Ok(Request { begun: now.checked_sub(took).unwrap_or(now), took, outcome })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_curl_reports_is_read_and_other_words_are_an_error() {
+        let now = Instant::now();
+        let request = read("0|0.002500|stall-1|fd00::2|", now).unwrap();
+        assert_eq!(request.outcome, Ok(Answer { by: "stall-1".into(), client: "fd00::2".parse().unwrap() }));
+        assert_eq!((now - request.begun, request.took), (request.took, Duration::from_micros(2500)));
+        let failed = |line: &str| read(line, now).unwrap().outcome.unwrap_err();
+        let refused = failed("7|0.000103|||Failed to connect to 10.96.0.10 port 81 after 0 ms: Couldn't connect | x");
+        assert!(refused.refused() && !refused.silent() && refused.why.ends_with("| x"), "{refused}");
+        assert!(failed("28|1.5|||Connection timed out").silent());
+        assert!(read("curl: option --rate: is unknown", now).is_err());
+        assert!(read("0|0.1|stall-1||", now).is_err());
+    }
+}
