@@ -163,6 +163,27 @@ fn a_node_answers_how_many_local_backends_a_service_has() {
     eventually("a health check closes with its service", PATIENCE, refused);
 }
 
+#[test]
+fn a_neighbour_that_is_found_elsewhere_makes_connections_look_for_it_again() {
+    let lab = Lab::up("svcneigh", 2, &[]).unwrap();
+    let node = lab.netns("node:node1").unwrap();
+    let epoch = || -> u64 {
+        let rows: Vec<Value> = lab.ask("node1", &["map", "dump", "EPOCHS", "--limit", "0"]).unwrap();
+        let of_node = rows.iter().find(|row| row["key"] == "0");
+        of_node.and_then(|row| row["value"].as_str()).map_or(0, |value| value.parse().unwrap())
+    };
+    // An address that nobody has, so that the kernel changes nothing by itself.
+    let found = |mac: &str, state: &str| {
+        printed(&node, &["ip", "neigh", "replace", "172.31.255.77", "lladdr", mac, "dev", "eth0", "nud", state]);
+    };
+    let before = epoch();
+    found("02:00:00:00:00:01", "reachable");
+    found("02:00:00:00:00:01", "stale");
+    found("02:00:00:00:00:02", "reachable");
+    eventually("the node's epoch moves", PATIENCE, || epoch() > before);
+    assert_eq!(epoch(), before + 1, "only the change of the address moves it");
+}
+
 /// A client that talks to a service once, waits for a line, and talks again, each time over one socket.
 const TALK: &str = "exec 3<>/dev/udp/$0/53; printf one >&3; read -r -n 1 -t 5 -u 3 && echo answered; read -r; \
                     printf two >&3 || echo over; read -r -n 1 -t 5 -u 3 && echo answered";
