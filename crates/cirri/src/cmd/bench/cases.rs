@@ -1,9 +1,10 @@
 //! What is measured: who sends what to whom, and what the packet path should make of it.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use cirri_abi::{DropReason, Forwarding, GATEWAY_MAC, Recipe, State, Tuple, VXLAN_PORT, recipe_flag};
+use cirri_abi::{CounterIndex, DropReason, Forwarding, GATEWAY_MAC, Recipe, State, Tuple, VXLAN_PORT, recipe_flag};
 use cirri_loader::trial::{Landing, Shot, action, edge_action};
 use cirri_loader::{Tables, Trial};
 
@@ -194,8 +195,10 @@ const MARK_DECIDED: u32 = 0x0400;
 const FIRST_PORT: u16 = 10_000;
 const SERVICE_PORT: u16 = 8080;
 const ATTEMPTS: usize = 20;
-/// Flows of a service that are opened at once.
+/// Flows of a service that are opened at once: no more than the table of unfinished ones takes with ease.
 const AT_ONCE: u64 = 16_384;
+/// How long a connection whose answers take another way lasts before the packet path believes in it.
+const LASTED: Duration = Duration::from_millis(2500);
 /// Flows of one address: 16,384 at each of its ports.
 pub const MOST_FLOWS: u64 = 16_384 * served::PORTS as u64;
 
@@ -278,18 +281,22 @@ impl Case {
         first.context("no connection to open")
     }
 
-    /// Opens connections `0..flows` of a service with the programs themselves, as many at once as the
-    /// table of unfinished ones takes with ease. Flow `n` differs from flow 0 as `wrap` counts: in its source
-    /// port, and in its destination port from flow 16,384 on. Answers what answers flow 0, unless its
-    /// answers take another way.
+    /// Opens connections `0..flows` of a service with the programs themselves. Flow `n` differs from flow 0 as
+    /// `wrap` counts: in its source port, and in its destination port from flow 16,384 on. Answers what answers
+    /// flow 0, unless its answers take another way.
+    ///
+    /// Those whose answers take another way are all unfinished at once: their table must have room.
     pub fn open(&self, stage: &mut Stage<'_>, ground: &Ground, v6: bool, flows: u64) -> Result<Option<Frame>> {
         let (opener, answerer) = (self.opener_leg(ground), self.answer_leg(ground));
         let opens = self.opener(ground, v6, SYN).packet;
         let goes_on = self.opener(ground, v6, ACK).packet;
         let returns_directly = self.lane.is_some_and(|lane| lane.forwarding != Forwarding::SNAT);
+        let at_once = if returns_directly { flows } else { AT_ONCE };
+        let established = |tables: &Tables| tables.counter(CounterIndex::PROMOTED).map(|counter| counter.packets);
+        let before = established(&stage.tables)?;
         let mut first_answer = None;
-        for first in (0..flows).step_by(AT_ONCE as usize) {
-            let many = AT_ONCE.min(flows - first) as u32;
+        for first in (0..flows).step_by(at_once as usize) {
+            let many = at_once.min(flows - first) as u32;
             let all = |stage: &mut Stage<'_>, packet: &[u8]| -> Result<()> {
                 let landed = stage.trial.run(opener.program, &opener.shot(packet, MOST_FLOWS, first, many))?;
                 if opener.refuses(landed.action) {
@@ -298,7 +305,9 @@ impl Case {
                 Ok(())
             };
             all(stage, &opens)?;
-            if !returns_directly {
+            if returns_directly {
+                std::thread::sleep(LASTED);
+            } else {
                 for answer in self.answers(&stage.tables, v6)? {
                     self.pass(&mut stage.trial, &answer, &answerer)?;
                     let is_first = answer.dst == self.from.address(ground, v6) && answer.dport == FIRST_PORT;
@@ -308,6 +317,10 @@ impl Case {
                 }
             }
             all(stage, &goes_on)?;
+        }
+        let opened = established(&stage.tables)? - before;
+        if opened != flows {
+            bail!("{}: {opened} of {flows} connections are established", self.name);
         }
         Ok(first_answer)
     }

@@ -28,7 +28,8 @@ pub fn measure(pin_root: &Path, plan: &Plan, ground: &Ground) -> Result<Vec<Line
     let instance = |(number, owner): (usize, &&Case)| {
         let returns_directly = owner.lane.is_some_and(|lane| lane.forwarding != Forwarding::SNAT);
         let entries = plan.many as u32 * if returns_directly { 1 } else { 2 } / 4 * 5;
-        Instance::load_with(pin_root, FIRST + number, &[("FLOWS4", entries), ("FLOWS6", entries)])
+        let maps = ["FLOWS4", "FLOWS6", "PENDING4", "PENDING6"].map(|map| (map, entries));
+        Instance::load_with(pin_root, FIRST + number, &maps)
     };
     let mut instances = owners.iter().enumerate().map(instance).collect::<Result<Vec<_>>>()?;
     let events = instances.last_mut().context("nothing to measure")?.datapath.events()?;

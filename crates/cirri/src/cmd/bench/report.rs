@@ -74,12 +74,30 @@ pub fn run(pin_root: &Path, plan: &Plan, out: &Path) -> Result<()> {
     };
     type Part = fn(&mut Report, &Path, &Plan) -> Result<()>;
     let parts: [(&str, Part); 6] = [
-        ("packets", |report, root, plan| Ok(report.measures = Some(packets::run(root, &plan.packets)?))),
-        ("sockets", |report, root, plan| Ok(report.sockets = sockets::run(root, &plan.sockets)?)),
-        ("services", |report, root, plan| Ok(report.services = Some(services::run(root, &plan.services)?))),
-        ("ten thousand services", |report, _, plan| Ok(report.tenk = Some(tenk::run(&plan.tenk)?))),
-        ("traffic", |report, root, plan| Ok(report.traffic = traffic::run(root, &plan.traffic)?)),
-        ("control", |report, _, plan| Ok(report.control = Some(control::run(&plan.control)?))),
+        ("packets", |report, root, plan| {
+            report.measures = Some(packets::run(root, &plan.packets)?);
+            Ok(())
+        }),
+        ("sockets", |report, root, plan| {
+            report.sockets = sockets::run(root, &plan.sockets)?;
+            Ok(())
+        }),
+        ("services", |report, root, plan| {
+            report.services = Some(services::run(root, &plan.services)?);
+            Ok(())
+        }),
+        ("ten thousand services", |report, _, plan| {
+            report.tenk = Some(tenk::run(&plan.tenk)?);
+            Ok(())
+        }),
+        ("traffic", |report, root, plan| {
+            report.traffic = traffic::run(root, &plan.traffic)?;
+            Ok(())
+        }),
+        ("control", |report, _, plan| {
+            report.control = Some(control::run(&plan.control)?);
+            Ok(())
+        }),
     ];
     let mut failed = Ok(());
     for (name, part) in parts {
