@@ -22,43 +22,62 @@ pub struct Built {
     pub health: Option<HealthCheck>,
     /// What is wrong with it.
     pub problems: Vec<Problem>,
-}
-
-impl Built {
-    /// The places that it wants.
-    pub fn claims(&self) -> Vec<Place> {
-        let of_port = |port: &ServicePort| {
-            let protocol = port.id.protocol;
-            port.frontends.iter().map(|frontend| claims::place(frontend, protocol)).collect::<Vec<_>>()
-        };
-        let health = self.health.iter().map(|check| claims::place(&claims::health_check(check.port), proto::TCP));
-        self.ports.iter().flat_map(of_port).chain(health).collect()
-    }
+    /// Places, besides those that it wants, on whose owners it depends what came out.
+    pub watched: Vec<Place>,
 }
 
 impl Services {
-    /// What a source asks for; `None`: it is not there.
-    pub(super) fn build(&self, source: &Source) -> Option<(Rank, Built)> {
+    /// The places that a source asks for, and how it stands among others.
+    pub(super) fn wants(&self, source: &Source) -> (Rank, Vec<(Place, FrontendKind)>) {
+        let place = |frontend: &Frontend, protocol| (claims::place(frontend, protocol), frontend.kind);
         match source {
             Source::Service(name) => {
-                let service = self.services.get(name)?;
+                let Some(service) = self.services.get(name) else { return Default::default() };
                 let rank = rank(service.metadata.creation_timestamp.as_deref());
-                Some((rank, self.build_service(name, service)))
+                let mut wanted = Vec::new();
+                if has_addresses(service) {
+                    for port in &service.spec.ports {
+                        let frontends = families(service)
+                            .into_iter()
+                            .flat_map(|v6| self.frontends(service, port, v6, &mut Notes::default()));
+                        wanted.extend(frontends.map(|frontend| place(&frontend, port.protocol.number())));
+                    }
+                    let health = service.spec.health_check_node_port.map(claims::health_check);
+                    wanted.extend(health.map(|frontend| place(&frontend, proto::TCP)));
+                }
+                (rank, wanted)
             }
             Source::Pod(key) => {
-                let pod = self.pods.get(key)?;
-                let rank = Rank { pod: true, terminating: pod.terminating, ..rank(pod.created.as_deref()) };
-                Some((rank, self.build_host_ports(key, pod)))
+                let Some(pod) = self.pods.get(key) else { return Default::default() };
+                let rank = Rank { terminating: pod.terminating, ..rank(pod.created.as_deref()) };
+                let ports = self.build_host_ports(key, pod).ports;
+                let wanted = ports.iter().flat_map(|port| port.frontends.iter().map(|f| place(f, port.id.protocol)));
+                (rank, wanted.collect())
             }
         }
+    }
+
+    /// What comes of a source, now that it is known who has which place; `None`: it is not there.
+    pub(super) fn build(&self, source: &Source) -> Option<Built> {
+        let mut built = match source {
+            Source::Service(name) => self.build_service(name, self.services.get(name)?),
+            Source::Pod(key) => self.build_host_ports(key, self.pods.get(key)?),
+        };
+        for port in &built.ports {
+            let protocol = port.id.protocol;
+            let shared = port.frontends.iter().filter(|frontend| frontend.shared);
+            built.watched.extend(shared.map(|f| claims::node_place(f.addr.into(), f.port, protocol)));
+        }
+        Some(built)
     }
 
     fn build_service(&self, name: &ServiceName, service: &Service) -> Built {
         let spec = &service.spec;
         let mut notes = Notes { subject: format!("Service {name}"), problems: Vec::new() };
-        if spec.kind == ServiceType::ExternalName || spec.cluster_ips == ClusterIps::Headless {
+        if !has_addresses(service) {
             return Built::default();
         }
+        let mut watched = Vec::new();
         let mut ports = Vec::new();
         let mut ready_here: BTreeSet<String> = BTreeSet::new();
         let traits = self.traits(service, &mut notes);
@@ -68,7 +87,13 @@ impl Services {
                 if frontends.is_empty() {
                     continue;
                 }
-                let endpoints = self.endpoints(name, service, port, v6, &mut notes.problems);
+                let mut endpoints = self.endpoints(name, service, port, v6, &mut notes.problems);
+                let protocol = port.protocol.number();
+                watched.extend(endpoints.iter().flat_map(|endpoint| self.watched(endpoint, protocol)));
+                endpoints.retain(|endpoint| {
+                    let doubt = self.doubt(name, endpoint, protocol);
+                    doubt.map(|text| notes.add(text)).is_none()
+                });
                 let local = endpoints.iter().filter(|endpoint| endpoint.local && endpoint.ready);
                 ready_here.extend(local.map(|e| e.name.as_deref().map_or_else(|| e.addr.to_string(), str::to_string)));
                 let id = PortId {
@@ -103,7 +128,7 @@ impl Services {
             service: name.clone(),
             local_endpoints: ready_here.len(),
         });
-        Built { ports, health, problems: notes.problems }
+        Built { ports, health, problems: notes.problems, watched }
     }
 
     /// What annotations choose, or settings.
@@ -305,13 +330,16 @@ impl Services {
                     namespace: key.namespace.clone(),
                     // No service can have that name.
                     service: format!("pod/{}", key.name),
-                    port: host_port.to_string(),
+                    // Another container may have the same number at another address of the node.
+                    port: match IpAddr::from(frontend.addr) {
+                        addr if addr.is_unspecified() => host_port.to_string(),
+                        addr => format!("{host_port}@{addr}"),
+                    },
                     protocol: port.protocol.number(),
                     v6,
                 };
-                if let Some(known) = built.ports.iter_mut().find(|known| known.id == id) {
-                    // The same port at another address of the node.
-                    known.frontends.push(frontend);
+                if built.ports.iter().any(|known| known.id == id) {
+                    notes.add(format!("hostPort {host_port} is asked for twice, and the first container's is served"));
                     continue;
                 }
                 built.ports.push(ServicePort {
@@ -343,6 +371,7 @@ struct Traits {
 }
 
 /// What is found on the way.
+#[derive(Default)]
 struct Notes {
     subject: String,
     problems: Vec<Problem>,
@@ -359,6 +388,11 @@ impl Notes {
 
 fn rank(created: Option<&str>) -> Rank {
     Rank { undated: created.is_none(), created: created.unwrap_or_default().to_string(), ..Rank::default() }
+}
+
+/// Whether a service has addresses of its own.
+fn has_addresses(service: &Service) -> bool {
+    service.spec.kind != ServiceType::ExternalName && service.spec.cluster_ips != ClusterIps::Headless
 }
 
 /// The families that a service has addresses of, or would have.

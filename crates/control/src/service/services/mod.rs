@@ -7,6 +7,7 @@
 mod build;
 mod choose;
 mod claims;
+mod doubts;
 mod nodes;
 mod pods;
 mod slices;
@@ -16,7 +17,7 @@ mod tests;
 use super::{Frontend, PortId, ServicePort, Settings};
 use crate::resource::{EndpointSlice, Node, Pod, Resource, Service};
 use build::Built;
-use claims::{Claims, Rank, Source};
+use claims::{Claims, Source};
 use nodes::Nodes;
 use pods::{PodKey, Pods};
 use slices::{Slice, Slices};
@@ -182,19 +183,17 @@ impl Services {
         let mut changed = Changed::default();
         // First who wants what: whoever loses or wins an address by that is marked too.
         let mut seen = BTreeSet::new();
-        let mut built: HashMap<Source, Option<(Rank, Built)>> = HashMap::new();
         while let Some(source) = self.dirty.pop_first() {
-            if !seen.insert(source.clone()) {
+            if seen.contains(&source) {
                 continue;
             }
-            let wanted = self.build(&source);
-            let nothing = (Rank::default(), Built::default());
-            let (rank, claims) = wanted.as_ref().map_or((&nothing.0, &nothing.1), |(rank, built)| (rank, built));
-            self.dirty.extend(self.claims.set(&source, rank, claims.claims()));
-            built.insert(source, wanted);
+            let (rank, wanted) = self.wants(&source);
+            self.dirty.extend(self.claims.set(&source, &rank, wanted));
+            seen.insert(source);
         }
-        for (source, wanted) in built {
-            self.settle(source, wanted.map(|(_, built)| built), &mut changed);
+        for source in seen {
+            let built = self.build(&source).unwrap_or_default();
+            self.settle(source, built, &mut changed);
         }
         let gone = changed.gone.into_iter().map(|id| (id, None));
         let there = changed.handing_over.into_iter().chain(changed.there);
@@ -212,6 +211,12 @@ impl Services {
     /// The health check ports of this node, by number.
     pub fn health_checks(&self) -> Vec<HealthCheck> {
         self.health.iter().cloned().collect()
+    }
+
+    /// The addresses of a node, as far as Cirri knows them besides what resources say; none: not any more.
+    pub fn set_node_addresses(&mut self, node: &str, addresses: &[IpAddr]) {
+        let concerned = self.nodes.give(node, addresses);
+        self.mark_at(concerned);
     }
 
     fn upsert_service(&mut self, service: &Service) {
@@ -248,9 +253,7 @@ impl Services {
         if change.addresses.is_empty() {
             return;
         }
-        for address in change.addresses {
-            self.dirty.extend(self.claims.at(address.into()));
-        }
+        self.mark_at(change.addresses);
         // Pods that live on the node itself have its addresses.
         for (key, concerned) in self.pods.on_host_network(name) {
             self.mark_pod(&key, Some(concerned));
@@ -266,6 +269,13 @@ impl Services {
         }
     }
 
+    /// Marks whoever has to do with these addresses.
+    fn mark_at(&mut self, addresses: Vec<IpAddr>) {
+        for address in addresses {
+            self.dirty.extend(self.claims.at(address.into()));
+        }
+    }
+
     fn mark_services(&mut self, services: impl IntoIterator<Item = Arc<ServiceName>>) {
         self.dirty.extend(services.into_iter().map(Source::Service));
     }
@@ -277,39 +287,37 @@ impl Services {
     }
 
     /// Takes from the built ports what belongs to others, and answers what came out differently.
-    fn settle(&mut self, source: Source, built: Option<Built>, changed: &mut Changed) {
+    fn settle(&mut self, source: Source, built: Built, changed: &mut Changed) {
+        let Built { ports, health, problems, watched } = built;
+        self.claims.watch(&source, watched);
         let mut before = self.made.remove(&source).unwrap_or_default();
-        let mut made = Made::default();
-        if let Some(Built { ports, health, problems }) = built {
-            made.problems = problems;
-            for mut port in ports {
-                let protocol = port.id.protocol;
-                port.frontends.retain(|frontend| self.is_ours(&source, frontend, protocol, &mut made.problems));
-                if port.frontends.is_empty() {
-                    continue;
-                }
-                let now = (hash_of(&port), port.frontends.clone());
-                let id = port.id.clone();
-                match before.ports.remove(&id) {
-                    Some(old) if old == now => {}
-                    old => {
-                        let had = old.map(|(_, frontends)| frontends).unwrap_or_default();
-                        if had.iter().any(|frontend| self.is_lost(&source, frontend, protocol)) {
-                            let mut rest = port.clone();
-                            rest.frontends
-                                .retain(|now| had.iter().any(|old| (old.addr, old.port) == (now.addr, now.port)));
-                            changed.handing_over.insert(id.clone(), rest);
-                        }
-                        changed.there.insert(id.clone(), port);
-                    }
-                }
-                made.ports.insert(id, now);
+        let mut made = Made { problems, ..Made::default() };
+        for mut port in ports {
+            let protocol = port.id.protocol;
+            port.frontends.retain(|frontend| self.is_ours(&source, frontend, protocol, &mut made.problems));
+            if port.frontends.is_empty() {
+                continue;
             }
-            made.health = health.filter(|check| {
-                let frontend = claims::health_check(check.port);
-                self.is_ours(&source, &frontend, cirri_abi::proto::TCP, &mut made.problems)
-            });
+            let now = (hash_of(&port), port.frontends.clone());
+            let id = port.id.clone();
+            match before.ports.remove(&id) {
+                Some(old) if old == now => {}
+                old => {
+                    let had = old.map(|(_, frontends)| frontends).unwrap_or_default();
+                    if had.iter().any(|frontend| self.is_lost(&source, frontend, protocol)) {
+                        let mut rest = port.clone();
+                        rest.frontends.retain(|now| had.iter().any(|old| (old.addr, old.port) == (now.addr, now.port)));
+                        changed.handing_over.insert(id.clone(), rest);
+                    }
+                    changed.there.insert(id.clone(), port);
+                }
+            }
+            made.ports.insert(id, now);
         }
+        made.health = health.filter(|check| {
+            let frontend = claims::health_check(check.port);
+            self.is_ours(&source, &frontend, cirri_abi::proto::TCP, &mut made.problems)
+        });
         changed.gone.extend(before.ports.into_keys());
         if let Some(check) = &before.health {
             self.health.remove(check);
@@ -322,22 +330,15 @@ impl Services {
 
     /// Whether a frontend that the source had belongs to another now.
     fn is_lost(&self, source: &Source, frontend: &Frontend, protocol: u8) -> bool {
-        self.claims.owner(frontend, protocol).is_some_and(|owner| owner != source)
+        self.claims.owner(&claims::place(frontend, protocol)).is_some_and(|(_, owner)| owner != source)
     }
 
     /// Whether a frontend belongs to the source; notes the problem if not.
-    fn is_ours(&self, source: &Source, frontend: &super::Frontend, protocol: u8, problems: &mut Vec<Problem>) -> bool {
-        let Some(owner) = self.claims.owner(frontend, protocol) else { return true };
-        if owner == source {
-            return true;
-        }
-        let (place, name) = (claims::describe(frontend), super::protocol_name(protocol));
-        let text = format!(
-            "{place}/{name} belongs to {owner}, which comes first (the older, then by name), and is not served for this \
-             one; give one of them another address or port"
-        );
-        problems.push(Problem { subject: source.to_string(), text });
-        false
+    fn is_ours(&self, source: &Source, frontend: &Frontend, protocol: u8, problems: &mut Vec<Problem>) -> bool {
+        let refusal = self.refusal(source, frontend, protocol);
+        let is_ours = refusal.is_none();
+        problems.extend(refusal.map(|text| Problem { subject: source.to_string(), text }));
+        is_ours
     }
 }
 

@@ -11,6 +11,8 @@ const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 #[derive(Clone, Debug, Default)]
 pub struct Nodes {
     nodes: BTreeMap<String, Known>,
+    /// What Cirri knows by itself.
+    given: BTreeMap<String, Vec<IpAddr>>,
     /// This node's addresses, by settings.
     own: BTreeSet<IpAddr>,
     /// How many nodes have an address.
@@ -46,10 +48,25 @@ impl Nodes {
             None => self.nodes.remove(name),
         };
         let old = old.unwrap_or_default();
-        for address in &now.addresses {
+        NodeChange { zone: old.zone != now.zone, addresses: self.count(&old.addresses, &now.addresses) }
+    }
+
+    /// The addresses of a node besides what its resource says; none: not any more. Answers those that it
+    /// got or lost.
+    pub fn give(&mut self, name: &str, now: &[IpAddr]) -> Vec<IpAddr> {
+        let old = match now {
+            [] => self.given.remove(name),
+            _ => self.given.insert(name.into(), now.to_vec()),
+        };
+        self.count(&old.unwrap_or_default(), now)
+    }
+
+    /// Counts who has which address. Answers those that came or went.
+    fn count(&mut self, old: &[IpAddr], now: &[IpAddr]) -> Vec<IpAddr> {
+        for address in now {
             *self.addresses.entry(*address).or_default() += 1;
         }
-        for address in &old.addresses {
+        for address in old {
             if let Some(count) = self.addresses.get_mut(address) {
                 *count -= 1;
                 if *count == 0 {
@@ -57,9 +74,8 @@ impl Nodes {
                 }
             }
         }
-        let lost = old.addresses.iter().filter(|address| !now.addresses.contains(address));
-        let got = now.addresses.iter().filter(|address| !old.addresses.contains(address));
-        NodeChange { zone: old.zone != now.zone, addresses: lost.chain(got).copied().collect() }
+        let lost = old.iter().filter(|address| !now.contains(address));
+        lost.chain(now.iter().filter(|address| !old.contains(address))).copied().collect()
     }
 
     /// The zone of a node.

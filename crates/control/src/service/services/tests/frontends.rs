@@ -62,10 +62,7 @@ fn node_ports_are_at_the_nodes_own_addresses_of_the_services_families() {
 #[test]
 fn a_load_balancer_has_the_addresses_it_was_given_and_not_those_that_it_wishes_for() {
     let spec = "type: LoadBalancer, clusterIP: 10.96.0.1, loadBalancerIP: 203.0.113.7, externalIPs: [198.51.100.1], ports: [{port: 80}]";
-    expect(
-        &service(spec),
-        &["shop/web:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80 ExternalIP 198.51.100.1:80: in , out "],
-    );
+    expect(&service(spec), &["shop/web:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80 ExternalIP 198.51.100.1:80: in , out "]);
     expect(
         &given(&service(spec), "203.0.113.9"),
         &[
@@ -121,8 +118,9 @@ fn an_address_and_port_belong_to_one_and_both_are_named() {
         "shop/a:80/TCP (IPv4) @ ClusterIP 10.96.0.1:80 ExternalIP 198.51.100.1:80: in , out ",
         "shop/b:80/TCP (IPv4) @ ClusterIP 10.96.0.2:80: in , out ",
     ];
-    let problem = "Service shop/b: ExternalIP 198.51.100.1:80/TCP belongs to Service shop/a, which comes first (the \
-                   older, then by name), and is not served for this one; give one of them another address or port";
+    let problem = "Service shop/b: ExternalIP 198.51.100.1:80/TCP belongs to Service shop/a, which comes first \
+                   (ClusterIP before NodePort, LoadBalancer, ExternalIP and HostPort; then the older, then by name), and is \
+                   not served for this one; give one of them another address or port";
     for order in [format!("{a}{b}"), format!("{b}{a}")] {
         let mut world = World::new(&order);
         assert_eq!((world.lines(), world.problems()), (lines.map(String::from).to_vec(), vec![problem.to_string()]));
@@ -238,11 +236,11 @@ fn a_host_port_is_served_on_the_pods_own_node() {
     );
     expect(
         &host_pod("web-1", "n1", "hostPort: 8080, hostIP: 192.0.2.1"),
-        &["shop/pod/web-1:8080/TCP (IPv4) @ HostPort 192.0.2.1:8080: in web-1, out web-1"],
+        &["shop/pod/web-1:8080@192.0.2.1/TCP (IPv4) @ HostPort 192.0.2.1:8080: in web-1, out web-1"],
     );
     let one = expect(
         &host_pod("web-1", "n1", "hostPort: 8080, hostIP: 127.0.0.1"),
-        &["shop/pod/web-1:8080/TCP (IPv4) @ HostPort 127.0.0.1:8080: in web-1, out web-1"],
+        &["shop/pod/web-1:8080@127.0.0.1/TCP (IPv4) @ HostPort 127.0.0.1:8080: in web-1, out web-1"],
     );
     assert!(one.one().frontends[0].shared, "other ports of that address are none of its business");
     expect(&host_pod("web-1", "n2", "hostPort: 8080"), &[]);

@@ -130,10 +130,12 @@ fn ten_thousand_services_load_quickly_and_a_change_costs_what_it_touches() {
 /// Something small enough that resources meet.
 fn step() -> impl Strategy<Value = String> {
     let service =
-        ("[ab]", 0..3u8, any::<bool>(), 0..2u8, 0..3u8).prop_map(|(name, app, node_port, external, address)| {
+        ("[ab]", 0..3u8, any::<bool>(), 0..4usize, 0..3u8).prop_map(|(name, app, node_port, external, address)| {
+            // The second two are others' cluster addresses and this node's own.
+            let external = ["198.51.100.0", "198.51.100.1", "10.96.0.1", "192.0.2.1"][external];
             let rest =
                 if node_port { "type: NodePort, ports: [{port: 80, nodePort: 30080}]" } else { "ports: [{port: 80}]" };
-            named_service(&name, &format!("clusterIP: 10.96.0.{address}, externalIPs: [198.51.100.{external}], {rest}"))
+            named_service(&name, &format!("clusterIP: 10.96.0.{address}, externalIPs: [{external}], {rest}"))
                 .replace("app: web", &format!("app: '{app}'"))
         });
     let pod = ("[pqr]", 0..3u8, 0..3u8, any::<bool>(), any::<bool>()).prop_map(|(name, app, ip, host, ready)| {
@@ -143,8 +145,10 @@ fn step() -> impl Strategy<Value = String> {
             .replace("app: web", &format!("app: '{app}'"))
             .replace("'true'", "'True'")
     });
-    let slice = ("[st]", "[ab]", 0..3u8).prop_map(|(name, service, ip)| {
-        let rest = format!("addressType: IPv4, ports: [{{port: 80}}], endpoints: [{{addresses: [10.0.1.{ip}]}}]");
+    let slice = ("[st]", "[ab]", 0..5usize, any::<bool>()).prop_map(|(name, service, ip, node_port)| {
+        let ip = ["10.0.1.1", "10.0.1.2", "198.51.100.0", "10.96.0.1", "192.0.2.1"][ip];
+        let port = if node_port { 30_080 } else { 80 };
+        let rest = format!("addressType: IPv4, ports: [{{port: {port}}}], endpoints: [{{addresses: [{ip}]}}]");
         slice(&name, &rest).replace("service-name: web", &format!("service-name: {service}"))
     });
     let removal = prop_oneof![

@@ -6,6 +6,7 @@
 //! be given others at addresses for the world, these stand there too.
 
 mod backends;
+mod doubts;
 mod frontends;
 mod incremental;
 
