@@ -65,6 +65,8 @@ fn two_labs_with_the_same_addresses_do_not_see_each_other() {
 fn a_lab_whose_processes_were_all_killed_goes_with_down() {
     let lab = Lab::up("crashed", 2, &[]).unwrap();
     lab.apply(PODS).unwrap();
+    let group = format!("{}/cirri-lab-{}/node2/shop_web/cgroup.procs", groups(), lab.name());
+    assert_eq!(fs::read_to_string(&group).unwrap().lines().count(), 1, "the program of `web` is in its pod's group");
     let processes = processes_inside(lab.name());
     // Two agents, etcd, the world's server and that of `web`.
     assert_eq!(processes.len(), 5, "{processes:?}");
@@ -133,7 +135,12 @@ fn stopped_at(lab: &Lab, manifests: &Path, moment: &str, signal: &str) -> (Optio
 /// Everything on this machine that is a lab's: namespaces, pins, directories, processes.
 fn remains(name: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
-    let places = [("/run/netns", format!("cirri-{name}-")), ("/sys/fs/bpf/cirri", format!("lab-{name}-"))];
+    let groups = groups();
+    let places = [
+        ("/run/netns", format!("cirri-{name}-")),
+        ("/sys/fs/bpf/cirri", format!("lab-{name}-")),
+        (groups.as_str(), format!("cirri-lab-{name}")),
+    ];
     for (directory, prefix) in places {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let file = entry.file_name().to_string_lossy().into_owned();
@@ -154,6 +161,13 @@ fn remains(name: &str) -> BTreeSet<String> {
         }
     }
     all
+}
+
+/// Where control groups of version 2 are.
+fn groups() -> String {
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    let mut version_2 = mounts.lines().filter(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    version_2.next().and_then(|line| line.split(' ').nth(1)).expect("labs need them").to_string()
 }
 
 /// The processes in a lab's namespaces.

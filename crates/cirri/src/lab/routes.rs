@@ -82,3 +82,30 @@ pub fn put_ranges(lab: &Lab) -> anyhow::Result<()> {
 fn file(lab: &Lab) -> PathBuf {
     lab.name.directory().join("routes.json")
 }
+
+#[cfg(test)]
+mod tests {
+    use cirri_control::resource::parse_documents;
+
+    use super::super::state::Routing;
+    use super::*;
+
+    fn routes(annotations: &str, external: &str, ingress: &str) -> Result<Routes, Rejected> {
+        let lab = Lab::described(&"t".parse().unwrap(), &["n1".into(), "n2".into()], Routing::Overlay, &[]);
+        let text = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: web, annotations: {{{annotations}}}}}\nspec: {{type: LoadBalancer, externalIPs: [{external}], ports: [{{port: 80}}]}}\nstatus: {{loadBalancer: {{ingress: [{{ip: {ingress}}}]}}}}\n"
+        );
+        wanted(&lab, &parse_documents("t.yaml", &text).unwrap())
+    }
+
+    #[test]
+    fn only_what_a_range_does_not_cover_or_a_service_asks_for_gets_a_route() {
+        let route = |address: &str, node: &str| (address.parse::<IpAddr>().unwrap(), node.to_owned());
+        assert_eq!(routes("", "", "203.0.113.130").unwrap(), Routes::new());
+        assert_eq!(routes("", "192.0.2.1", "203.0.113.130").unwrap(), [route("192.0.2.1", "n1")].into());
+        let via = routes("lab.cirri.io/via: n2", "192.0.2.1", "203.0.113.130").unwrap();
+        assert_eq!(via, [route("192.0.2.1", "n2"), route("203.0.113.130", "n2")].into());
+        let Rejected(problems) = routes("lab.cirri.io/via: n3", "", "203.0.113.130").unwrap_err();
+        assert!(problems[0].contains("lab.cirri.io/via") && problems[0].contains("n3"), "{problems:?}");
+    }
+}
