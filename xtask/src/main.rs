@@ -96,7 +96,7 @@ fn flag(command: &str, rest: &[String], name: &str) -> Result<bool> {
 const HELP: &str = "\
 cargo xtask COMMAND
 
-  demo              see it work: two nodes, pods, a policy, the flows (root)
+  demo              see it work: two nodes, policies, flows, services (root)
   setup             install what is missing: BPF toolchain, bpf-linker, etcd, test programs
   doctor            what is here, what is missing, how to get it, what the kernel can do
   build [--release] the BPF object and the one binary, `cirri`

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -46,9 +47,17 @@ pub struct Asker {
     pub to: SocketAddr,
 }
 
+impl Asker {
+    fn in_words(&self) -> Arc<str> {
+        format!("{} → {}", self.name, self.to).into()
+    }
+}
+
 /// What came of one request.
 #[derive(Clone, Debug)]
 pub struct Request {
+    /// Who asked whom, in words.
+    pub who: Arc<str>,
     /// When it began.
     pub begun: Instant,
     /// How long it took.
@@ -98,13 +107,14 @@ impl fmt::Display for Failed {
 /// # Errors
 /// `curl` cannot be started there, or says something else than it was told to.
 pub fn ask(asker: &Asker, count: usize) -> anyhow::Result<Vec<Request>> {
+    let who = asker.in_words();
     let (mut child, report) = curl(asker, count, false)?;
     let requests: anyhow::Result<Vec<Request>> =
-        BufReader::new(report).lines().map(|line| read(&line?, Instant::now())).collect();
+        BufReader::new(report).lines().map(|line| read(&who, &line?, Instant::now())).collect();
     child.wait()?;
-    let requests = requests.with_context(|| format!("{} asks {}", asker.name, asker.to))?;
+    let requests = requests.with_context(|| who.to_string())?;
     if requests.len() != count {
-        bail!("{} asks {}: curl made {} of {count} requests", asker.name, asker.to, requests.len());
+        bail!("{who}: curl made {} of {count} requests", requests.len());
     }
     Ok(requests)
 }
@@ -129,10 +139,10 @@ impl Streams {
         for (index, asker) in askers.iter().enumerate() {
             let (client, report) = curl(asker, ENDLESS, true)?;
             streams.clients.push(client);
-            let sender = sender.clone();
+            let (sender, who) = (sender.clone(), asker.in_words());
             streams.readers.push(std::thread::spawn(move || {
                 for line in BufReader::new(report).lines() {
-                    let request = line.map_err(anyhow::Error::from).and_then(|line| read(&line, Instant::now()));
+                    let request = line.map_err(anyhow::Error::from).and_then(|line| read(&who, &line, Instant::now()));
                     // Nobody listens any more: the streams are being dropped.
                     if sender.send((index, request)).is_err() {
                         return;
@@ -207,7 +217,7 @@ fn curl(asker: &Asker, count: usize, paced: bool) -> anyhow::Result<(Child, Chil
 }
 
 /// Reads [`REPORT`].
-fn read(line: &str, now: Instant) -> anyhow::Result<Request> {
+fn read(who: &Arc<str>, line: &str, now: Instant) -> anyhow::Result<Request> {
     let fields: Vec<&str> = line.splitn(5, '|').collect();
     let [code, took, by, client, why] = fields[..] else { bail!("curl: {line}") };
     let code: i32 = code.parse().with_context(|| format!("curl: {line}"))?;
@@ -216,7 +226,7 @@ fn read(line: &str, now: Instant) -> anyhow::Result<Request> {
         0 => Ok(Answer { by: by.to_owned(), client: client.parse().with_context(|| format!("curl: {line}"))? }),
         _ => Err(Failed { code, why: why.to_owned() }),
     };
-    Ok(Request { begun: now.checked_sub(took).unwrap_or(now), took, outcome })
+    Ok(Request { who: Arc::clone(who), begun: now.checked_sub(took).unwrap_or(now), took, outcome })
 }
 
 #[cfg(test)]
@@ -225,15 +235,16 @@ mod tests {
 
     #[test]
     fn what_curl_reports_is_read_and_other_words_are_an_error() {
-        let now = Instant::now();
-        let request = read("0|0.002500|stall-1|fd00::2|", now).unwrap();
+        let (now, who) = (Instant::now(), Arc::from("x → y"));
+        let read = |line| read(&who, line, now);
+        let request = read("0|0.002500|stall-1|fd00::2|").unwrap();
         assert_eq!(request.outcome, Ok(Answer { by: "stall-1".into(), client: "fd00::2".parse().unwrap() }));
         assert_eq!((now - request.begun, request.took), (request.took, Duration::from_micros(2500)));
-        let failed = |line: &str| read(line, now).unwrap().outcome.unwrap_err();
+        let failed = |line| read(line).unwrap().outcome.unwrap_err();
         let refused = failed("7|0.000103|||Failed to connect to 10.96.0.10 port 81 after 0 ms: Couldn't connect | x");
         assert!(refused.refused() && !refused.silent() && refused.why.ends_with("| x"), "{refused}");
         assert!(failed("28|1.5|||Connection timed out").silent());
-        assert!(read("curl: option --rate: is unknown", now).is_err());
-        assert!(read("0|0.1|stall-1||", now).is_err());
+        assert!(read("curl: option --rate: is unknown").is_err());
+        assert!(read("0|0.1|stall-1||").is_err());
     }
 }

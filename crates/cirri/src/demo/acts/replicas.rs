@@ -184,7 +184,7 @@ impl Play<'_> {
                 latest = latest.max(request.took);
                 match &request.outcome {
                     Err(failed) if failed.refused() && request.took < AT_ONCE => {}
-                    other => problems.push(format!("{} → {}: {other:?}", asker.name, asker.to)),
+                    other => problems.push(format!("{}: {other:?}", request.who)),
                 }
             }
         }
@@ -196,8 +196,7 @@ impl Play<'_> {
         let took = begun.elapsed();
         let mut problems = Vec::new();
         for asker in &askers[..2] {
-            let requests = requests::ask(asker, REQUESTS)?;
-            problems.extend(first_failure(asker, &requests.iter().collect::<Vec<_>>()));
+            problems.extend(first_failure(&requests::ask(asker, REQUESTS)?));
         }
         let seen =
             if problems.is_empty() { Ok(format!("{:.1} s", took.as_secs_f64())) } else { Err(problems.join("\n")) };

@@ -178,8 +178,7 @@ impl Play<'_> {
         ];
         let mut problems = Vec::new();
         for asker in &allowed {
-            let requests = requests::ask(asker, REQUESTS)?;
-            problems.extend(first_failure(asker, &requests.iter().collect::<Vec<_>>()));
+            problems.extend(first_failure(&requests::ask(asker, REQUESTS)?));
         }
         // On the node of the second replica, which is the only one that it is offered there.
         let scan = self.asker("guest/scan", (LOCAL, PORT).into())?;
@@ -245,29 +244,36 @@ impl Play<'_> {
 impl Row {
     /// Whether exactly those answered who were to, every one of them, and saw whom they were to see.
     fn compare(&self, requests: &[Request]) -> Result<(), String> {
-        let who = format!("{} → {}", self.asker.name, self.asker.to);
-        if let Some(problem) = first_failure(&self.asker, &requests.iter().collect::<Vec<_>>()) {
+        if let Some(problem) = first_failure(requests) {
             return Err(problem);
         }
         let answers = requests.iter().filter_map(|request| request.outcome.as_ref().ok());
         let seen: BTreeSet<(String, IpAddr)> = answers.map(|answer| (answer.by.clone(), answer.client)).collect();
-        if seen == self.expected { Ok(()) } else { Err(format!("{who}: {seen:?}, not {:?}", self.expected)) }
+        if seen == self.expected {
+            Ok(())
+        } else {
+            Err(format!("{} → {}: {seen:?}, not {:?}", self.asker.name, self.asker.to, self.expected))
+        }
     }
 }
 
 /// How many requests failed, and why the first did; nothing if none did.
-pub(super) fn first_failure(asker: &Asker, requests: &[&Request]) -> Option<String> {
-    let failed: Vec<String> = requests.iter().filter_map(|request| failure(request)).collect();
+pub(super) fn first_failure(requests: &[Request]) -> Option<String> {
+    let failed: Vec<String> = requests.iter().filter_map(failure).collect();
     let first = failed.first()?;
-    Some(format!("{} → {}: {} of {} failed: {first}", asker.name, asker.to, failed.len(), requests.len()))
+    Some(format!("{} of {} failed: {first}", failed.len(), requests.len()))
 }
 
+/// Who asked whom, and why in vain.
 pub(super) fn failure(request: &Request) -> Option<String> {
-    request.outcome.as_ref().err().map(ToString::to_string)
+    let failed = request.outcome.as_ref().err()?;
+    Some(format!("{}: {failed}", request.who))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::{Value, json};
 
     use super::*;
@@ -302,6 +308,7 @@ mod tests {
     fn an_answer_by_another_or_for_another_client_is_not_as_expected() {
         let client = |last| IpAddr::from([10, 0, 0, last]);
         let request = |by: &str, last| Request {
+            who: "x/y → z".into(),
             begun: Instant::now(),
             took: Duration::ZERO,
             outcome: Ok(Answer { by: by.into(), client: client(last) }),
