@@ -162,7 +162,7 @@ impl Core {
                 Change::Labels => self.labels_stale = true,
                 Change::Addresses => self.rows_stale = true,
                 Change::Workload(named) => self.place(&named),
-                Change::Peer(node) => self.place_host_pods(&node),
+                Change::Peer(node) => self.place_node(&node),
                 Change::Source(resource) => self.serving.sources.upsert(&resource),
                 Change::SourceGone(kind, namespace, name) => {
                     self.serving.sources.remove(&kind, namespace.as_deref(), &name);
@@ -207,8 +207,12 @@ impl Core {
         self.serving.sources.set_pod_addresses(namespace, name, &addresses, node.as_deref());
     }
 
-    /// The same for the pods that have a node's addresses.
-    fn place_host_pods(&mut self, node: &str) {
+    /// The same for a node and the pods that have its addresses.
+    fn place_node(&mut self, node: &str) {
+        let record = self.view.nodes.get(node);
+        let addresses = record.map(|record| [record.v4.map(IpAddr::V4), record.v6.map(IpAddr::V6)]);
+        let addresses: Vec<IpAddr> = addresses.into_iter().flatten().flatten().collect();
+        self.serving.sources.set_node_addresses(node, &addresses);
         let on_it = |pod: &&Pod| pod.spec.host_network && pod.spec.node_name.as_deref() == Some(node);
         let pods: Vec<Named> =
             self.view.pods.iter().filter(|(_, pod)| on_it(pod)).map(|(named, _)| named.clone()).collect();
@@ -364,7 +368,7 @@ impl Core {
             }
         }
         let prefix = records::ip_prefix(&self.node.name);
-        for (key, _) in self.view.below(&prefix) {
+        for key in self.view.below(&prefix) {
             let key = key.to_owned();
             if self.rows.published.desired(&key).is_none() {
                 // Whatever it says, it hangs on the lease of an earlier run: to be written or removed.
