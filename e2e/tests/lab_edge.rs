@@ -409,6 +409,10 @@ fn what_cannot_work_is_said_before_anything_changes() {
         (format!("devices: [eth9]\n{one}"), "there is no device eth9; devices: lo, eth0"),
         (format!("address: 10.77.0.99\n{one}"), "no device has 10.77.0.99; correct address"),
         (
+            format!("pools: [{{name: own, address: 10.77.0.1, ports: 1024-2047}}]\n{one}"),
+            "pool own has the address 10.77.0.1",
+        ),
+        (
             one.replace("203.0.113.10", "10.77.0.1").replace("services", "address: 10.77.0.1\nservices"),
             "load balancer's own address",
         ),

@@ -41,6 +41,12 @@ pub enum MachineError {
     /// No such device.
     #[error("there is no device {0}; devices: {1}")]
     NoDevice(String, String),
+    /// What comes for the machine's own source is told apart by its ports alone.
+    #[error(
+        "pool {0} has the address {1}, which is the load balancer's own source; give the pool another address, or leave \
+         it out and widen snatPorts"
+    )]
+    OwnPool(String, IpAddr),
     /// Connections of a family need a source.
     #[error(
         "service {service} needs an {family} source for its connections, but no device of the plan has such an address; \
@@ -107,6 +113,13 @@ impl Machine {
         if let Some((name, _)) = self.devices.iter().find(|(_, link)| link.is_none()) {
             let there: Vec<String> = net.links().await?.into_iter().map(|link| link.name).collect();
             return Err(MachineError::NoDevice(name.clone(), there.join(", ")));
+        }
+        for pool in &plan.pools {
+            let own = (pool.v4.filter(|v4| self.v4 == Some(*v4)).map(IpAddr::V4))
+                .or(pool.v6.filter(|v6| self.v6 == Some(*v6)).map(IpAddr::V6));
+            if let Some(ip) = own {
+                return Err(MachineError::OwnPool(pool.name.clone(), ip));
+            }
         }
         for service in &plan.services {
             let translated = service.forwarding == super::config::ForwardingName::Snat && service.pool.is_none();
@@ -199,12 +212,12 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Attaches what is missing and takes away what is too much; programs of an earlier process are
-    /// replaced without a gap.
+    /// Attaches what is missing and takes away what is too much.
     ///
     /// # Errors
     /// The first device that refuses. The others are done.
     pub fn follow(&mut self, plan: &Plan, machine: &Machine, datapath: &mut Datapath) -> Result<(), MachineError> {
+        let attached = self.attach(plan, machine, datapath);
         let gone: Vec<String> = self.devices.keys().filter(|name| !plan.devices.contains(name)).cloned().collect();
         for name in gone {
             if let Some((index, ..)) = self.devices.remove(&name) {
@@ -212,6 +225,14 @@ impl Attached {
                 tracing::info!(device = name, "not served any more");
             }
         }
+        attached
+    }
+
+    /// Attaches what is missing; programs of an earlier process are replaced without a gap.
+    ///
+    /// # Errors
+    /// The first device that refuses. The others are done.
+    pub fn attach(&mut self, plan: &Plan, machine: &Machine, datapath: &mut Datapath) -> Result<(), MachineError> {
         let mut first = Ok(());
         for (name, link) in &machine.devices {
             let Some(link) = link else {
@@ -224,6 +245,8 @@ impl Attached {
             if known.is_some_and(|(index, wanted, _)| (*index, *wanted) == (link.index, plan.acceleration)) {
                 continue;
             }
+            // Whatever becomes of it, it is not as it was.
+            self.devices.remove(name);
             let attached =
                 datapath.attach_network(name).and_then(|_| datapath.attach_edge(name, wanted(plan.acceleration)));
             match attached {
@@ -245,7 +268,7 @@ impl Attached {
             None => DeviceStatus {
                 name: name.clone(),
                 mode: "missing".to_owned(),
-                reason: "there is no such device now; it is served when it comes back".to_owned(),
+                reason: "there is no such device now, or its programs are refused".to_owned(),
             },
         };
         plan.devices.iter().map(one).collect()

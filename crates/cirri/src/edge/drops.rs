@@ -24,8 +24,8 @@ struct Client {
     seen: u64,
 }
 
-/// Clients that are remembered; the one that was not seen for longest gives way.
-const REMEMBERED: usize = 4096;
+/// Clients that are remembered at least; of twice as many those that were not seen for longest go.
+const REMEMBERED: usize = 2048;
 /// Clients that are told of for each reason.
 const TOLD: usize = 10;
 
@@ -37,9 +37,8 @@ impl Drops {
         }
         self.clock += 1;
         let key = (event.reason, IpAddr::from(event.tuple.src));
-        if self.clients.len() >= REMEMBERED && !self.clients.contains_key(&key) {
-            let oldest = self.clients.iter().min_by_key(|(_, client)| client.seen).map(|(key, _)| *key);
-            oldest.and_then(|key| self.clients.remove(&key));
+        if self.clients.len() >= 2 * REMEMBERED && !self.clients.contains_key(&key) {
+            self.forget_half();
         }
         let client =
             self.clients.entry(key).or_insert_with(|| Client { drops: 0, destination: String::new(), seen: 0 });
@@ -47,6 +46,14 @@ impl Drops {
         client.seen = self.clock;
         let to = SocketAddr::new(event.tuple.dst.into(), event.tuple.dport.number());
         client.destination = format!("{to}/{}", protocol(event.tuple.proto));
+    }
+
+    /// Of many at once: a flood of clients must not cost a look at all of them for each.
+    fn forget_half(&mut self) {
+        let mut seen: Vec<u64> = self.clients.values().map(|client| client.seen).collect();
+        let (_, median, _) = seen.select_nth_unstable(REMEMBERED);
+        let median = *median;
+        self.clients.retain(|_, client| client.seen >= median);
     }
 
     /// Drops by reason, most first, with those who had most of them.
@@ -134,11 +141,13 @@ mod tests {
     #[test]
     fn no_flood_of_clients_makes_it_grow_without_end() {
         let mut drops = Drops::default();
-        for number in 0..2 * REMEMBERED as u32 {
+        let steady = [192, 0, 2, 1];
+        for number in 0..10 * REMEMBERED as u32 {
             drops.note(&drop_of(number.to_be_bytes(), DropReason::NO_BACKEND));
+            drops.note(&drop_of(steady, DropReason::NO_BACKEND));
+            assert!(drops.clients.len() <= 2 * REMEMBERED);
         }
-        assert_eq!(drops.clients.len(), REMEMBERED);
-        let newest = (2 * REMEMBERED as u32 - 1).to_be_bytes();
-        assert!(drops.clients.contains_key(&(DropReason::NO_BACKEND.code, newest.into())));
+        let first = &drops.clients_of(DropReason::NO_BACKEND.code)[0];
+        assert_eq!((first.address, first.drops), (steady.into(), 10 * REMEMBERED as u64));
     }
 }

@@ -245,18 +245,22 @@ async fn load(shared: &Shared) -> std::result::Result<usize, String> {
     let seen = Machine::look(&plan, net).await.map_err(told)?;
     seen.check(&plan, net).await.map_err(told)?;
     devices::apply_settings(&plan, &seen, net).map_err(|error| error.to_string())?;
-    let applied = core.apply(plan);
-    match &applied {
-        Err(ApplyError::Kernel(_)) => shared.wake.notify_one(),
-        Err(error) => return Err(error.to_string()),
-        Ok(()) => {}
+    // Programs may be on a device before there is anything to do for them, not the other way round.
+    let applied = match attached.attach(&plan, &seen, datapath) {
+        Ok(()) => core.apply(plan).map_err(|error| (matches!(error, ApplyError::Kernel(_)), error.to_string())),
+        Err(error) => Err((false, error.to_string())),
+    };
+    if let Err((false, error)) = &applied {
+        *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+        return Err(error.clone());
     }
     *machine = seen;
     machine.tell(&core.plan, &core.tables).map_err(|error| error.to_string())?;
-    let followed = attached.follow(&core.plan, machine, datapath);
-    *trouble = followed.as_ref().err().map(ToString::to_string);
-    applied.map_err(|error| error.to_string())?;
-    followed.map_err(told)?;
+    *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+    applied.map_err(|(_, error)| {
+        shared.wake.notify_one();
+        error
+    })?;
     Ok(core.plan.services.len())
 }
 
@@ -348,7 +352,10 @@ async fn catch_up(shared: Arc<Shared>) {
         loop {
             tokio::time::sleep(RETRY).await;
             match shared.core.lock().await.catch_up() {
-                Ok(()) => break tracing::info!("the kernel's tables are as they shall be"),
+                Ok(()) => {
+                    shared.config.lock().unwrap_or_else(PoisonError::into_inner).error.clear();
+                    break tracing::info!("the kernel's tables are as they shall be");
+                }
                 Err(error) => tracing::error!(%error, "the kernel's tables are not as they shall be"),
             }
         }
@@ -360,8 +367,12 @@ async fn follow_drops(shared: Arc<Shared>, mut events: Events) {
     loop {
         match events.next().await {
             Ok(batch) => {
-                let mut drops = shared.drops.lock().unwrap_or_else(PoisonError::into_inner);
-                batch.events.iter().for_each(|event| drops.note(event));
+                {
+                    let mut drops = shared.drops.lock().unwrap_or_else(PoisonError::into_inner);
+                    batch.events.iter().for_each(|event| drops.note(event));
+                }
+                // A flood of drops must not keep the others from their work.
+                tokio::task::yield_now().await;
             }
             Err(error) => return tracing::error!(%error, "clients of drops are not told any more"),
         }

@@ -102,12 +102,6 @@ impl Checker<'_> {
                     ));
                 }
             }
-            if shares_address(file.address, file.address6) && overlap(file.snat_ports, pool.ports) {
-                return wrong(
-                    "it has the address and ports of the load balancer itself (address, snatPorts); take others"
-                        .to_owned(),
-                );
-            }
             pools.push(Pool { name: pool.name.clone(), v4: pool.address, v6: pool.address6, ports: pool.ports });
         }
         if pools.len() >= map::SNAT_POOLS.max_entries as usize {
