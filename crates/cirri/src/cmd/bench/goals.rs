@@ -47,8 +47,8 @@ pub fn write(report: &Report, text: &mut String) {
         "added time of `connect` to a service, over Cilium's (+402 ns); of `socket`, `connect`, `close` (+1490 ns)",
         "≤ 0.65; ≤ 0.4",
         &connect(report),
-        "the hook itself is most of `connect`; a new socket also gets storage for what it was translated for, which is \
-         allocated, and freed when it closes",
+        "the hook itself is more than half of what `connect` pays, as the call to what is no service shows; a new socket also \
+         gets storage for what it was translated for, which is allocated, and freed when it closes",
     ]);
     traffic(report, &mut row);
 }

@@ -182,7 +182,8 @@ pub fn write(lines: &[Line], text: &mut String) {
     text.push_str(
         "\n## Services in the system call\n\nNanoseconds of a call on UDP sockets: min / p25 / median of interleaved rounds of 500 \
          calls, without programs, and with those of a node that knows so many services with 10 backends each. *added*: more than \
-         the same call without programs. Checked before: the socket is told the service's address and is connected to a backend.\n\n\
+         the same call without programs; nobody else's programs may be attached to sockets anywhere on the machine, or the \
+         kernel looks for them in every call. Checked before: the socket is told the service's address and is connected to a backend.\n\n\
          | call | to | services | ns | added: min / p25 |\n|---|---|---|---|---|\n",
     );
     for line in lines {
