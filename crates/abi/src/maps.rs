@@ -130,6 +130,9 @@ pub mod map {
     /// bit `port % 64`.
     pub const NODE_PORTS: Map =
         new::<u32, u64>("NODE_PORTS", MapKind::Array, 1024, 0, "ports of the node that services are behind (bits)");
+    /// 1 for devices (by number) that take frames before the stack.
+    pub const EDGE_DEVICES: Map =
+        new::<u32, u32>("EDGE_DEVICES", MapKind::Array, 4096, 0, "devices that take frames before the stack");
     /// What backends have been given.
     pub const BACKEND_COUNTERS: Map = new::<u32, BackendCounter>(
         "BACKEND_COUNTERS",
@@ -193,6 +196,7 @@ pub mod map {
         SOURCE_RANGES,
         SNAT_POOLS,
         NODE_PORTS,
+        EDGE_DEVICES,
         BACKEND_COUNTERS,
         PER_PACKET,
         SOCKETS,

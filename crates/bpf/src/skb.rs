@@ -86,6 +86,12 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn is_for_us(&self) -> bool {
+        // SAFETY: a field of the context.
+        unsafe { (*self.ctx).pkt_type == PACKET_HOST }
+    }
+
+    #[inline(always)]
     fn ifindex(&self) -> u32 {
         // SAFETY: a field of the context.
         unsafe { (*self.ctx).ifindex }

@@ -19,8 +19,8 @@ use cirri_datapath::{Flow, NextHop, Outcome, Packet, Scratch, Stage, Table, Tabl
 
 use crate::{
     maps::{
-        BACKEND_COUNTERS, COUNTERS, DEVICES, ENDPOINTS, EPOCHS, EVENTS, FLOWS4, FLOWS6, FRAGMENTS, PENDING4, PENDING6,
-        RULESETS, SNAT_POOLS,
+        BACKEND_COUNTERS, COUNTERS, DEVICES, EDGE_DEVICES, ENDPOINTS, EPOCHS, EVENTS, FLOWS4, FLOWS6, FRAGMENTS,
+        PENDING4, PENDING6, RULESETS, SNAT_POOLS,
     },
     skb::AF_INET,
 };
@@ -162,6 +162,14 @@ impl<C: Context> Tables for Kernel<C> {
     fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry> {
         let inner: *mut c_void = lookup(&raw const RULESETS, &(ruleset as u32))?;
         deref(lookup(inner.cast_const(), key))
+    }
+
+    #[inline(always)]
+    fn takes_raw(&self, ifindex: u32) -> bool {
+        match EDGE_DEVICES.get(ifindex) {
+            Some(takes) => *takes != 0,
+            None => false,
+        }
     }
 
     #[inline(always)]

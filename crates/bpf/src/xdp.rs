@@ -87,6 +87,15 @@ impl Packet for Raw {
         false
     }
 
+    /// The device's address is not known here; at least no group's frame is ours alone.
+    #[inline(always)]
+    fn is_for_us(&self) -> bool {
+        match self.load::<u16>(0) {
+            Some(start) => start.to_ne_bytes()[0] & 1 == 0,
+            None => false,
+        }
+    }
+
     #[inline(always)]
     fn ifindex(&self) -> u32 {
         // SAFETY: a field of the context.

@@ -4,7 +4,7 @@ use cirri_abi::{DropReason, GATEWAY_MAC, Hook, proto};
 
 use crate::{
     slow::{Next, Outcome, Scratch},
-    traits::Packet,
+    traits::{Packet, Tables},
     wire::{self, L3, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
@@ -18,10 +18,18 @@ const QUOTED_V6: u32 = 48;
 /// The first half of an answer: the packet becomes a reset, or an ICMP error. `s.mtu` is not 0 where the
 /// packet is too long.
 #[inline(always)]
-pub(crate) fn compose<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
+pub(crate) fn compose<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     let reason = DropReason { code: s.event.reason };
-    // Nothing may answer a later fragment (RFC 1122), or what came by another road.
-    if s.parsed.later_fragment || !matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_NETWORK) {
+    // Nothing may answer a later fragment (RFC 1122), or what came by another road; of ICMP only a request.
+    let asks = match s.parsed.tuple.proto {
+        proto::ICMP => s.parsed.icmp[0] == 8,
+        proto::ICMPV6 => s.parsed.icmp[0] == 128,
+        _ => true,
+    };
+    if s.parsed.later_fragment || !asks || !matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_NETWORK) {
+        return Err(reason.into());
+    }
+    if s.hook == Hook::FROM_NETWORK && is_enough(tables.now().count, s) {
         return Err(reason.into());
     }
     let said = if s.parsed.tuple.proto == proto::TCP && s.mtu == 0 {
@@ -32,6 +40,21 @@ pub(crate) fn compose<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
         return Ok(Next::Carry);
     };
     if said { Ok(Next::Go) } else { Err(reason.into()) }
+}
+
+/// Answers to the network in one tick and on one processor. Their receivers may not have asked: sources can
+/// be forged (RFC 4443, 2.4 f).
+const ANSWERS: u32 = 1000;
+
+/// Whether enough was answered in this tick.
+#[inline(always)]
+fn is_enough(now: u32, s: &mut Scratch) -> bool {
+    if s.answered_at != now {
+        s.answered_at = now;
+        s.answered = 0;
+    }
+    s.answered += 1;
+    s.answered > ANSWERS
 }
 
 /// The same for ICMPv6, which quotes more.

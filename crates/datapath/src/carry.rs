@@ -36,6 +36,9 @@ impl Headers {
 /// Rewrites the packet and says where it goes.
 #[inline(always)]
 pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &Recipe, headers: &Headers) -> Packed {
+    if !has_hop(packet, recipe, headers.v6) {
+        return refuse(tables, packet, DropReason::TTL_EXCEEDED);
+    }
     if recipe.rewrite != Rewrite::NONE && !rewrite(packet, recipe, headers) {
         return refuse(tables, packet, DropReason::WRITE_ERROR);
     }
@@ -45,10 +48,80 @@ pub(crate) fn carry<P: Packet, T: Tables>(packet: &mut P, tables: &T, recipe: &R
     dispatch(packet, tables, recipe)
 }
 
-/// Whether a recipe can be carried out before the stack: its next hop is known by its Ethernet address.
+/// Whether the packet has a hop left, where a recipe hands it on through this node. It has one less then.
 #[inline(always)]
-pub(crate) fn is_raw(recipe: &Recipe) -> bool {
-    matches!(recipe.action, Action::DEVICE | Action::IPIP) && recipe.mac != [0; 6]
+pub(crate) fn has_hop<P: Packet>(packet: &mut P, recipe: &Recipe, v6: bool) -> bool {
+    let goes_on = matches!(recipe.action, Action::DEVICE | Action::TUNNEL | Action::IPIP)
+        && matches!(recipe.hook, Hook::FROM_NETWORK | Hook::FROM_OVERLAY);
+    !goes_on || age(packet, v6).is_some()
+}
+
+/// Whether a recipe can be carried out before the stack: its next hop is known by its Ethernet address,
+/// and its device takes such frames.
+#[inline(always)]
+pub(crate) fn is_raw<P: Packet, T: Tables>(packet: &P, tables: &T, recipe: &Recipe) -> bool {
+    matches!(recipe.action, Action::DEVICE | Action::IPIP)
+        && recipe.mac != [0; 6]
+        && (recipe.out == packet.ifindex() || tables.takes_raw(recipe.out))
+}
+
+/// Whether a packet's checksum is left to a device: then it holds the sum of the pseudo header alone. This
+/// machine's own packets and its guests' can be so, and only the stack knows how to go on with one. Of
+/// others one in 65,536 looks like it, and takes the same way.
+#[inline(always)]
+pub(crate) fn is_left_to_device<P: Packet>(packet: &P, headers: &Headers) -> bool {
+    let Some(checksum) = wire::checksum_offset(headers.proto) else {
+        return false;
+    };
+    if headers.l4 == 0 || !matches!(headers.proto, proto::TCP | proto::UDP) {
+        return false;
+    }
+    let Some(stated) = packet.load::<u16>(headers.l4 + checksum) else {
+        return true;
+    };
+    let mut sum = (headers.proto as u16).to_be() as u64;
+    if headers.v6 {
+        let Some(ip) = packet.load::<wire::Ipv6>(L3) else {
+            return true;
+        };
+        let length = (u16::from_be(ip.length) as u32).wrapping_sub(headers.l4 - L3 - 40) as u16;
+        sum += length.to_be() as u64;
+        let mut i = 0;
+        while i < 4 {
+            sum += ip.src[i] as u64 + ip.dst[i] as u64;
+            i += 1;
+        }
+    } else {
+        let Some(ip) = packet.load::<wire::Ipv4>(L3) else {
+            return true;
+        };
+        let length = (u16::from_be(ip.length) as u32).wrapping_sub(headers.l4 - L3) as u16;
+        sum += length.to_be() as u64 + ip.src as u64 + ip.dst as u64;
+    }
+    stated == wire::fold_checksum(sum)
+}
+
+/// How many more hops a packet may take.
+#[inline(always)]
+pub(crate) fn hops<P: Packet>(packet: &P, v6: bool) -> u8 {
+    packet.load::<u8>(if v6 { L3 + 7 } else { L3 + 8 }).unwrap_or_default()
+}
+
+/// Counts down the hops of a packet that goes on through this node: without it two nodes that send each
+/// other a packet would do so for ever. `None`: it has none left.
+#[inline(always)]
+fn age<P: Packet>(packet: &mut P, v6: bool) -> Option<()> {
+    if v6 {
+        let hops = packet.load::<u8>(L3 + 7)?;
+        return (hops > 1 && packet.store(L3 + 7, &(hops - 1))).then_some(());
+    }
+    let [ttl, protocol] = packet.load::<[u8; 2]>(L3 + 8)?;
+    if ttl <= 1 {
+        return None;
+    }
+    let aged = [ttl - 1, protocol];
+    let delta = difference(u16::from_ne_bytes([ttl, protocol]) as u32, u16::from_ne_bytes(aged) as u32);
+    (packet.store(L3 + 8, &aged) && packet.update_l3_checksum(L3 + 10, delta)).then_some(())
 }
 
 /// Sends the packet the recipe's way, as it is.

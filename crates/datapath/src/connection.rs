@@ -60,7 +60,8 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         // The client may be at another service by now. What came without an option is not ended by one.
         return Ok(Next::Go);
     }
-    s.reopened = syn && !s.pending;
+    // One that was short may have ended among the unfinished.
+    s.reopened = syn && (!s.pending || (s.old.state == State::CLOSING && s.old.backend != 0));
     s.stale = s.reopened || !same || epochs(tables, &s.old.slots) != s.old.epoch;
     s.current = Current::Old;
     if s.stale && !keeps_backend(tables, s) {
@@ -236,7 +237,17 @@ fn keep(new: &mut Recipe, old: &Recipe, reopened: bool) {
 pub(crate) fn snapshot<T: Tables>(tables: &T, s: &mut Scratch) {
     s.slots = [s.from.slot, s.to.slot, s.served.slot];
     s.epoch = epochs(tables, &s.slots);
-    if tables.epoch(epoch_slot::PLACES) != s.places {
+    // A backend that was taken away since it was chosen stands there as absent before the epoch moves.
+    let chosen = s.served.backend;
+    let held = chosen == 0
+        || service::is_kept(
+            tables,
+            chosen,
+            &s.translated.dst,
+            s.translated.dport,
+            if s.stale { s.opener.proto } else { 0 },
+        );
+    if !held || tables.epoch(epoch_slot::PLACES) != s.places {
         s.epoch = s.epoch.wrapping_sub(1);
     }
 }

@@ -3,7 +3,7 @@
 use cirri_abi::{Addr, DropReason, Hook, Identity, Port, VXLAN_PORT, endpoint_flag, ipcache_flag, node_flag, proto};
 
 use crate::{
-    Packed, neighbour,
+    Packed, carry, neighbour,
     parse::Parsed,
     place::{Place, PlaceKind, block_of, is_behind, is_host, peer_identity},
     slow::{Next, Outcome, Refusal, Scratch, quiet},
@@ -127,6 +127,11 @@ pub(crate) fn locate<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
             s.to.set_address(tables, dst)?;
             match s.to.kind {
                 PlaceKind::Local => {}
+                PlaceKind::Host if s.served.yes => {}
+                // Before anything is remembered of it, or a port taken.
+                _ if s.served.yes && carry::hops(packet, !dst.is_v4()) <= 1 => {
+                    return Err(DropReason::TTL_EXCEEDED.into());
+                }
                 _ if s.served.yes => {}
                 // An answer of its stack must find the service's address again.
                 PlaceKind::Host if s.option_addr != Addr::UNSPECIFIED => {}

@@ -53,6 +53,9 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
     }
     s.from.identity = s.forward.src_identity;
     s.to.identity = s.forward.dst_identity;
+    if !carry::has_hop(packet, &s.forward, v6) {
+        return Err(DropReason::TTL_EXCEEDED.into());
+    }
     if s.forward.rewrite != Rewrite::NONE && !translate(packet, s, inner, ports, v6) {
         return Err(DropReason::WRITE_ERROR.into());
     }

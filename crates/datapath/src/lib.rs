@@ -180,7 +180,7 @@ fn established<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Op
     if recipe.hook != hook || recipe.door != door(hook, packet) || epochs(tables, &recipe.slots) != recipe.epoch {
         return None;
     }
-    if P::RAW && !carry::is_raw(recipe) {
+    if P::RAW && (!carry::is_raw(packet, tables, recipe) || carry::is_left_to_device(packet, &headers)) {
         return Some(Packed::CONTINUE);
     }
     if recipe.action == Action::IPIP && dsr::is_too_long(packet, recipe, if headers.v6 { 40 } else { 20 }) {

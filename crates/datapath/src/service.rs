@@ -5,7 +5,7 @@
 
 use cirri_abi::{
     Addr, Affinity, AffinityKey, Algorithm, Backend, BackendState, DropReason, Forwarding, Hook, Identity, Port,
-    Service, ServiceKey, Tick, Tuple, ipcache_flag, proto, service_flag,
+    Service, ServiceKey, Tick, Tuple, VXLAN_PORT, ipcache_flag, proto, service_flag,
 };
 
 use crate::{
@@ -52,14 +52,18 @@ pub(crate) fn find<'a, T: Services>(
     tables: &'a T,
     addr: &Addr,
     port: Port,
-    proto: u8,
+    protocol: u8,
     inside: bool,
 ) -> Option<&'a Service> {
+    // The overlay's own port: no service takes a node's.
+    if port == Port::new(VXLAN_PORT) && protocol == proto::UDP && (is_own(tables, addr) || is_peer(tables, addr)) {
+        return None;
+    }
     // Rows of the unspecified address are nobody's address.
     if *addr == Addr::ANY_V4 || *addr == Addr::UNSPECIFIED {
         return None;
     }
-    let exact = tables.service(&ServiceKey { addr: *addr, port, proto, _pad: 0 });
+    let exact = tables.service(&ServiceKey { addr: *addr, port, proto: protocol, _pad: 0 });
     if exact.is_some() {
         return exact;
     }
@@ -67,7 +71,7 @@ pub(crate) fn find<'a, T: Services>(
         let own = is_own(tables, addr);
         if own || (inside && is_peer(tables, addr)) {
             let any = if addr.is_v4() { Addr::ANY_V4 } else { Addr::UNSPECIFIED };
-            if let Some(service) = tables.service(&ServiceKey { addr: any, port, proto, _pad: 0 })
+            if let Some(service) = tables.service(&ServiceKey { addr: any, port, proto: protocol, _pad: 0 })
                 && (own || service.flags & service_flag::THIS_NODE == 0)
             {
                 return Some(service);

@@ -80,6 +80,10 @@ pub struct Scratch {
     pub current: Current,
     /// Room for [`Tables::promote`], and for the recipe that is carried out.
     pub spare: Recipe,
+    /// The tick in which this processor answered last ...
+    pub answered_at: u32,
+    /// ... and how often in it. What is answered must stay a small part of what anybody can send.
+    pub answered: u32,
     /// For the host: what a stage answered, where it keeps that in memory.
     pub word: u64,
 }
@@ -221,7 +225,7 @@ pub fn slow_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T, scr
 /// What a recipe's first packets need beyond the recipe.
 #[inline(always)]
 fn prepare<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
-    if P::RAW && !carry::is_raw(s.current()) {
+    if P::RAW && !carry::is_raw(packet, tables, s.current()) {
         return Ok(Next::Done(Packed::CONTINUE));
     }
     if s.current().flags & recipe_flag::ONE_WAY == 0 {
@@ -280,8 +284,11 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
         }
         Class::Arp | Class::LinkLocal | Class::Other => return tables.stage(Stage::LinkLocal, packet, s),
     }
+    if P::RAW && carry::is_left_to_device(packet, &carry::Headers::parsed(&s.parsed)) {
+        return Ok(Next::Done(Packed::CONTINUE));
+    }
     match tables.stage(Stage::Meet, packet, s)? {
-        Next::Carry if P::RAW && !carry::is_raw(&s.old) => return Ok(Next::Done(Packed::CONTINUE)),
+        Next::Carry if P::RAW && !carry::is_raw(packet, tables, &s.old) => return Ok(Next::Done(Packed::CONTINUE)),
         Next::Carry => return known(packet, tables, s),
         _ => {}
     }
@@ -322,7 +329,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     tables.stage(Stage::Judge, packet, s)?;
     tables.count(CounterIndex::DECIDED, packet.length());
     tables.stage(Stage::Draft, packet, s)?;
-    if P::RAW && !carry::is_raw(&s.forward) {
+    if P::RAW && !carry::is_raw(packet, tables, &s.forward) {
         return Ok(Next::Done(Packed::CONTINUE));
     }
     // The door it did come through, which may be another than the one it should have.
@@ -452,7 +459,7 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
         }
         Stage::Write => connection::write(packet, tables, s),
         Stage::Mark => mark(packet, s),
-        Stage::Answer => crate::answer::compose(packet, s),
+        Stage::Answer => crate::answer::compose(packet, tables, s),
         Stage::AnswerV6 => crate::answer::compose_v6(packet, s),
         Stage::SendBack => crate::answer::send_back(packet, s),
         Stage::Report => report(packet, tables, s),
@@ -475,8 +482,8 @@ fn mark<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
         }
         return Ok(Next::Carry);
     }
-    let opens = tuple.proto != proto::TCP || is_syn(&s.parsed);
-    if recipe.flags & recipe_flag::DSR_OPTION == 0 || recipe.state != State::NEW || !opens || s.parsed.later_fragment {
+    let opens = if tuple.proto == proto::TCP { is_syn(&s.parsed) } else { recipe.state == State::NEW };
+    if recipe.flags & recipe_flag::DSR_OPTION == 0 || !opens || s.parsed.later_fragment {
         return Ok(Next::Carry);
     }
     let overhead = dsr::overhead(Forwarding::DSR_OPTION, v6);
@@ -527,6 +534,10 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
             Hook::FROM_NETWORK | Hook::TO_NETWORK => Ok(Next::Done(Packed::CONTINUE)),
             _ => Err(DropReason::UNSUPPORTED_L2.into()),
         };
+    }
+    if s.hook == Hook::FROM_NETWORK && !packet.is_for_us() {
+        // Another's: seen because the device listens to all, or broadcast.
+        return Ok(Next::Done(Packed::CONTINUE));
     }
     packet.pull(PULL);
     if let Err(reason) = parse_network(packet, &mut s.parsed) {

@@ -2,7 +2,9 @@
 //! backend at once, and its packets need no translation. What was translated stands in the socket's own
 //! storage, so that it ends with the socket.
 
-use cirri_abi::{Addr, BackendState, Port, Service, ServiceKey, SocketService, SocketServices, Tuple, service_flag};
+use cirri_abi::{
+    Addr, BackendState, Port, Service, ServiceKey, SocketService, SocketServices, Tuple, proto, service_flag,
+};
 
 use crate::{
     service::{self, Client, choose, flow_hash},
@@ -52,17 +54,24 @@ pub enum SocketVerdict {
 pub fn reach<S: Socket, T: Services>(attempt: Attempt, socket: &mut S, tables: &T) -> SocketVerdict {
     let (addr, port, protocol) = (socket.address(), socket.port(), socket.protocol());
     let Some(service) = find(socket, tables, &addr, port, protocol) else {
+        forget(socket, &addr, port);
         return SocketVerdict::Proceed;
     };
     let cookie = socket.netns_cookie();
     if socket.is_per_packet(cookie) {
         return SocketVerdict::Proceed;
     }
+    // Resolvers connect datagram sockets to sort addresses, and send nothing: their packets would be refused.
+    let refused = if attempt == Attempt::Connect && protocol == proto::UDP {
+        SocketVerdict::Proceed
+    } else {
+        SocketVerdict::Refused
+    };
     if service.flags & service_flag::REFUSE != 0 {
-        return SocketVerdict::Refused;
+        return refused;
     }
     if attempt == Attempt::Send
-        && let Some(known) = known_backend(socket, tables, &addr, port)
+        && let Some(known) = known_backend(socket, tables, &addr, port, service.id)
     {
         socket.set(&known.backend, known.backend_port);
         return SocketVerdict::Proceed;
@@ -73,7 +82,7 @@ pub fn reach<S: Socket, T: Services>(attempt: Attempt, socket: &mut S, tables: &
     let chance = if service.affinity != 0 { 0 } else { tables.random() };
     let client = Client { key, cookie: 1, hash: flow_hash(&tuple, true) ^ chance, twice: false, inside: true };
     let Some((number, backend)) = choose(tables, service, &client) else {
-        return SocketVerdict::Refused;
+        return refused;
     };
     let done = SocketService {
         service: addr,
@@ -118,8 +127,11 @@ pub fn bind<S: Socket, T: Services>(socket: &mut S, tables: &T) -> bool {
     if port.be == 0 || !tables.node_port(port) || !is_of_node(socket, tables) {
         return true;
     }
-    let any = any(&socket.address());
-    tables.service(&ServiceKey { addr: any, port, proto: socket.protocol(), _pad: 0 }).is_none()
+    let addr = socket.address();
+    let proto = socket.protocol();
+    let serves = |addr| tables.service(&ServiceKey { addr, port, proto, _pad: 0 }).is_some();
+    // A socket of all IPv6 addresses is mostly one of all IPv4 addresses too.
+    !serves(any(&addr)) && !(addr == Addr::UNSPECIFIED && serves(Addr::ANY_V4))
 }
 
 /// As [`service::find`], and with the node's ports on its loopback address.
@@ -142,7 +154,13 @@ fn find<'a, S: Socket, T: Services>(
 
 /// The backend that a socket has for a service, if that still serves.
 #[inline(always)]
-fn known_backend<S: Socket, T: Services>(socket: &mut S, tables: &T, addr: &Addr, port: Port) -> Option<SocketService> {
+fn known_backend<S: Socket, T: Services>(
+    socket: &mut S,
+    tables: &T,
+    addr: &Addr,
+    port: Port,
+    service: u32,
+) -> Option<SocketService> {
     let services = socket.services()?;
     let mut found = SocketService::default();
     for known in &services.known {
@@ -156,7 +174,21 @@ fn known_backend<S: Socket, T: Services>(socket: &mut S, tables: &T, addr: &Addr
     }
     let backend = tables.backend(found.id)?;
     let serves = backend.state == BackendState::ACTIVE || backend.state == BackendState::DRAINING;
-    (serves && backend.addr == found.backend && backend.port == found.backend_port).then_some(found)
+    (serves && backend.service == service && backend.addr == found.backend && backend.port == found.backend_port)
+        .then_some(found)
+}
+
+/// A program names a backend itself: it is to be told of the backend, not of the service.
+#[inline(always)]
+fn forget<S: Socket>(socket: &mut S, addr: &Addr, port: Port) {
+    let Some(services) = socket.services() else {
+        return;
+    };
+    for known in &mut services.known {
+        if known.backend == *addr && known.backend_port == port {
+            known.id = 0;
+        }
+    }
 }
 
 /// Writes a service over what the socket knew of it, or over the oldest.

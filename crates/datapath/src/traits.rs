@@ -24,6 +24,9 @@ pub trait Packet {
     fn length(&self) -> u32;
     /// Whether it carries a VLAN tag, which the kernel keeps beside the bytes.
     fn tagged(&self) -> bool;
+    /// Whether its Ethernet address is this device's, as far as the host can tell: others' frames are met
+    /// where a device listens to all.
+    fn is_for_us(&self) -> bool;
     /// The device that the packet is met on.
     fn ifindex(&self) -> u32;
     /// Makes sure that the first `length` bytes (or all, if there are fewer) can be loaded.
@@ -156,6 +159,8 @@ pub trait Tables: Services {
     /// What a rule set answers; see `cirri_abi::policy` for how keys are asked. `None` also if the
     /// slot holds no rule set.
     fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry>;
+    /// Whether a device takes frames that were met before the stack of another.
+    fn takes_raw(&self, ifindex: u32) -> bool;
     /// Where connections of a service get their source from.
     fn snat_pool(&self, number: u32) -> Option<&SnatPool>;
     /// Where the node's routes lead for a packet of this tuple.

@@ -65,6 +65,14 @@ impl Datapath {
     /// The programs of [`Datapath::attach_network`] must be there too: they do all that this one leaves.
     pub fn attach_edge(&mut self, device: &str, wanted: EdgeWanted) -> Result<EdgeStatus, LoadError> {
         let ifindex = device_number(device)?;
+        let status = self.try_edge(device, ifindex, wanted);
+        // A device whose driver runs the program also takes what the program sends to it.
+        let takes = status.as_ref().is_ok_and(|status| status.mode == EdgeMode::Native);
+        self.tables().set_edge_device(ifindex, takes)?;
+        status
+    }
+
+    fn try_edge(&mut self, device: &str, ifindex: u32, wanted: EdgeWanted) -> Result<EdgeStatus, LoadError> {
         let modes: &[EdgeMode] = match wanted {
             EdgeWanted::Off => &[],
             EdgeWanted::Generic => &[EdgeMode::Generic],
@@ -103,6 +111,7 @@ impl Datapath {
 
     /// Takes the XDP program off a device; whether it was there.
     pub fn detach_edge(&mut self, ifindex: u32) -> Result<bool, LoadError> {
+        self.tables().set_edge_device(ifindex, false)?;
         let pin = self.pins.link(PROGRAM, ifindex);
         let there = pin.exists();
         if there {

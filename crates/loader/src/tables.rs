@@ -53,6 +53,8 @@ pub struct Tables {
     /// Ports of the node's own addresses that a service may be behind: bit `port % 64` of word
     /// `port / 64`.
     pub node_ports: Table<u32, u64>,
+    /// Devices that take frames before the stack.
+    pub(crate) edge_devices: Table<u32, u32>,
     /// Network namespaces (by [`crate::net::Namespace::cookie`]) whose packets are translated, not
     /// their sockets. The value says nothing.
     pub per_packet: Table<u64, u32>,
@@ -105,6 +107,7 @@ impl Tables {
             source_ranges: Table::new(raw(&map::SOURCE_RANGES)?, &map::SOURCE_RANGES)?,
             snat_pools: Table::new(raw(&map::SNAT_POOLS)?, &map::SNAT_POOLS)?,
             node_ports: Table::new(raw(&map::NODE_PORTS)?, &map::NODE_PORTS)?,
+            edge_devices: Table::new(raw(&map::EDGE_DEVICES)?, &map::EDGE_DEVICES)?,
             per_packet: Table::new(raw(&map::PER_PACKET)?, &map::PER_PACKET)?,
             epochs: Table::new(raw(&map::EPOCHS)?, &map::EPOCHS)?,
             node: Table::new(raw(&map::NODE)?, &map::NODE)?,
@@ -130,6 +133,14 @@ impl Tables {
     /// Tells the programs about their node. Bump [`epoch_slot::NODE`] afterwards.
     pub fn set_node(&self, config: &NodeConfig) -> Result<(), MapError> {
         self.node.put(&0, config)
+    }
+
+    /// Says whether a device takes frames before the stack. Those past the table's end do not.
+    pub(crate) fn set_edge_device(&self, ifindex: u32, takes: bool) -> Result<(), MapError> {
+        if ifindex < self.edge_devices.capacity() {
+            self.edge_devices.put(&ifindex, &takes.into())?;
+        }
+        Ok(())
     }
 
     /// The epoch in a slot.

@@ -12,6 +12,8 @@ pub struct Frame {
     pub bytes: Vec<u8>,
     /// It carries a VLAN tag.
     pub tagged: bool,
+    /// Its Ethernet address is not the device's.
+    pub of_others: bool,
     /// The device it is met on.
     pub ifindex: u32,
     /// From the overlay: what its outer headers said.
@@ -301,6 +303,10 @@ impl Packet for Frame {
         self.tagged
     }
 
+    fn is_for_us(&self) -> bool {
+        !self.of_others
+    }
+
     fn ifindex(&self) -> u32 {
         self.ifindex
     }
@@ -318,7 +324,9 @@ impl Packet for Frame {
 
     fn close(&mut self, bytes: u32) -> bool {
         let end = 14 + bytes as usize;
-        if end > self.bytes.len() {
+        // As in the kernel, another header of the family must be left.
+        let header = if self.bytes.get(12..14) == Some(&[0x86, 0xdd]) { 40 } else { 20 };
+        if end + header > self.bytes.len() {
             return false;
         }
         self.bytes.drain(14..end);
@@ -395,6 +403,10 @@ impl Packet for RawFrame {
 
     fn tagged(&self) -> bool {
         false
+    }
+
+    fn is_for_us(&self) -> bool {
+        self.0.bytes.first().is_some_and(|byte| byte & 1 == 0)
     }
 
     fn ifindex(&self) -> u32 {

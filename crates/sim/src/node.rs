@@ -311,6 +311,10 @@ impl Tables for Node {
         self.rulesets.get(&ruleset)?.get(key)
     }
 
+    fn takes_raw(&self, ifindex: u32) -> bool {
+        self.services.edge_devices.contains(&ifindex)
+    }
+
     fn snat_pool(&self, number: u32) -> Option<&SnatPool> {
         self.services.pools.get(&number)
     }

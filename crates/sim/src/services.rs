@@ -22,6 +22,7 @@ pub struct ServiceTables {
     pub(crate) pools: HashMap<u32, SnatPool>,
     node_ports: HashSet<u16>,
     per_packet: HashSet<u64>,
+    pub(crate) edge_devices: HashSet<u32>,
     affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     pub(crate) counters: RefCell<HashMap<u32, BackendCounter>>,
     random: Cell<u32>,
@@ -85,6 +86,11 @@ impl Node {
     /// Says that a namespace's packets are translated and not its sockets.
     pub fn set_per_packet(&mut self, netns: u64) {
         self.services.per_packet.insert(netns);
+    }
+
+    /// Says that a device takes frames before the stack.
+    pub fn put_edge_device(&mut self, ifindex: u32) {
+        self.services.edge_devices.insert(ifindex);
     }
 
     /// What a backend has been given.
