@@ -10,6 +10,7 @@ use futures::StreamExt;
 
 use super::Shared;
 use super::records::resource_prefix;
+use super::view::Digest;
 
 /// How long to wait before a write that failed is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -45,10 +46,10 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
     }
 }
 
-/// The resources that the store holds, by key (without the store's prefix), as JSON.
-pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, String> {
+/// The resources that the store holds, by key (without the store's prefix), and the digest of their JSON.
+pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, Digest> {
     let core = shared.core.lock().await;
-    core.view.resources().map(|(key, json)| (key.to_owned(), String::from_utf8_lossy(json).into_owned())).collect()
+    core.view.resources().map(|(key, digest)| (key.to_owned(), digest)).collect()
 }
 
 async fn copy(shared: &Arc<Shared>, change: &folder::Change, all: Option<&BTreeSet<String>>) -> Result<(), StoreError> {

@@ -1,6 +1,7 @@
 //! The cluster's state as the store tells it: everything seen so far, parsed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hasher};
 use std::net::IpAddr;
 
 use cirri_abi::Identity;
@@ -20,7 +21,7 @@ pub type Named = (String, String);
 /// A value that cannot be read keeps its last good content, and is listed in [`View::problems`].
 #[derive(Debug, Default)]
 pub struct View {
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, Kept>,
     /// Namespaces by name.
     pub namespaces: BTreeMap<String, Namespace>,
     /// Pods.
@@ -41,6 +42,28 @@ pub struct View {
     pub revision: u64,
     /// Whether everything was seen at least once.
     pub synced: bool,
+}
+
+/// A value, as far as it is kept. Resources are many and large, and kept as what they mean: of their text only
+/// a digest stays, to know the same text again.
+#[derive(Debug, PartialEq)]
+enum Kept {
+    Value(Vec<u8>),
+    Digest(Digest),
+}
+
+/// Two hashes of 64 bits.
+pub type Digest = u128;
+
+/// The digest of a text.
+pub fn digest(text: &[u8]) -> Digest {
+    let half = |salt: u8| {
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u8(salt);
+        hasher.write(text);
+        u128::from(hasher.finish())
+    };
+    half(0) << 64 | half(1)
 }
 
 /// What an event changed, for those who keep something derived from it.
@@ -94,19 +117,21 @@ impl View {
         changes
     }
 
-    /// Every resource's key (as [`Resource::store_key`]) and JSON.
-    pub fn resources(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        let whole = cirri_store::PREFIX.len();
-        self.below(&super::records::resource_prefix()).map(move |(key, value)| (&key[whole..], value))
+    /// Every resource's key (as [`Resource::store_key`]) and the digest of its JSON.
+    pub fn resources(&self) -> impl Iterator<Item = (&str, Digest)> {
+        let prefix = super::records::resource_prefix();
+        let from = self.entries.range(prefix.clone()..).take_while(move |(key, _)| key.starts_with(&prefix));
+        from.filter_map(|(key, kept)| match kept {
+            Kept::Digest(digest) => Some((&key[cirri_store::PREFIX.len()..], *digest)),
+            Kept::Value(_) => None,
+        })
     }
 
-    /// Whole keys below a prefix, and their values.
-    pub fn below<'a>(&'a self, prefix: &str) -> impl Iterator<Item = (&'a str, &'a [u8])> + use<'a> {
+    /// Whole keys below a prefix.
+    pub fn below<'a>(&'a self, prefix: &str) -> impl Iterator<Item = &'a str> + use<'a> {
         let prefix = prefix.to_owned();
-        self.entries
-            .range(prefix.clone()..)
-            .take_while(move |(key, _)| key.starts_with(&prefix))
-            .map(|(key, entry)| (key.as_str(), entry.value.as_slice()))
+        let from = self.entries.range(prefix.clone()..);
+        from.map(|(key, _)| key.as_str()).take_while(move |key| key.starts_with(&prefix))
     }
 
     /// Where the store says that a workload is.
@@ -114,26 +139,31 @@ impl View {
         self.workloads.get(workload).into_iter().flatten().filter_map(|ip| self.ips.get(ip))
     }
 
-    /// The value of a whole key.
+    /// The value of a whole key that is no resource's.
     pub fn value(&self, key: &str) -> Option<&[u8]> {
-        self.entries.get(key).map(|entry| entry.value.as_slice())
+        match self.entries.get(key)? {
+            Kept::Value(value) => Some(value),
+            Kept::Digest(_) => None,
+        }
     }
 
     fn put(&mut self, entry: Entry, changes: &mut Vec<Change>) {
-        if self.entries.get(&entry.key).is_some_and(|known| known.value == entry.value) {
-            self.entries.insert(entry.key.clone(), entry);
+        let kept = match parse_key(&entry.key) {
+            Key::Resource => Kept::Digest(digest(&entry.value)),
+            _ => Kept::Value(entry.value.clone()),
+        };
+        if self.entries.get(&entry.key) == Some(&kept) {
             return;
         }
-        let key = entry.key.clone();
         match self.read(&entry, changes) {
             Ok(()) => {
-                self.problems.remove(&key);
+                self.problems.remove(&entry.key);
             }
             Err(why) => {
-                self.problems.insert(key.clone(), why);
+                self.problems.insert(entry.key.clone(), why);
             }
         }
-        self.entries.insert(key, entry);
+        self.entries.insert(entry.key, kept);
     }
 
     fn read(&mut self, entry: &Entry, changes: &mut Vec<Change>) -> Result<(), String> {
@@ -186,7 +216,7 @@ impl View {
     }
 
     fn delete(&mut self, key: &str, changes: &mut Vec<Change>) {
-        let Some(entry) = self.entries.remove(key) else { return };
+        let Some(kept) = self.entries.remove(key) else { return };
         self.problems.remove(key);
         match parse_key(key) {
             Key::Resource => {
@@ -218,7 +248,10 @@ impl View {
             }
             Key::Ip(ip) => {
                 // The address may have moved to another node: only its own record takes it away.
-                let record = std::str::from_utf8(&entry.value).ok().and_then(|text| json::<IpRecord>(text).ok());
+                let record = match &kept {
+                    Kept::Value(value) => serde_json::from_slice::<IpRecord>(value).ok(),
+                    Kept::Digest(_) => None,
+                };
                 if record.as_ref() == self.ips.get(&ip) {
                     self.forget_ip(ip, changes);
                     changes.push(Change::Addresses);
@@ -319,7 +352,7 @@ mod tests {
         assert_eq!((view.pods.len(), view.problems.len()), (1, 1));
         view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("a", "y"), 3)));
         assert!(view.problems.is_empty());
-        assert_eq!(view.resources().count(), 1);
+        assert_eq!(view.resources().collect::<Vec<_>>(), [("resources/Pod/shop/a", digest(pod("a", "y").as_bytes()))]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use cirri_control::resource;
 
 use super::server::millis;
+use super::view::{Digest, digest};
 use super::{Shared, mirror};
 use crate::api::{ApiError, Wait, Waited};
 use crate::config::StoreKind;
@@ -59,7 +60,7 @@ async fn newest(shared: &Arc<Shared>) -> Result<u64, ApiError> {
             let held = mirror::held(shared).await;
             // What a broken file said last stays.
             let all_readable = shared.core.lock().await.folder_errors.is_empty();
-            let missing = wanted.iter().any(|(key, json)| held.get(key) != Some(json));
+            let missing = wanted.iter().any(|(key, digest)| held.get(key) != Some(digest));
             let stray = all_readable && held.keys().any(|key| !wanted.contains_key(key));
             if !missing && !stray {
                 break;
@@ -74,7 +75,7 @@ async fn newest(shared: &Arc<Shared>) -> Result<u64, ApiError> {
 }
 
 /// What the files of the folder say now. Broken ones say nothing.
-fn in_folder(folder: &std::path::Path) -> BTreeMap<String, String> {
+fn in_folder(folder: &std::path::Path) -> BTreeMap<String, Digest> {
     let mut wanted = BTreeMap::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -85,7 +86,9 @@ fn in_folder(folder: &std::path::Path) -> BTreeMap<String, String> {
         }
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
         let resources = resource::parse_documents(&path.display().to_string(), &text).unwrap_or_default();
-        wanted.extend(resources.into_iter().map(|resource| (resource.store_key(), resource.to_json())));
+        wanted.extend(
+            resources.into_iter().map(|resource| (resource.store_key(), digest(resource.to_json().as_bytes()))),
+        );
     }
     wanted
 }
