@@ -14,9 +14,13 @@ use serde::Deserialize;
 use super::cluster;
 use super::echo::{Port, Transport};
 use super::state::{Lab, Node, PodKey, PodRecord};
+use super::underlay;
 
 /// The annotation that names the node to which the router sends packets for the service's own addresses.
 pub const VIA: &str = "lab.cirri.io/via";
+
+/// The label of a slice that names its service.
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 /// A service.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -272,30 +276,61 @@ pub fn target(lab: &Lab, key: &PodKey, vip: &Vip, port: Option<&str>, protocol: 
     Ok(Target { addresses, port: Port { number, protocol }, echo })
 }
 
-/// Whether the echo server plays every pod that the service selects.
+/// Whether the echo server plays everyone who serves: pods that the service selects, or endpoints of its slices.
 fn only_echo(service: &Service, stored: &BTreeMap<String, String>, pods: &[PodRecord], key: &PodKey) -> bool {
+    let is_echo = |pod: &PodRecord| pod.spec.containers.iter().all(|container| container.is_echo());
+    if service.spec.selector.is_empty() {
+        let serves = |address: &IpAddr| {
+            let pod = pods.iter().find(|pod| pod.addresses.contains(address));
+            pod.map_or_else(|| underlay::WORLD.contains(address), is_echo)
+        };
+        let endpoints = endpoints(stored, key);
+        return !endpoints.is_empty() && endpoints.iter().all(serves);
+    }
     let selected = pods.iter().filter(|pod| {
-        let json = stored.get(&pod.key.store_key());
-        pod.key.namespace == key.namespace && json.is_some_and(|json| selects(&service.spec.selector, json))
+        let labels = stored.get(&pod.key.store_key()).map(|json| labels(json));
+        let selects =
+            |labels: Labels| service.spec.selector.iter().all(|(name, value)| labels.get(name) == Some(value));
+        pod.key.namespace == key.namespace && labels.is_some_and(selects)
     });
     let mut selected = selected.peekable();
-    let any = selected.peek().is_some();
-    any && selected.all(|pod| pod.spec.containers.iter().all(|container| container.is_echo()))
+    selected.peek().is_some() && selected.all(is_echo)
 }
 
-fn selects(selector: &BTreeMap<String, String>, pod: &str) -> bool {
+/// The addresses of the endpoints in a service's slices.
+fn endpoints(stored: &BTreeMap<String, String>, key: &PodKey) -> Vec<IpAddr> {
     #[derive(Default, Deserialize)]
     #[serde(default)]
-    struct Pod {
-        metadata: Labels,
+    struct Slice {
+        endpoints: Vec<Endpoint>,
     }
     #[derive(Default, Deserialize)]
     #[serde(default)]
-    struct Labels {
-        labels: BTreeMap<String, String>,
+    struct Endpoint {
+        addresses: Vec<IpAddr>,
     }
-    let labels = serde_json::from_str::<Pod>(pod).unwrap_or_default().metadata.labels;
-    !selector.is_empty() && selector.iter().all(|(name, value)| labels.get(name) == Some(value))
+    let prefix = format!("resources/EndpointSlice/{}/", key.namespace);
+    let of_service = |json: &&String| labels(json).get(SERVICE_NAME_LABEL) == Some(&key.name);
+    let slices = stored.iter().filter(|(key, _)| key.starts_with(&prefix)).map(|(_, json)| json).filter(of_service);
+    let slices = slices.filter_map(|json| serde_json::from_str::<Slice>(json).ok());
+    slices.flat_map(|slice| slice.endpoints).flat_map(|endpoint| endpoint.addresses).collect()
+}
+
+type Labels = BTreeMap<String, String>;
+
+/// The labels of a resource, from its JSON.
+fn labels(json: &str) -> Labels {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Labelled {
+        metadata: Labelling,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Labelling {
+        labels: Labels,
+    }
+    serde_json::from_str::<Labelled>(json).unwrap_or_default().metadata.labels
 }
 
 #[cfg(test)]
@@ -324,11 +359,44 @@ mod tests {
     }
 
     #[test]
-    fn a_selector_of_nothing_selects_nothing() {
-        let pod = r#"{"metadata":{"labels":{"app":"web","tier":"a"}}}"#;
-        let selector = |text: &[(&str, &str)]| text.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        assert!(selects(&selector(&[("app", "web")]), pod));
-        assert!(!selects(&selector(&[("app", "web"), ("tier", "b")]), pod));
-        assert!(!selects(&selector(&[]), pod));
+    fn who_plays_the_backends_is_known_of_selected_pods_and_of_endpoints() {
+        let pod = |name: &str, address: &str, argv: &[&str]| PodRecord {
+            key: format!("shop/{name}").parse().unwrap(),
+            node: "n1".into(),
+            netns: "/run/netns/x".into(),
+            container_id: "x".into(),
+            addresses: vec![address.parse().unwrap()],
+            spec: super::super::state::PodSpec {
+                host_network: false,
+                containers: vec![super::super::state::Container {
+                    ports: ["80/tcp".parse().unwrap()].into(),
+                    argv: argv.iter().map(|word| word.to_string()).collect(),
+                    ..super::super::state::Container::default()
+                }],
+            },
+            complete: true,
+            error: None,
+        };
+        let pods = [pod("echo", "10.0.0.1", &[]), pod("real", "10.0.0.2", &["nginx"])];
+        let labelled = |app: &str| format!(r#"{{"metadata":{{"labels":{{"app":"{app}"}}}}}}"#);
+        let slice = |service: &str, address: &str| {
+            format!(
+                r#"{{"metadata":{{"labels":{{"kubernetes.io/service-name":"{service}"}}}},"endpoints":[{{"addresses":["{address}"]}}]}}"#
+            )
+        };
+        let stored = BTreeMap::from([
+            ("resources/Pod/shop/echo".to_owned(), labelled("a")),
+            ("resources/Pod/shop/real".to_owned(), labelled("b")),
+            ("resources/EndpointSlice/shop/x".to_owned(), slice("x", "10.0.0.1")),
+            ("resources/EndpointSlice/shop/y".to_owned(), slice("y", "10.0.0.2")),
+            ("resources/EndpointSlice/shop/z".to_owned(), slice("z", "198.51.100.10")),
+        ]);
+        let is_echo = |name: &str, app: Option<&str>| {
+            let mut service = Service::default();
+            service.spec.selector.extend(app.map(|app| ("app".to_owned(), app.to_owned())));
+            only_echo(&service, &stored, &pods, &format!("shop/{name}").parse().unwrap())
+        };
+        assert!(is_echo("s", Some("a")) && !is_echo("s", Some("b")) && !is_echo("s", Some("c")));
+        assert!(is_echo("x", None) && !is_echo("y", None) && is_echo("z", None) && !is_echo("nobody", None));
     }
 }
