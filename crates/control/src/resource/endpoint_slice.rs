@@ -65,8 +65,8 @@ pub struct Endpoint {
     pub target_ref: Option<TargetRef>,
 }
 
-/// What may be done with an endpoint. What is not said has the API's defaults: ready, serving if it is
-/// ready, not terminating.
+/// What may be done with an endpoint. What is not said has the API's defaults: ready, serving, not
+/// terminating.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct EndpointConditions {
     /// It takes connections.
@@ -164,7 +164,7 @@ fn endpoint(cursor: &Cursor<'_>, address_type: AddressType) -> Result<Option<End
             let problem = format!("{address} is not {address_type:?}, which the slice's addressType says");
             return Err(item.error(problem, "put addresses of each family into a slice of their own"));
         }
-        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+        if !syntax::is_one_hosts(address) {
             return Err(item.error(format!("{address} is nobody's alone"), "use the endpoint's own address"));
         }
         addresses.push(address);
@@ -174,7 +174,7 @@ fn endpoint(cursor: &Cursor<'_>, address_type: AddressType) -> Result<Option<End
         let given = at.object(&["ready", "serving", "terminating"])?;
         let condition = |name| given.get(name).map(|at| at.bool()).transpose();
         conditions.ready = condition("ready")?.unwrap_or(true);
-        conditions.serving = condition("serving")?.unwrap_or(conditions.ready);
+        conditions.serving = condition("serving")?.unwrap_or(true);
         conditions.terminating = condition("terminating")?.unwrap_or(false);
     }
     let mut hints = None;

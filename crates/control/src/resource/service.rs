@@ -231,7 +231,11 @@ pub(super) fn decode(cursor: &Cursor<'_>) -> Result<Service, ResourceError> {
             let fields = item.object(&["ip", "ipMode", "hostname", "ports"])?;
             let answers_itself = fields.string("ipMode")?.as_deref() == Some("Proxy");
             if let Some(ip) = fields.get("ip").filter(|_| !answers_itself) {
-                status.load_balancer.ingress.push(LoadBalancerIngress { ip: ip.parsed(syntax::address)? });
+                let ip = ip.parsed(syntax::address)?;
+                // Whoever wrote that balances on its own host; the service's other addresses are good.
+                if syntax::is_one_hosts(ip) {
+                    status.load_balancer.ingress.push(LoadBalancerIngress { ip });
+                }
             }
         }
     }
@@ -432,11 +436,7 @@ fn addresses(fields: &Object<'_>, name: &str) -> Result<Vec<IpAddr>, ResourceErr
     let mut out = Vec::new();
     for item in fields.items(name)? {
         let address = item.parsed(syntax::address)?;
-        let link_local = match address {
-            IpAddr::V4(v4) => v4.is_link_local(),
-            IpAddr::V6(v6) => v6.is_unicast_link_local(),
-        };
-        if address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local {
+        if !syntax::is_one_hosts(address) {
             return Err(item.error(format!("{address} is nobody's alone"), "use an address that leads to the nodes"));
         }
         out.push(address);

@@ -154,6 +154,7 @@ fn an_endpoint_slice_is_read_with_the_defaults_of_its_conditions() {
         "addressType: IPv4, ports: [{name: http, port: 8080}, {name: all}], endpoints: [
           {addresses: [10.0.0.1]},
           {addresses: [10.0.0.2], conditions: {ready: false}},
+          {addresses: [10.0.0.4], conditions: {ready: false, terminating: true}},
           {addresses: [10.0.0.3], conditions: {ready: false, serving: true, terminating: true},
            nodeName: n1, zone: a, hints: {forZones: [{name: a}], forNodes: [{name: n1}]}, hostname: x,
            targetRef: {kind: Pod, namespace: shop, name: web-1, uid: u}, deprecatedTopology: {k: v}}]",
@@ -163,7 +164,7 @@ fn an_endpoint_slice_is_read_with_the_defaults_of_its_conditions() {
     assert_eq!(it.service(), Some("web"));
     let conditions: Vec<_> =
         it.endpoints.iter().map(|e| (e.conditions.ready, e.conditions.serving, e.conditions.terminating)).collect();
-    assert_eq!(conditions, [(true, true, false), (false, false, false), (false, true, true)]);
+    assert_eq!(conditions, [(true, true, false), (false, true, false), (false, true, true), (false, true, true)]);
     assert_eq!((it.ports[0].port, it.ports[1].port), (Some(8080), None));
     let json = resource.to_json();
     assert_eq!(Resource::from_json(&json).unwrap_or_else(|error| panic!("{error}\n{json}")), resource, "{json}");
@@ -182,6 +183,8 @@ fn an_endpoint_slice_that_cannot_be_is_refused_where_it_stands() {
         ("addressType: IPv4, endpoints: [{addresses: []}]", "endpoints[0].addresses"),
         ("addressType: IPv4, endpoints: [{conditions: {}}]", "endpoints[0].addresses"),
         ("addressType: IPv4, endpoints: [{addresses: [127.0.0.1]}]", "endpoints[0].addresses[0]"),
+        ("addressType: IPv4, endpoints: [{addresses: [169.254.169.254]}]", "endpoints[0].addresses[0]"),
+        ("addressType: IPv6, endpoints: [{addresses: ['fe80::1']}]", "endpoints[0].addresses[0]"),
         ("addressType: IPv4, endpoints: [{addresses: [10.0.0.1], node: n}]", "endpoints[0].node"),
         ("addressType: IPv4, endpoints: [{addresses: [10.0.0.1], conditions: {ready: yes}}]", "conditions.ready"),
         ("addressType: IPv4, endpoints: [], ports: [{port: 0}]", "ports[0].port"),

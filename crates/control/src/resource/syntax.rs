@@ -92,6 +92,16 @@ pub fn address(text: &str) -> Result<IpAddr, &'static str> {
     }
 }
 
+/// Whether an address is one host's, wherever it is asked for: a loopback or link-local one is another host's on
+/// every node.
+pub fn is_one_hosts(address: IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local)
+}
+
 fn is_dns_label(text: &str) -> bool {
     !text.is_empty()
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
