@@ -157,7 +157,7 @@ impl Tables {
             }
         }
         self.by_number.insert(number, id.clone());
-        self.ports.insert(id, Installed { port: (*port).clone(), live });
+        self.ports.insert(id, Installed { port: (*port).clone(), live, withdrawn: false });
         writes
     }
 

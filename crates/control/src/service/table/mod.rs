@@ -23,7 +23,7 @@ pub use restore::Restored;
 
 use super::{Backend, PortId, ServicePort};
 use change::{Change, Planned};
-use cirri_abi::{Addr, RangeKey, Service, ServiceKey, epoch_slot, map};
+use cirri_abi::{Addr, BackendState, RangeKey, Service, ServiceKey, epoch_slot, map};
 use numbers::{Numbers, Ranges};
 use rows::{NodePorts, Refusal, is_own};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -135,6 +135,8 @@ pub struct Tables {
 struct Installed {
     port: ServicePort,
     live: Live,
+    /// Backends of it were withdrawn, because a change did not fit.
+    withdrawn: bool,
 }
 
 /// What stands in the kernel's tables under one service number.
@@ -202,7 +204,7 @@ impl Tables {
     /// If it is not valid, if somebody else has one of its addresses and ports, or if it does not fit
     /// beside what it replaces. Nothing changes then.
     pub fn set(&mut self, port: &ServicePort) -> Result<Vec<Write>, TableError> {
-        if self.ports.get(&port.id).is_some_and(|old| old.port == *port) {
+        if self.ports.get(&port.id).is_some_and(|old| old.port == *port && !old.withdrawn) {
             return Ok(Vec::new());
         }
         let wanted = Wanted::of(port)?;
@@ -233,6 +235,39 @@ impl Tables {
         };
         let mut change = Change { port, wanted, old, planned, places };
         Ok(self.carry_out(&mut change))
+    }
+
+    /// What can be done of a change that [`Tables::set`] did not take, because it does not fit: whoever it
+    /// gives to nobody any more gets no new connections, so that nothing is sent to addresses that others
+    /// have now. All else stays as it was, until the port is set again.
+    pub fn withdraw(&mut self, port: &ServicePort) -> Vec<Write> {
+        let (Ok(wanted), Some(installed)) = (Wanted::of(port), self.ports.get_mut(&port.id)) else {
+            return Vec::new();
+        };
+        let chosen: HashSet<usize> = wanted.sets.iter().flatten().map(|(index, _)| *index).collect();
+        let states: HashMap<Place, (u8, bool)> = (wanted.backends.iter().enumerate())
+            .map(|(index, (place, state))| (*place, (*state, chosen.contains(&index))))
+            .collect();
+        let mut writes = Vec::new();
+        for (place, (number, row)) in &mut installed.live.backends {
+            let state = match states.get(place) {
+                Some((BackendState::DOWN, _)) => BackendState::DOWN,
+                // Slots may still name it: whoever drains could be chosen there.
+                Some((_, false)) if row.state == BackendState::ACTIVE => BackendState::ABSENT,
+                Some(_) => row.state,
+                None => BackendState::ABSENT,
+            };
+            if std::mem::replace(&mut row.state, state) != state {
+                writes.push((*number, *row));
+            }
+        }
+        if writes.is_empty() {
+            return Vec::new();
+        }
+        installed.withdrawn = true;
+        writes.sort_unstable_by_key(|(number, _)| *number);
+        let bump = Write::Bump(epoch_of(installed.live.number));
+        writes.into_iter().map(|(number, row)| Write::Backend(number, row)).chain([bump]).collect()
     }
 
     /// Takes a service port away.

@@ -288,6 +288,30 @@ fn what_does_not_fit_is_refused_in_one_sentence_and_changes_nothing() {
 }
 
 #[test]
+fn a_change_that_does_not_fit_withdraws_who_left() {
+    let mut kernel = Kernel::default();
+    let mut tables = Tables::new(Capacity { slots: 4, ..small() });
+    let before = ServicePort { algorithm: Algorithm::RANDOM, ..service(1, [1, 2, 3, 4]) };
+    kernel.carry_out(tables.set(&before).unwrap());
+    let seen = kernel.seen();
+    let mut now = service(1, [1, 3, 4]);
+    now.backends[1].state = BackendState::DRAINING;
+    now.backends[2].state = BackendState::DOWN;
+    (now.inside, now.outside) = (vec![0], vec![0]);
+    assert!(matches!(tables.set(&now), Err(TableError::Full { .. })));
+    let writes = tables.withdraw(&now);
+    assert_eq!(writes.last(), Some(&Write::Bump(epoch_of(1))));
+    kernel.carry_out(writes);
+    let states: Vec<u8> = (1..=4).map(|number| kernel.backends[&number].state).collect();
+    let (gone, down) = (BackendState::ABSENT, BackendState::DOWN);
+    assert_eq!(states, [BackendState::ACTIVE, gone, gone, down], "nobody chooses one that is not active or drains");
+    assert_eq!(tables.withdraw(&now), [], "once");
+    kernel.carry_out(tables.set(&before).unwrap());
+    assert_eq!(kernel.seen(), seen, "the old ones are there again");
+    assert_eq!(tables.withdraw(&service(2, [9])), [], "nothing of it stands");
+}
+
+#[test]
 fn what_is_not_valid_is_refused() {
     let mut six = service(1, [1]);
     six.backends[0].addr = "fd00::1".parse().unwrap();
@@ -499,7 +523,10 @@ proptest! {
                         standing.insert(port.id.clone(), *port);
                     }
                     Err(TableError::Taken { owner, .. }) => prop_assert!(standing.contains_key(&owner)),
-                    Err(error) => prop_assert!(matches!(error, TableError::Full { .. }), "{}", error),
+                    Err(error) => {
+                        prop_assert!(matches!(error, TableError::Full { .. }), "{}", error);
+                        kernel.carry_out(tables.withdraw(&port));
+                    }
                 },
                 Step::Remove(number) => {
                     kernel.carry_out(tables.remove(&id(number)));
@@ -517,6 +544,8 @@ proptest! {
         let mut fresh = Kernel::default();
         let mut other = Tables::new(small());
         for port in standing.values() {
+            // What was withdrawn for a change that did not fit returns.
+            kernel.carry_out(tables.set(port).unwrap());
             fresh.carry_out(other.set(port).unwrap());
         }
         prop_assert_eq!(kernel.seen(), fresh.seen());
