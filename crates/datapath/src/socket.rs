@@ -131,7 +131,7 @@ pub fn bind<S: Socket, T: Services>(socket: &mut S, tables: &T) -> bool {
     let proto = socket.protocol();
     let serves = |addr| tables.service(&ServiceKey { addr, port, proto, _pad: 0 }).is_some();
     // A socket of all IPv6 addresses is mostly one of all IPv4 addresses too.
-    !serves(any(&addr)) && !(addr == Addr::UNSPECIFIED && serves(Addr::ANY_V4))
+    !(serves(any(&addr)) || addr == Addr::UNSPECIFIED && serves(Addr::ANY_V4))
 }
 
 /// As [`service::find`], and with the node's ports on its loopback address.
