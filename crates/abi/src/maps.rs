@@ -130,7 +130,8 @@ pub mod map {
     /// bit `port % 64`.
     pub const NODE_PORTS: Map =
         new::<u32, u64>("NODE_PORTS", MapKind::Array, 1024, 0, "ports of the node that services are behind (bits)");
-    /// 1 for devices (by number) that take frames before the stack.
+    /// Devices (by number) that take frames before the stack: the last four bytes of their Ethernet
+    /// address, as in a packet; 0 for others.
     pub const EDGE_DEVICES: Map =
         new::<u32, u32>("EDGE_DEVICES", MapKind::Array, 4096, 0, "devices that take frames before the stack");
     /// What backends have been given.

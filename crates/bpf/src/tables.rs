@@ -165,10 +165,10 @@ impl<C: Context> Tables for Kernel<C> {
     }
 
     #[inline(always)]
-    fn takes_raw(&self, ifindex: u32) -> bool {
+    fn edge_device(&self, ifindex: u32) -> u32 {
         match EDGE_DEVICES.get(ifindex) {
-            Some(takes) => *takes != 0,
-            None => false,
+            Some(address) => *address,
+            None => 0,
         }
     }
 

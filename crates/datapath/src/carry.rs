@@ -62,7 +62,7 @@ pub(crate) fn has_hop<P: Packet>(packet: &mut P, recipe: &Recipe, v6: bool) -> b
 pub(crate) fn is_raw<P: Packet, T: Tables>(packet: &P, tables: &T, recipe: &Recipe) -> bool {
     matches!(recipe.action, Action::DEVICE | Action::IPIP)
         && recipe.mac != [0; 6]
-        && (recipe.out == packet.ifindex() || tables.takes_raw(recipe.out))
+        && (recipe.out == packet.ifindex() || tables.edge_device(recipe.out) != 0)
 }
 
 /// Whether a packet's checksum is left to a device: then it holds the sum of the pseudo header alone. This

@@ -60,8 +60,9 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
         // The client may be at another service by now. What came without an option is not ended by one.
         return Ok(Next::Go);
     }
-    // One that was short may have ended among the unfinished.
-    s.reopened = syn && (!s.pending || (s.old.state == State::CLOSING && s.old.backend != 0));
+    // A service would choose anew, and break what lives: there the old one must be over. Else the receiver
+    // answers as RFC 5961 has it.
+    s.reopened = syn && if s.old.backend != 0 { s.old.state == State::CLOSING } else { !s.pending };
     s.stale = s.reopened || !same || epochs(tables, &s.old.slots) != s.old.epoch;
     s.current = Current::Old;
     if s.stale && !keeps_backend(tables, s) {

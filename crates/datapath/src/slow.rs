@@ -505,6 +505,16 @@ fn mark<P: Packet>(packet: &mut P, s: &mut Scratch) -> Outcome {
 /// Bytes that the slow path may look at: the longest headers it walks, and a quoted packet.
 const PULL: u32 = 256;
 
+/// Before the stack: whether a frame has another Ethernet address than its device's, if that is known.
+#[inline(always)]
+fn is_for_other<P: Packet, T: Tables>(packet: &P, tables: &T) -> bool {
+    if !P::RAW {
+        return false;
+    }
+    let own = tables.edge_device(packet.ifindex());
+    own != 0 && packet.load::<[u16; 2]>(2) != Some([own as u16, (own >> 16) as u16])
+}
+
 #[inline(always)]
 fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> Outcome {
     s.from = Place::default();
@@ -535,7 +545,7 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
             _ => Err(DropReason::UNSUPPORTED_L2.into()),
         };
     }
-    if s.hook == Hook::FROM_NETWORK && !packet.is_for_us() {
+    if s.hook == Hook::FROM_NETWORK && (!packet.is_for_us() || is_for_other(packet, tables)) {
         // Another's: seen because the device listens to all, or broadcast.
         return Ok(Next::Done(Packed::CONTINUE));
     }

@@ -159,8 +159,9 @@ pub trait Tables: Services {
     /// What a rule set answers; see `cirri_abi::policy` for how keys are asked. `None` also if the
     /// slot holds no rule set.
     fn policy(&self, ruleset: u16, key: &PolicyKey) -> Option<&PolicyEntry>;
-    /// Whether a device takes frames that were met before the stack of another.
-    fn takes_raw(&self, ifindex: u32) -> bool;
+    /// For a device that takes frames that were met before the stack of another: the last four bytes of
+    /// its Ethernet address, as in the packet; else 0.
+    fn edge_device(&self, ifindex: u32) -> u32;
     /// Where connections of a service get their source from.
     fn snat_pool(&self, number: u32) -> Option<&SnatPool>;
     /// Where the node's routes lead for a packet of this tuple.

@@ -231,15 +231,16 @@ fn claim<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
     false
 }
 
-/// The stage when ports are scarce: takes one back from a connection that nobody has answered for a
-/// while. Those who only begin connections lose theirs first.
+/// The stage when ports are scarce: takes one back from a connection that is over, or that nobody has
+/// answered for a while. Those who only begin connections lose theirs first.
 #[inline(always)]
 pub(crate) fn reclaim<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), DropReason> {
     for _ in 0..RECLAIM_ATTEMPTS {
         let port = Port::new(s.ports.0.wrapping_add(tables.random() as u16 & s.ports.1));
         s.forward.source_port = port;
         s.answer.dport = port;
-        evict_unfinished(tables, s);
+        evict(tables, s, Table::Pending, PATIENCE);
+        evict(tables, s, Table::Flows, SILENCE);
         if claim(tables, s) {
             return Ok(());
         }
@@ -247,25 +248,28 @@ pub(crate) fn reclaim<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Drop
     Err(DropReason::NO_MASQUERADE_PORT)
 }
 
-/// Ports that are looked at for one that can be taken back. Under a flood of beginnings nearly every one can.
+/// Ports that are looked at for one that can be taken back. Under a flood of beginnings, or of short
+/// connections, nearly every one can.
 const RECLAIM_ATTEMPTS: u32 = 3;
-
-#[inline(always)]
-fn evict_unfinished<T: Tables>(tables: &T, s: &Scratch) {
-    let Some(flow) = tables.flow(Table::Pending, &s.answer) else {
-        return;
-    };
-    let recipe = flow.recipe();
-    if tables.now().count.wrapping_sub(recipe.last_seen.count) >= PATIENCE {
-        let opener = s.answer.opposite(recipe);
-        tables.remove(Table::Pending, &s.answer);
-        tables.remove(Table::Pending, &opener);
-    }
-}
-
 /// Ticks that a connection may wait for its first answer while others need its port: two repetitions of
 /// a SYN.
 const PATIENCE: u32 = 4;
+/// Ticks of silence after which a connection that was ended is over.
+const SILENCE: u32 = 2;
+
+#[inline(always)]
+fn evict<T: Tables>(tables: &T, s: &Scratch, table: Table, silence: u32) {
+    let Some(flow) = tables.flow(table, &s.answer) else {
+        return;
+    };
+    let recipe = flow.recipe();
+    let ended = table == Table::Pending || recipe.state == State::CLOSING;
+    if ended && tables.now().count.wrapping_sub(recipe.last_seen.count) >= silence {
+        let opener = s.answer.opposite(recipe);
+        tables.remove(table, &s.answer);
+        tables.remove(table, &opener);
+    }
+}
 
 /// Takes away what stands in the place of this connection's answers, if that is its own from earlier, or
 /// of a connection that is over.

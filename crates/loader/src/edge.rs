@@ -6,6 +6,7 @@ use crate::{
     attach::{attaching, device_number, pinned_on},
     datapath::{Datapath, program_fd},
     error::LoadError,
+    ethernet,
     net::xdp_on,
     sys,
 };
@@ -22,7 +23,8 @@ pub enum EdgeWanted {
     Generic,
     /// By XDP in the driver, or not at all.
     Native,
-    /// By the first of native and generic that the device can, else as with [`EdgeWanted::Off`].
+    /// By the first of native and generic that the device can, else as with [`EdgeWanted::Off`]; so also
+    /// for virtual Ethernet pairs.
     BestEffort,
 }
 
@@ -67,8 +69,9 @@ impl Datapath {
         let ifindex = device_number(device)?;
         let status = self.try_edge(device, ifindex, wanted);
         // A device whose driver runs the program also takes what the program sends to it.
-        let takes = status.as_ref().is_ok_and(|status| status.mode == EdgeMode::Native);
-        self.tables().set_edge_device(ifindex, takes)?;
+        let native = status.as_ref().is_ok_and(|status| status.mode == EdgeMode::Native);
+        let address = if native { ethernet::address(device).ok() } else { None };
+        self.tables().set_edge_device(ifindex, address)?;
         status
     }
 
@@ -77,6 +80,8 @@ impl Datapath {
             EdgeWanted::Off => &[],
             EdgeWanted::Generic => &[EdgeMode::Generic],
             EdgeWanted::Native => &[EdgeMode::Native],
+            // Its other end takes what the program sends back only if it has a program too.
+            EdgeWanted::BestEffort if ethernet::is_veth(device).unwrap_or(false) => &[],
             EdgeWanted::BestEffort => &[EdgeMode::Native, EdgeMode::Generic],
         };
         let status = |mode, reason: String| EdgeStatus { device: device.to_owned(), mode, reason };
@@ -104,6 +109,12 @@ impl Datapath {
         }
         match wanted {
             EdgeWanted::Off => Ok(status(EdgeMode::Tc, "acceleration is off".into())),
+            EdgeWanted::BestEffort if modes.is_empty() => Ok(status(
+                EdgeMode::Tc,
+                "one end of a virtual Ethernet pair: native needs a program at its other end too, and generic is no \
+                 faster than tc; ask for one of them if it is wanted"
+                    .into(),
+            )),
             EdgeWanted::BestEffort => Ok(status(EdgeMode::Tc, refusals.join("; "))),
             EdgeWanted::Generic | EdgeWanted::Native => Err(attaching(PROGRAM, device)(refusals.join("; "))),
         }
@@ -111,7 +122,7 @@ impl Datapath {
 
     /// Takes the XDP program off a device; whether it was there.
     pub fn detach_edge(&mut self, ifindex: u32) -> Result<bool, LoadError> {
-        self.tables().set_edge_device(ifindex, false)?;
+        self.tables().set_edge_device(ifindex, None)?;
         let pin = self.pins.link(PROGRAM, ifindex);
         let there = pin.exists();
         if there {

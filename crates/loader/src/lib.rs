@@ -15,6 +15,7 @@ mod bill;
 mod datapath;
 mod edge;
 mod error;
+mod ethernet;
 mod events;
 mod features;
 pub mod gc;

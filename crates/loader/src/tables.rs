@@ -135,10 +135,12 @@ impl Tables {
         self.node.put(&0, config)
     }
 
-    /// Says whether a device takes frames before the stack. Those past the table's end do not.
-    pub(crate) fn set_edge_device(&self, ifindex: u32, takes: bool) -> Result<(), MapError> {
+    /// Says that a device takes frames before the stack, by its Ethernet address. Those past the table's
+    /// end do not.
+    pub(crate) fn set_edge_device(&self, ifindex: u32, address: Option<[u8; 6]>) -> Result<(), MapError> {
         if ifindex < self.edge_devices.capacity() {
-            self.edge_devices.put(&ifindex, &takes.into())?;
+            let last = address.map_or(0, |mac| u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
+            self.edge_devices.put(&ifindex, &last)?;
         }
         Ok(())
     }

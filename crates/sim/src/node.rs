@@ -311,8 +311,8 @@ impl Tables for Node {
         self.rulesets.get(&ruleset)?.get(key)
     }
 
-    fn takes_raw(&self, ifindex: u32) -> bool {
-        self.services.edge_devices.contains(&ifindex)
+    fn edge_device(&self, ifindex: u32) -> u32 {
+        self.services.edge_devices.get(&ifindex).copied().unwrap_or_default()
     }
 
     fn snat_pool(&self, number: u32) -> Option<&SnatPool> {

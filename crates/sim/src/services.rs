@@ -22,7 +22,7 @@ pub struct ServiceTables {
     pub(crate) pools: HashMap<u32, SnatPool>,
     node_ports: HashSet<u16>,
     per_packet: HashSet<u64>,
-    pub(crate) edge_devices: HashSet<u32>,
+    pub(crate) edge_devices: HashMap<u32, u32>,
     affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     pub(crate) counters: RefCell<HashMap<u32, BackendCounter>>,
     random: Cell<u32>,
@@ -88,9 +88,9 @@ impl Node {
         self.services.per_packet.insert(netns);
     }
 
-    /// Says that a device takes frames before the stack.
-    pub fn put_edge_device(&mut self, ifindex: u32) {
-        self.services.edge_devices.insert(ifindex);
+    /// Says that a device takes frames before the stack, and its Ethernet address.
+    pub fn put_edge_device(&mut self, ifindex: u32, mac: [u8; 6]) {
+        self.services.edge_devices.insert(ifindex, u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
     }
 
     /// What a backend has been given.
