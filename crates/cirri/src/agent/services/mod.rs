@@ -236,6 +236,10 @@ impl Serving {
             }
             Err(error) => {
                 tracing::error!(%error, "service refused; what it was before is in force");
+                if matches!(error, TableError::Full { .. }) {
+                    let writes = self.books.withdraw(&port);
+                    self.push(Some(port.id.clone()), writes, false);
+                }
                 self.refused.insert(port.id.clone(), (port, error));
             }
         }
@@ -371,6 +375,25 @@ mod tests {
         }
         assert!(serving.problems().is_empty() && serving.books.usage().backends == 2);
         assert!(!serving.is_done() && serving.status().pending == 2);
+    }
+
+    #[test]
+    fn a_change_that_does_not_fit_takes_away_what_is_gone() {
+        let mut serving = serving();
+        serving.take(port(1, &[[10, 0, 0, 1], [10, 0, 0, 2]]));
+        let replaced = port(1, &[[10, 0, 0, 2], [10, 0, 0, 3], [10, 0, 0, 4]]);
+        serving.take(replaced);
+        assert_eq!((serving.problems().len(), serving.queue.len()), (1, 2), "{:?}", serving.problems());
+        let gone: Vec<_> = serving.queue[1]
+            .writes
+            .iter()
+            .filter_map(|write| match write {
+                Write::Backend(_, row) => Some((IpAddr::from(row.addr), row.state)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(gone, [([10, 0, 0, 1].into(), BackendState::ABSENT)]);
+        assert!(!serving.queue[1].adds);
     }
 
     #[test]
