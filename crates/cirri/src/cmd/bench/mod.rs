@@ -143,6 +143,9 @@ struct AmountArgs {
     /// So many rounds of packets
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
+    /// So many windows of each way and mode of traffic
+    #[arg(long, value_name = "N")]
+    windows: Option<usize>,
     /// Only packets of cases with this in their names
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -158,6 +161,7 @@ impl AmountArgs {
 
     fn traffic(&self) -> traffic::Plan {
         let (rounds, window) = if self.quick { (2, 150) } else { (10, 500) };
+        let rounds = self.windows.unwrap_or(rounds);
         traffic::Plan { rounds, window: Duration::from_millis(window), cpu: self.cpu }
     }
 
