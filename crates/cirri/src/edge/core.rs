@@ -202,12 +202,12 @@ impl Core {
     /// Writes services anew whose backends changed state.
     fn refresh(&mut self, services: impl IntoIterator<Item = String>) -> Result<(), ApplyError> {
         let names: BTreeSet<String> = services.into_iter().collect();
-        let mut writes = Vec::new();
-        for service in self.plan.services.iter().filter(|service| names.contains(&service.name)) {
-            let port = service_port(service, &self.pools, &self.health, &self.drained);
-            writes.extend(self.books.set(&port)?);
-        }
-        self.write(&writes)
+        let services = self.plan.services.iter().filter(|service| names.contains(&service.name));
+        let ports: Vec<_> =
+            services.map(|service| service_port(service, &self.pools, &self.health, &self.drained)).collect();
+        let (writes, outcome) = renew(&mut self.books, &ports);
+        self.write(&writes)?;
+        outcome
     }
 
     fn write(&mut self, writes: &[Write]) -> Result<(), ApplyError> {
@@ -284,6 +284,22 @@ pub fn service_key(service: &Service) -> ServiceKey {
         proto: service.protocol.number(),
         _pad: 0,
     }
+}
+
+/// Takes service ports whose backends changed state. Whoever failed gets nothing more, whether or not another set
+/// of slots fits.
+fn renew(books: &mut Books, ports: &[ServicePort]) -> (Vec<Write>, Result<(), ApplyError>) {
+    let (mut writes, mut outcome) = (Vec::new(), Ok(()));
+    for port in ports {
+        match books.set(port) {
+            Ok(more) => writes.extend(more),
+            Err(error) => {
+                writes.extend(books.withdraw(port));
+                outcome = Err(error.into());
+            }
+        }
+    }
+    (writes, outcome)
 }
 
 /// Makes the books hold exactly these service ports.

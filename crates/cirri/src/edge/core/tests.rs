@@ -66,3 +66,18 @@ fn who_is_down_drained_or_weighs_nothing_gets_no_connections() {
     assert_eq!(states, [BackendState::ACTIVE, BackendState::DOWN, BackendState::DRAINING, BackendState::DRAINING]);
     assert_eq!((port.inside, port.outside), (vec![0], vec![0]));
 }
+
+#[test]
+fn a_backend_that_fails_is_taken_out_even_if_no_other_set_fits() {
+    let mut books = Books::new(Capacity { slots: 2, ..Capacity::default() });
+    let mut wanted = ports(&plan(TWO.lines().next().unwrap()));
+    wanted[0].algorithm = cirri_abi::Algorithm::RANDOM;
+    settle(&mut books, &wanted).unwrap();
+    let mut failed = wanted[0].clone();
+    failed.backends[1].state = BackendState::DOWN;
+    failed.outside = vec![0];
+    let (writes, outcome) = renew(&mut books, &[failed]);
+    assert!(matches!(outcome, Err(ApplyError::Table(_))), "{outcome:?}");
+    let down = |write: &&Write| matches!(write, Write::Backend(_, row) if row.state == BackendState::DOWN);
+    assert_eq!((writes.iter().filter(down).count(), writes.len()), (1, 2), "{writes:?}");
+}
