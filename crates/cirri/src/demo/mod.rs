@@ -143,7 +143,7 @@ fn next(stage: &Stage, lab: &Lab) {
     stage.text("cirri observe --follow --verdict dropped");
     stage.text("cirri policy explain --from guest/scan --to shop/web --port 80");
     stage.text("cirri service get market/stall");
-    stage.text(&format!("cirri lab probe --name {name} --from world --to svc:market/stall --vip node:node1 -n 20"));
+    stage.text(&format!("cirri lab probe --name {name} --from world --to svc:market/stall-dsr --vip node:node1 -n 20"));
     stage.text("cirri status");
     stage.text(&format!("cirri lab down --name {name}"));
 }
