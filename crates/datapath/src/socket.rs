@@ -61,8 +61,9 @@ pub fn reach<S: Socket, T: Services>(attempt: Attempt, socket: &mut S, tables: &
     if socket.is_per_packet(cookie) {
         return SocketVerdict::Proceed;
     }
-    // Resolvers connect datagram sockets to sort addresses, and send nothing: their packets would be refused.
-    let refused = if attempt == Attempt::Connect && protocol == proto::UDP {
+    // Resolvers connect datagram sockets to sort addresses, and send nothing. What a workload does send is
+    // refused at its device; the node's own packets meet nobody who would.
+    let refused = if attempt == Attempt::Connect && protocol == proto::UDP && !is_of_node(socket, tables) {
         SocketVerdict::Proceed
     } else {
         SocketVerdict::Refused
