@@ -236,7 +236,9 @@ impl Run {
     pub fn new(stage: usize, case: Option<&'static Case>, v6: bool, flows: u64, measured: Measured) -> Run {
         let Measured { packet, leg } = measured;
         let single = case.is_some_and(Case::one_at_a_time);
-        Run { stage, case, v6, flows, mask: flows, single, packet, leg, next: 0, rounds: Vec::new() }
+        // Runs with other numbers of flows must not warm up this one's.
+        let next = flows / 2;
+        Run { stage, case, v6, flows, mask: flows, single, packet, leg, next, rounds: Vec::new() }
     }
 
     fn once(&mut self, stage: &mut Stage<'_>, ground: &Ground, plan: &Plan, events: &mut Events) -> Result<()> {
