@@ -80,8 +80,9 @@ fn keeps_backend<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
     if s.old.backend == 0 || s.old.flags & recipe_flag::REPLY != 0 {
         return true;
     }
-    // What nobody has answered yet is no stream, and may be tried elsewhere.
-    let protocol = if s.old.state == State::NEW && is_syn(&s.parsed) { proto::UDP } else { s.parsed.tuple.proto };
+    // Who asks for a connection has no stream there. Its last one may even have lost its end, if that came
+    // when the backend was gone already.
+    let protocol = if is_syn(&s.parsed) { proto::UDP } else { s.parsed.tuple.proto };
     let kept =
         !s.reopened && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, protocol);
     if !kept {
