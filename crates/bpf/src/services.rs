@@ -96,12 +96,12 @@ impl Services for Maps {
 impl<C: Context> Services for Kernel<C> {
     #[inline(always)]
     fn service(&self, key: &ServiceKey) -> Option<&Service> {
-        deref(lookup(&raw const SERVICES, key))
+        Maps.service(key)
     }
 
     #[inline(always)]
     fn backend(&self, number: u32) -> Option<&Backend> {
-        BACKENDS.get(number)
+        Maps.backend(number)
     }
 
     #[inline(always)]
@@ -131,12 +131,12 @@ impl<C: Context> Services for Kernel<C> {
 
     #[inline(always)]
     fn ipcache(&self, addr: &Addr) -> Option<&Ipcache> {
-        deref(lookup(&raw const IPCACHE, &IpcacheKey { prefix_len: 128, addr: *addr }))
+        Maps.ipcache(addr)
     }
 
     #[inline(always)]
     fn node(&self) -> Option<&NodeConfig> {
-        NODE.get(0)
+        Maps.node()
     }
 
     #[inline(always)]

@@ -13,6 +13,7 @@ mod edge;
 mod exit;
 mod files;
 mod lab;
+mod listener;
 mod output;
 mod workload;
 

@@ -12,7 +12,7 @@ use cirri_abi::{
 use crate::{
     door, epochs,
     parse::remember_ports,
-    place::{Place, PlaceKind, is_behind, peer_identity},
+    place::{Place, PlaceKind, is_behind, is_peer, peer_identity},
     service::{self, Served},
     slow::{Current, Next, Outcome, Scratch, is_syn},
     traits::{Flow, NextHop, Packet, Table, Tables},
@@ -340,9 +340,7 @@ fn direction<T: Tables>(
 /// may send in the name of a node from any other, through the overlay.
 #[inline(always)]
 fn is_by_network<T: Tables>(tables: &T, node: &Place, addr: &Addr, other: &Place, asked: bool) -> bool {
-    node.identity.id == Identity::REMOTE_NODE.id
-        && (asked || other.kind != PlaceKind::Local)
-        && service::is_peer(tables, addr)
+    node.identity.id == Identity::REMOTE_NODE.id && (asked || other.kind != PlaceKind::Local) && is_peer(tables, addr)
 }
 
 /// Whether the opener has asked for a service at an address that leads by the network: it knows nothing of

@@ -2,10 +2,11 @@
 //! the client itself. Either in an IP option of the first packets, or by sending the packet, untouched,
 //! in IPIP. Layouts: `cirri_abi::dsr`.
 
-use cirri_abi::{Addr, DropReason, Forwarding, Hook, Identity, Port, Recipe, dsr, ipcache_flag, node_flag};
+use cirri_abi::{Addr, DropReason, Forwarding, Hook, Port, Recipe, dsr, node_flag};
 
 use crate::{
     parse::{Class, parse_network},
+    place::{is_host, is_peer},
     service,
     slow::Scratch,
     traits::{Packet, Services, Tables},
@@ -168,7 +169,8 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
         dsr::IPV6 if !tuple.src.is_v4() && s.parsed.l4 == L3 + IPV6_HEADER => true,
         _ => return Ok(()),
     };
-    if !is_from_node(tables, &tuple.src) || !is_backend(tables, &tuple.dst) {
+    // Anybody else's packet in a packet would come past every filter that looked at the outer one.
+    if !is_peer(tables, &tuple.src) || !is_backend(tables, &tuple.dst) {
         return Ok(());
     }
     let port = if v6 {
@@ -190,16 +192,6 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
         return Err(DropReason::INVALID_PACKET);
     }
     Ok(())
-}
-
-/// Whether another node of the cluster sent it. Anybody else's packet in a packet would come past every
-/// filter that looked at the outer one.
-#[inline(always)]
-fn is_from_node<T: Tables>(tables: &T, addr: &Addr) -> bool {
-    match tables.ipcache(addr) {
-        Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
-        None => false,
-    }
 }
 
 /// For a plain host behind a load balancer: the length of a packet's outer IP header, bytes, if it holds
@@ -226,15 +218,7 @@ pub fn is_outer_of_host<P: Packet, T: Services>(packet: &P, tables: &T) -> Optio
         }
         _ => return None,
     };
-    (is_of_host(tables, &outer) && is_of_host(tables, &inner)).then_some(header)
-}
-
-#[inline(always)]
-fn is_of_host<T: Services>(tables: &T, addr: &Addr) -> bool {
-    match tables.ipcache(addr) {
-        Some(entry) => entry.flags & ipcache_flag::HOST != 0,
-        None => false,
-    }
+    (is_host(tables, &outer) && is_host(tables, &inner)).then_some(header)
 }
 
 /// Whether an address is of a workload of this node, or of this node itself if it serves.
@@ -247,7 +231,7 @@ fn is_backend<T: Tables>(tables: &T, addr: &Addr) -> bool {
         Some(node) => node.flags & node_flag::HOST_BACKENDS != 0,
         None => false,
     };
-    serves && is_of_host(tables, addr)
+    serves && is_host(tables, addr)
 }
 
 /// Whether an option may be believed: it names a service that is forwarded so. Anybody could write one,

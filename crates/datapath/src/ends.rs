@@ -5,9 +5,9 @@ use cirri_abi::{Addr, DropReason, Hook, Identity, Port, VXLAN_PORT, endpoint_fla
 use crate::{
     Packed, carry, neighbour,
     parse::Parsed,
-    place::{Place, PlaceKind, block_of, is_behind, is_host, peer_identity},
+    place::{Place, PlaceKind, block_of, is_behind, is_host, is_peer, peer_identity},
     slow::{Next, Outcome, Refusal, Scratch, quiet},
-    traits::{Packet, Tables, TunnelKey},
+    traits::{Packet, Tables},
 };
 
 /// Who may have sent this, as far as the hook can tell. Leaves the sender's place in `from`.
@@ -31,7 +31,7 @@ pub(crate) fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut
             let Some(key) = packet.tunnel_key() else {
                 return Err(DropReason::NO_TUNNEL_KEY.into());
             };
-            if s.option_addr != Addr::UNSPECIFIED && is_node(tables, &key) {
+            if s.option_addr != Addr::UNSPECIFIED && is_peer(tables, &Addr::v4_word(key.remote)) {
                 return client_of_peer(tables, s);
             }
             let Some(entry) = tables.ipcache(src) else {
@@ -77,15 +77,6 @@ pub(crate) fn comes_by_network<T: Tables>(tables: &T, from: &Place) -> bool {
         PlaceKind::World => true,
         PlaceKind::Remote => !tunnel || from.identity == Identity::REMOTE_NODE,
         PlaceKind::Local | PlaceKind::Host => false,
-    }
-}
-
-/// Whether the outer headers name another node of the cluster.
-#[inline(always)]
-fn is_node<T: Tables>(tables: &T, key: &TunnelKey) -> bool {
-    match tables.ipcache(&Addr::v4_word(key.remote)) {
-        Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
-        None => false,
     }
 }
 

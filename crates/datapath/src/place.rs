@@ -4,7 +4,7 @@ use cirri_abi::{Addr, DropReason, Endpoint, GATEWAY_V4, Identity, Ipcache, Rules
 
 use crate::{
     neighbour::is_link_local,
-    traits::{Tables, TunnelKey},
+    traits::{Services, Tables, TunnelKey},
 };
 
 /// One end of a connection.
@@ -111,9 +111,18 @@ pub(crate) fn block_of<T: Tables>(tables: &T, addr: &Addr) -> u32 {
 
 /// Whether an address is this node's own.
 #[inline(always)]
-pub(crate) fn is_host<T: Tables>(tables: &T, addr: &Addr) -> bool {
+pub(crate) fn is_host<T: Services>(tables: &T, addr: &Addr) -> bool {
     match tables.ipcache(addr) {
         Some(entry) => entry.flags & ipcache_flag::HOST != 0,
+        None => false,
+    }
+}
+
+/// Whether an address is another node's own.
+#[inline(always)]
+pub(crate) fn is_peer<T: Services>(tables: &T, addr: &Addr) -> bool {
+    match tables.ipcache(addr) {
+        Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
         None => false,
     }
 }

@@ -4,13 +4,13 @@
 //! `cirri_abi::service`.
 
 use cirri_abi::{
-    Addr, Affinity, AffinityKey, Algorithm, Backend, BackendState, DropReason, Forwarding, Hook, Identity, Port,
-    Service, ServiceKey, Tick, Tuple, VXLAN_PORT, ipcache_flag, proto, service_flag,
+    Addr, Affinity, AffinityKey, Algorithm, Backend, BackendState, DropReason, Forwarding, Hook, Port, Service,
+    ServiceKey, Tick, Tuple, VXLAN_PORT, proto, service_flag,
 };
 
 use crate::{
     ends,
-    place::PlaceKind,
+    place::{PlaceKind, is_host, is_peer},
     slow::{Next, Outcome, Refusal, Scratch},
     traits::{Packet, Services, Tables},
 };
@@ -56,7 +56,7 @@ pub(crate) fn find<'a, T: Services>(
     inside: bool,
 ) -> Option<&'a Service> {
     // The overlay's own port: no service takes a node's.
-    if port == Port::new(VXLAN_PORT) && protocol == proto::UDP && (is_own(tables, addr) || is_peer(tables, addr)) {
+    if port == Port::new(VXLAN_PORT) && protocol == proto::UDP && (is_host(tables, addr) || is_peer(tables, addr)) {
         return None;
     }
     // Rows of the unspecified address are nobody's address.
@@ -68,7 +68,7 @@ pub(crate) fn find<'a, T: Services>(
         return exact;
     }
     if tables.node_port(port) {
-        let own = is_own(tables, addr);
+        let own = is_host(tables, addr);
         if own || (inside && is_peer(tables, addr)) {
             let any = if addr.is_v4() { Addr::ANY_V4 } else { Addr::UNSPECIFIED };
             if let Some(service) = tables.service(&ServiceKey { addr: any, port, proto: protocol, _pad: 0 })
@@ -79,24 +79,6 @@ pub(crate) fn find<'a, T: Services>(
         }
     }
     tables.service(&ServiceKey { addr: *addr, port: Port { be: 0 }, proto: 0, _pad: 0 })
-}
-
-/// Whether an address is this node's.
-#[inline(always)]
-fn is_own<T: Services>(tables: &T, addr: &Addr) -> bool {
-    match tables.ipcache(addr) {
-        Some(entry) => entry.flags & ipcache_flag::HOST != 0,
-        None => false,
-    }
-}
-
-/// Whether an address is another node's.
-#[inline(always)]
-pub(crate) fn is_peer<T: Services>(tables: &T, addr: &Addr) -> bool {
-    match tables.ipcache(addr) {
-        Some(entry) => entry.identity.id == Identity::REMOTE_NODE.id,
-        None => false,
-    }
 }
 
 /// Chooses a backend for a new connection and lets the client keep it, if the service says so.

@@ -1,8 +1,8 @@
 //! What becomes of a new connection's addresses: a service's backend, masquerade, direct return.
 
 use cirri_abi::{
-    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, Identity, NodeConfig, Port, Rewrite, State,
-    VXLAN_PORT, node_flag, proto, recipe_flag,
+    Action, Addr, DropReason, Forwarding, GATEWAY_V4, GATEWAY_V6, Hook, Identity, NodeConfig, Port, Recipe, Rewrite,
+    State, Tuple, VXLAN_PORT, node_flag, proto, recipe_flag,
 };
 
 use crate::{
@@ -196,7 +196,10 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Outcome {
         s.forward.rewrite &= !Rewrite::SOURCE;
         s.reverse.rewrite &= !Rewrite::DESTINATION;
         s.answer.dport = Port::new(port);
-        make_way(tables, s);
+        // Its own from earlier, and what is over, make way.
+        let (opener, over) = (s.opener, |recipe: &Recipe| recipe.state == State::CLOSING);
+        vacate(tables, s, Table::Pending, |recipe, other| *other == opener || over(recipe));
+        vacate(tables, s, Table::Flows, |recipe, other| *other == opener || over(recipe));
     }
     // Two ports in a row, then anywhere: neighbours of a taken port are more likely taken than others.
     for i in 0..ATTEMPTS {
@@ -239,8 +242,10 @@ pub(crate) fn reclaim<T: Tables>(tables: &T, s: &mut Scratch) -> Result<(), Drop
         let port = Port::new(s.ports.0.wrapping_add(tables.random() as u16 & s.ports.1));
         s.forward.source_port = port;
         s.answer.dport = port;
-        evict(tables, s, Table::Pending, PATIENCE);
-        evict(tables, s, Table::Flows, SILENCE);
+        let now = tables.now().count;
+        let silent = |recipe: &Recipe, ticks| now.wrapping_sub(recipe.last_seen.count) >= ticks;
+        vacate(tables, s, Table::Pending, |recipe, _| silent(recipe, PATIENCE));
+        vacate(tables, s, Table::Flows, |recipe, _| recipe.state == State::CLOSING && silent(recipe, SILENCE));
         if claim(tables, s) {
             return Ok(());
         }
@@ -257,36 +262,16 @@ const PATIENCE: u32 = 4;
 /// Ticks of silence after which a connection that was ended is over.
 const SILENCE: u32 = 2;
 
+/// Takes away the connection that stands in the place of this one's answers, if it may go: asked with its
+/// recipe there, and its opener's tuple.
 #[inline(always)]
-fn evict<T: Tables>(tables: &T, s: &Scratch, table: Table, silence: u32) {
-    let Some(flow) = tables.flow(table, &s.answer) else {
-        return;
-    };
-    let recipe = flow.recipe();
-    let ended = table == Table::Pending || recipe.state == State::CLOSING;
-    if ended && tables.now().count.wrapping_sub(recipe.last_seen.count) >= silence {
-        let opener = s.answer.opposite(recipe);
-        tables.remove(table, &s.answer);
-        tables.remove(table, &opener);
-    }
-}
-
-/// Takes away what stands in the place of this connection's answers, if that is its own from earlier, or
-/// of a connection that is over.
-#[inline(always)]
-fn make_way<T: Tables>(tables: &T, s: &Scratch) {
-    clear(tables, s, Table::Pending);
-    clear(tables, s, Table::Flows);
-}
-
-#[inline(always)]
-fn clear<T: Tables>(tables: &T, s: &Scratch, table: Table) {
+fn vacate<T: Tables>(tables: &T, s: &Scratch, table: Table, may_go: impl FnOnce(&Recipe, &Tuple) -> bool) {
     let Some(flow) = tables.flow(table, &s.answer) else {
         return;
     };
     let recipe = flow.recipe();
     let opener = s.answer.opposite(recipe);
-    if opener == s.opener || recipe.state == State::CLOSING {
+    if may_go(recipe, &opener) {
         tables.remove(table, &s.answer);
         tables.remove(table, &opener);
     }

@@ -127,7 +127,7 @@ async fn run_local(loaded: Loaded) -> Result<()> {
         _ = interrupt.recv() => return Ok(()),
     }
     let socket = config.socket();
-    let listener = server::listen(&socket)
+    let listener = crate::listener::listen(&socket)
         .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
         .because(Failure::Failed)?;
     spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));

@@ -1,10 +1,8 @@
 //! The agent's end of its socket.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -16,52 +14,29 @@ use crate::api::{
     Answer, ApiError, Attachment, BackendInfo, EndpointAdd, EndpointGc, EndpointGet, MapDump, Observe, PolicyExplain,
     PolicyGet, Removed, Request, ServiceGet, ServiceInfo, Wait,
 };
+use crate::listener;
 
 /// The longest question. GC names every container of a node.
 const LONGEST: u64 = 16 << 20;
 /// Records per write of a stream.
 const BATCH: usize = 512;
 
-/// Listens; replaces the socket that an earlier run left.
-///
-/// # Errors
-/// The socket cannot be made.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    crate::files::remove(path)?;
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
-}
-
 /// Answers until the agent stops.
 pub async fn serve(shared: Arc<Shared>, listener: UnixListener) {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let shared = Arc::clone(&shared);
-                tokio::task::spawn_local(async move {
-                    if let Err(error) = converse(&shared, stream).await {
-                        tracing::debug!(%error, "a client went away");
-                    }
-                });
-            }
-            Err(error) => {
-                // Too many open files, most likely; clients retry, and others will close theirs.
-                tracing::warn!(%error, "cannot accept a client");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    listener::serve(listener, |stream| {
+        let shared = Arc::clone(&shared);
+        async move { converse(&shared, stream).await }
+    })
+    .await;
 }
 
 async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
-    // The mode of the socket says it already, but there is a moment before it is set.
-    let peer = stream.peer_cred()?.uid();
+    let may_ask = listener::may_ask(&stream)?;
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     let mut reader = BufReader::new(reader.take(LONGEST));
     reader.read_line(&mut line).await?;
-    if peer != 0 && peer != rustix::process::geteuid().as_raw() {
+    if !may_ask {
         return refuse(&mut writer, ApiError::new("denied", "only the agent's user and root may ask")).await;
     }
     let request: Request = match serde_json::from_str(&line) {

@@ -132,7 +132,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
         spawn(Box::pin(follow_drops(Arc::clone(&shared), events)));
     }
     let socket = socket(&shared.core.lock().await.plan.state_dir);
-    let listener = server::listen(&socket)
+    let listener = crate::listener::listen(&socket)
         .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
         .because(Failure::Failed)?;
     spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));

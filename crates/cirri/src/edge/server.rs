@@ -1,10 +1,7 @@
 //! The load balancer's end of its socket.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,49 +11,26 @@ use tokio::net::{UnixListener, UnixStream};
 use super::api::{Drain, Drained, Pools};
 use super::{Shared, report};
 use crate::api::{Answer, ApiError, Request};
+use crate::listener;
 
 /// The longest question.
 const LONGEST: u64 = 1 << 20;
 
-/// Listens; replaces the socket that an earlier run left.
-///
-/// # Errors
-/// The socket cannot be made.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    crate::files::remove(path)?;
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
-}
-
 /// Answers until the process stops.
 pub async fn serve(shared: Arc<Shared>, listener: UnixListener) {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let shared = Arc::clone(&shared);
-                tokio::task::spawn_local(async move {
-                    if let Err(error) = converse(&shared, stream).await {
-                        tracing::debug!(%error, "a client went away");
-                    }
-                });
-            }
-            Err(error) => {
-                // Too many open files, most likely; clients retry, and others will close theirs.
-                tracing::warn!(%error, "cannot accept a client");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    listener::serve(listener, |stream| {
+        let shared = Arc::clone(&shared);
+        async move { converse(&shared, stream).await }
+    })
+    .await;
 }
 
 async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
-    // The mode of the socket says it already, but there is a moment before it is set.
-    let peer = stream.peer_cred()?.uid();
+    let may_ask = listener::may_ask(&stream)?;
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     BufReader::new(reader.take(LONGEST)).read_line(&mut line).await?;
-    let answer = if peer != 0 && peer != rustix::process::geteuid().as_raw() {
+    let answer = if !may_ask {
         Err(ApiError::new("denied", "only the load balancer's user and root may ask"))
     } else {
         answer(shared, &line).await
