@@ -16,6 +16,7 @@ use crate::{
     service::{self, Served},
     slow::{Current, Next, Outcome, Scratch, is_syn},
     traits::{Flow, NextHop, Packet, Table, Tables},
+    translate::vacate,
     wire::{TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN},
 };
 
@@ -364,6 +365,10 @@ pub(crate) fn write<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratc
     s.forward.bytes = packet.length() as u64;
     s.forward.tcp_flags = s.parsed.tcp_flags;
     let answered = s.claimed || s.forward.flags & recipe_flag::ONE_WAY != 0;
+    if !answered {
+        // One that is over, perhaps of a service with the same backend, would answer in its own name.
+        vacate(tables, s, Table::Flows, |recipe, _| recipe.state == State::CLOSING);
+    }
     if (!answered && !tables.insert(Table::Pending, &s.answer, &s.reverse, false))
         || !tables.insert(Table::Pending, &s.opener, &s.forward, false)
     {

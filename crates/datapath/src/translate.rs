@@ -265,7 +265,7 @@ const SILENCE: u32 = 2;
 /// Takes away the connection that stands in the place of this one's answers, if it may go: asked with its
 /// recipe there, and its opener's tuple.
 #[inline(always)]
-fn vacate<T: Tables>(tables: &T, s: &Scratch, table: Table, may_go: impl FnOnce(&Recipe, &Tuple) -> bool) {
+pub(crate) fn vacate<T: Tables>(tables: &T, s: &Scratch, table: Table, may_go: impl FnOnce(&Recipe, &Tuple) -> bool) {
     let Some(flow) = tables.flow(table, &s.answer) else {
         return;
     };
