@@ -76,16 +76,16 @@ fn a_file_of_the_folder_that_breaks_keeps_its_last_good_content() {
     let lab = Lab::up("folder", 1, &[]).unwrap();
     lab.apply(PODS).unwrap();
     let file = PathBuf::from(format!("/run/cirri/lab/{}/nodes/node1/manifests/mine.yaml", lab.name()));
-    let warnings = || {
+    let problems = || {
         let status: Value = lab.ask("node1", &["status"]).unwrap();
-        status["warnings"].to_string()
+        status["problems"].to_string()
     };
     fs::write(&file, DENY).unwrap();
     eventually("the policy is taken", PATIENCE, || !policies(&lab).is_empty());
     assert_denied(&lab, "by a file of the folder");
 
     fs::write(&file, DENY.replace("spec:", "spec: [")).unwrap();
-    eventually("the broken file is named", PATIENCE, || warnings().contains("mine.yaml:"));
+    eventually("the broken file is named", PATIENCE, || problems().contains("mine.yaml:"));
     assert_denied(&lab, "while the file is broken");
     let socket = lab.socket("node1");
     let output = lab::output(["--socket", &socket, "status", "--check"]).unwrap();
@@ -96,7 +96,7 @@ fn a_file_of_the_folder_that_breaks_keeps_its_last_good_content() {
     assert_denied(&lab, "after a restart with a broken file");
 
     fs::write(&file, "").unwrap();
-    eventually("the mended file is taken", PATIENCE, || policies(&lab).is_empty() && warnings() == "[]");
+    eventually("the mended file is taken", PATIENCE, || policies(&lab).is_empty() && problems() == "[]");
     assert_allowed(&lab, "when the file asks for nothing");
 }
 

@@ -1,5 +1,6 @@
 //! What goes over the agent's socket: one line of JSON asks, lines of JSON answer.
 
+mod problems;
 mod services;
 
 use std::collections::BTreeMap;
@@ -8,6 +9,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+pub use problems::{Problem, ProblemKind};
 pub use services::{
     BackendInfo, EdgeInfo, FrontendInfo, HealthCheckInfo, ServiceGet, ServiceInfo, ServicesStatus, SocketInfo,
 };
@@ -421,8 +423,8 @@ pub struct Status {
     pub services: ServicesStatus,
     /// Flow events.
     pub flows: FlowStatus,
-    /// What somebody should look at.
-    pub warnings: Vec<String>,
+    /// What is not well; empty if all is.
+    pub problems: Vec<Problem>,
     /// Packets and bytes by name: forwarded and dropped by reason and direction, and the rest.
     pub counters: BTreeMap<String, CounterInfo>,
 }

@@ -22,6 +22,7 @@ use ipnet::IpNet;
 use super::endpoint::Endpoint;
 use super::latency::Latency;
 use super::node::Node;
+use super::problems::Problems;
 use super::records;
 use super::rows::{Rows, sort};
 use super::services::Serving;
@@ -69,6 +70,8 @@ pub struct Core {
     pub unnumbered: BTreeSet<IdentityLabels>,
     /// What is wrong with manifests in the folder.
     pub folder_errors: Vec<String>,
+    /// What is not well.
+    pub problems: Problems,
     /// How long changes take.
     pub latency: Latency,
     /// Newest revision that everything is reconciled for.
@@ -113,6 +116,7 @@ impl Core {
             rows: Rows::new(),
             unnumbered: BTreeSet::new(),
             folder_errors: Vec::new(),
+            problems: Problems::default(),
             latency: Latency::default(),
             enforced_revision: 0,
             needed_revision: None,

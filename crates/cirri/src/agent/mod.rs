@@ -14,6 +14,7 @@ mod flows;
 mod latency;
 mod mirror;
 mod node;
+mod problems;
 mod queries;
 mod reconcile;
 mod records;

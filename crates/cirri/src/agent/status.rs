@@ -14,16 +14,10 @@ impl Shared {
     /// # Errors
     /// The kernel does not tell.
     pub(super) async fn status(&self) -> Result<Status, ApiError> {
-        let core = self.core.lock().await;
+        let mut core = self.core.lock().await;
         let mut store = self.store_status.lock().unwrap_or_else(PoisonError::into_inner).clone();
         store.synced = core.view.synced;
-        let mut warnings = core.folder_errors.clone();
-        warnings.extend(core.view.problems.iter().map(|(key, why)| format!("{key}: {why}")));
-        warnings.extend(core.refused.iter().map(|((namespace, name), why)| {
-            format!("policy {namespace}/{name} refused, its last good version is in force: {why}")
-        }));
-        warnings.extend(core.uncompiled.values().map(|error| format!("the last good rule set is in force: {error}")));
-        warnings.extend(core.unnumbered.iter().map(|labels| format!("no identity yet for {labels}")));
+        core.note_problems(&store);
         let (kept, capacity) = self.ring.fill();
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -60,7 +54,7 @@ impl Shared {
                 seen: self.events_seen.load(Ordering::Relaxed),
                 lost: self.events_lost.load(Ordering::Relaxed),
             },
-            warnings,
+            problems: core.problems.list(),
             counters: core.counters()?,
         })
     }

@@ -7,11 +7,11 @@ use crate::client::ClientArgs;
 use crate::exit::{Error, Failure, Result};
 use crate::output::{self, OutputArgs, Table};
 
-/// Prints how the agent is doing: the store, what is enforced, tables with rows that are not done,
-/// the other nodes, drops by reason. With `--check` it exits 1 unless everything is well.
+/// Prints how the agent is doing: what is not well, the store, what is enforced, the other nodes, drops
+/// by reason. With `--check` it exits 1 unless everything is well.
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
-    /// Exit 1 unless the store answers, every row is done, and there are no warnings
+    /// Exit 1 if there is any problem, and name them
     #[arg(long)]
     check: bool,
     #[command(flatten)]
@@ -22,24 +22,12 @@ pub struct StatusArgs {
 pub fn run(client: &ClientArgs, args: &StatusArgs) -> Result<()> {
     let status: Status = client.call("status", serde_json::json!({}))?;
     output::print(args.output.output, &status, table)?;
-    if args.check && !is_well(&status) {
-        return Err(Error::new(Failure::Failed, "not everything is well"));
+    if args.check && !status.problems.is_empty() {
+        let names: Vec<String> =
+            status.problems.iter().map(|problem| format!("{} {}", problem.what, problem.object)).collect();
+        return Err(Error::new(Failure::Failed, format!("not everything is well: {}", names.join(", "))));
     }
     Ok(())
-}
-
-fn is_well(status: &Status) -> bool {
-    status.store.healthy
-        && status.store.synced
-        && status.warnings.is_empty()
-        && is_well_served(&status.services)
-        && status.tables.iter().all(|table| table.errors.is_empty() && table.pending == 0)
-}
-
-fn is_well_served(services: &ServicesStatus) -> bool {
-    services.problems.is_empty()
-        && services.socket.error.is_empty()
-        && services.health_checks.iter().all(|check| check.error.is_empty())
 }
 
 fn table(status: &Status) -> String {
@@ -80,8 +68,8 @@ fn table(status: &Status) -> String {
     for (name, value) in services(&status.services) {
         line(name, value);
     }
-    for warning in &status.warnings {
-        line("WARNING", warning.clone());
+    for problem in &status.problems {
+        line("PROBLEM", problem.to_string());
     }
 
     let width = output::terminal_width();
@@ -144,6 +132,5 @@ fn services(status: &ServicesStatus) -> Vec<(&'static str, String)> {
         let state = if error.is_empty() { format!("{local} local backends") } else { format!("NOT answered: {error}") };
         lines.push(("Health", format!("port {port} for {service}: {state}")));
     }
-    lines.extend(status.problems.iter().map(|problem| ("PROBLEM", problem.clone())));
     lines
 }
