@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
+use cirri_control::cut::cut_message;
+
 use serde::{Deserialize, Serialize};
 
 pub use problems::{Problem, ProblemKind};
@@ -50,7 +52,7 @@ pub struct ApiError {
 impl ApiError {
     /// A refusal without advice.
     pub fn new(code: &str, message: impl fmt::Display) -> ApiError {
-        ApiError { code: code.to_owned(), message: message.to_string(), hint: String::new() }
+        ApiError { code: code.to_owned(), message: cut_message(&message.to_string()).into_owned(), hint: String::new() }
     }
 
     /// Adds what to do next.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::{Answer, ApiError, Request};
-use crate::exit::{Because, Error, Failure, Result};
+use crate::exit::{Error, Failure, Result};
 
 const AGENT_SOCKET: &str = "/run/cirri/agent.sock";
 
@@ -149,11 +149,4 @@ pub fn call<T: DeserializeOwned>(
     })?;
     let value = answer.ok_or_else(|| CallError::Garbled("no answer".to_owned()))?;
     serde_json::from_value(value).map_err(|error| CallError::Garbled(error.to_string()))
-}
-
-/// Reads a whole file that the user named.
-pub fn read_input(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path)
-        .map_err(|error| format!("cannot read {}: {error}", path.display()))
-        .because(Failure::BadInput)
 }

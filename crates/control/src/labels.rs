@@ -189,7 +189,7 @@ const EXCLUDED: &[&str] = &[
 /// as Kubernetes resolves them.
 fn named_ports(pod: &Pod) -> String {
     let mut ports = BTreeMap::new();
-    for port in pod.spec.containers.iter().flat_map(|c| &c.ports) {
+    for port in pod.spec.running().flat_map(|c| &c.ports) {
         if let Some(name) = &port.name {
             ports.entry((name.as_str(), port.protocol.name())).or_insert(port.container_port);
         }
@@ -222,6 +222,12 @@ spec:
     ports: [{name: metrics, containerPort: 9100, protocol: UDP}, {name: http, containerPort: 8080}, {containerPort: 1}]
   - name: b
     ports: [{name: http, containerPort: 8081}]
+  initContainers:
+  - name: proxy
+    restartPolicy: Always
+    ports: [{name: admin, containerPort: 15000}, {name: http, containerPort: 15001}]
+  - name: migrate
+    ports: [{name: over, containerPort: 1}]
 ";
 
     #[test]
@@ -239,7 +245,7 @@ spec:
         let labels = IdentityLabels::of_pod(&pod(POD), Some(&namespace), "default", &LabelFilter::default());
         assert_eq!(
             labels.canonical(),
-            "cirri:named-ports=http/TCP/8080,metrics/UDP/9100;\
+            "cirri:named-ports=admin/TCP/15000,http/TCP/8080,metrics/UDP/9100;\
              k8s:app=web;\
              k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name=shop;\
              k8s:io.cilium.k8s.namespace.labels.team=retail;\

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+pub mod cut;
 pub mod identity;
 pub mod ipam;
 pub mod labels;

@@ -215,7 +215,8 @@ fn shape<T: serde::de::DeserializeOwned>(document: Value) -> Told<T> {
 
 fn pod(raw: RawPod) -> Told<Pod> {
     let mut ports = Vec::new();
-    for port in raw.spec.containers.into_iter().flat_map(|container| container.ports) {
+    let beside = raw.spec.init_containers.into_iter().filter(|it| it.restart_policy.as_deref() == Some("Always"));
+    for port in raw.spec.containers.into_iter().chain(beside).flat_map(|container| container.ports) {
         if let Some(name) = port.name {
             let protocol = protocol(port.protocol.as_deref())?;
             ports.push(NamedPort { name, protocol, number: port.container_port });
@@ -375,10 +376,14 @@ struct RawPod {
 struct RawPodSpec {
     node_name: Option<String>,
     containers: Vec<RawContainer>,
+    #[serde(default)]
+    init_containers: Vec<RawContainer>,
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct RawContainer {
+    restart_policy: Option<String>,
     #[serde(default)]
     ports: Vec<RawContainerPort>,
 }

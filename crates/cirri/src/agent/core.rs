@@ -420,6 +420,7 @@ fn unlabelled(namespace: &str, name: &str) -> Pod {
         service_account_name: "default".to_owned(),
         host_network: false,
         containers: Vec::new(),
+        init_containers: Vec::new(),
     };
     Pod { metadata, spec, status: Default::default() }
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use cirri_control::resource::{Resource, STAND_IN};
 use cirri_store::{PREFIX, StoreError, folder};
 use futures::StreamExt;
 
@@ -27,12 +28,13 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
         }
         shared.core.lock().await.folder_errors = errors;
         wanted.extend(change.upserted.iter().map(|resource| format!("{PREFIX}{}", resource.store_key())));
+        wanted.extend(change.unreadable.iter().map(|key| format!("{PREFIX}{key}")));
         for key in &change.removed {
             wanted.remove(&format!("{PREFIX}{key}"));
         }
-        // What an earlier run stored and no file says any more goes; but not before every file can be
-        // read, for one that is broken may be what said it.
-        let compare = !compared && change.errors.is_empty();
+        // What an earlier run stored and no file says any more goes; but not while there is a document that
+        // may be it, for all that can be read of it.
+        let compare = !compared && !change.opaque;
         while let Err(error) = copy(&shared, &change, compare.then_some(&wanted)).await {
             tracing::error!(%error, "manifests are not in force yet; trying again");
             tokio::time::sleep(PAUSE).await;
@@ -52,12 +54,21 @@ pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, Digest> {
     core.view.resources().map(|(key, digest)| (key.to_owned(), digest)).collect()
 }
 
+fn is_stand_in(json: &[u8]) -> bool {
+    let resource = std::str::from_utf8(json).ok().and_then(|json| Resource::from_json(json).ok());
+    resource.is_some_and(|resource| resource.metadata().annotations.contains_key(STAND_IN))
+}
+
 async fn copy(shared: &Arc<Shared>, change: &folder::Change, all: Option<&BTreeSet<String>>) -> Result<(), StoreError> {
-    let upserted: Vec<(String, String)> = change
-        .upserted
-        .iter()
-        .map(|resource| (format!("{PREFIX}{}", resource.store_key()), resource.to_json()))
-        .collect();
+    let entry = |resource: &Resource| (format!("{PREFIX}{}", resource.store_key()), resource.to_json());
+    let mut upserted: Vec<(String, String)> = change.upserted.iter().map(entry).collect();
+    for (key, json) in change.stand_ins.iter().map(entry) {
+        // An earlier run may have stored a good version.
+        let stored = shared.store.get(&key).await?;
+        if stored.is_none_or(|stored| is_stand_in(&stored.value)) {
+            upserted.push((key, json));
+        }
+    }
     if !upserted.is_empty() {
         let entries: Vec<(&str, &[u8])> = upserted.iter().map(|(key, json)| (key.as_str(), json.as_bytes())).collect();
         shared.store.put_all(&entries).await?;

@@ -134,7 +134,7 @@ async fn once(shared: &Arc<Shared>, method: &str, client: &mut Client) -> Result
         "identity.list" => json(&shared.core.lock().await.identity_infos()),
         "policy.get" => json(&shared.core.lock().await.policy_infos(&client.params::<PolicyGet>()?)),
         "policy.explain" => json(&shared.core.lock().await.explain(&client.params::<PolicyExplain>()?)?),
-        "service.list" => json(&shared.core.lock().await.serving.infos(&client.params::<ServiceGet>()?)),
+        "service.list" => json(&shared.core.lock().await.serving.detailed(&client.params::<ServiceGet>()?)),
         "service.get" => json(&service(shared, &client.params()?).await?),
         "service.backends" => json(&backends(shared, &client.params()?).await?),
         "map.list" => json(&shared.core.lock().await.map_infos()?),

@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hasher};
 use std::net::IpAddr;
 
 use cirri_abi::Identity;
+use cirri_control::cut::cut_message;
 use cirri_control::identity::Identities;
 use cirri_control::labels::IdentityLabels;
 use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource};
@@ -155,7 +156,7 @@ impl View {
         if self.entries.get(&entry.key) == Some(&kept) {
             return;
         }
-        match self.read(&entry, changes) {
+        match self.read(&entry, changes).map_err(|why| cut_message(&why).into_owned()) {
             Ok(()) => {
                 self.problems.remove(&entry.key);
             }

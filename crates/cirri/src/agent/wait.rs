@@ -74,7 +74,7 @@ async fn newest(shared: &Arc<Shared>) -> Result<u64, ApiError> {
     }
 }
 
-/// What the files of the folder say now. Broken ones say nothing.
+/// What the files of the folder say now. What cannot be read says nothing.
 fn in_folder(folder: &std::path::Path) -> BTreeMap<String, Digest> {
     let mut wanted = BTreeMap::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -84,8 +84,8 @@ fn in_folder(folder: &std::path::Path) -> BTreeMap<String, Digest> {
         if hidden || !is_manifest {
             continue;
         }
-        let Ok(text) = std::fs::read_to_string(&path) else { continue };
-        let resources = resource::parse_documents(&path.display().to_string(), &text).unwrap_or_default();
+        let Ok(bytes) = std::fs::read(&path) else { continue };
+        let resources = resource::read_documents(&path.display().to_string(), &bytes).resources;
         wanted.extend(
             resources.into_iter().map(|resource| (resource.store_key(), digest(resource.to_json().as_bytes()))),
         );

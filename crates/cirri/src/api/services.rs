@@ -59,7 +59,7 @@ pub struct ServiceInfo {
     /// Who serves; only in answers to `service.get`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub backends: Vec<BackendInfo>,
-    /// What is wrong with the service; only in answers to `service.get`.
+    /// What is wrong with the service; not in answers to `service.backends`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
 }

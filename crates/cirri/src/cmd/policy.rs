@@ -1,13 +1,13 @@
 //! `cirri policy`.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use cirri_control::resource::{self, Resource};
+use cirri_store::folder::read_bounded;
 use serde::Serialize;
 
 use crate::api::{ExplainedDirection, Explanation, PolicyExplain, PolicyGet, PolicyInfo};
-use crate::client::{self, ClientArgs};
+use crate::client::ClientArgs;
 use crate::exit::{Because, Error, Failure, Result};
 use crate::output::{self, OutputArgs, Table};
 
@@ -134,9 +134,17 @@ fn check(files: &[PathBuf], output: &OutputArgs) -> Result<()> {
     let mut mistakes = Vec::new();
     for path in files {
         let file = path.display().to_string();
-        match resource::parse_documents(&file, &read(path)?) {
-            Ok(resources) => checked.extend(resources.iter().map(|resource| describe(&file, resource))),
-            Err(error) => mistakes.push(error.to_string()),
+        let documents = match read(path) {
+            Ok(bytes) => resource::read_documents(&file, &bytes),
+            Err(error) => {
+                mistakes.push(error.to_string());
+                continue;
+            }
+        };
+        checked.extend(documents.resources.iter().map(|resource| describe(&file, resource)));
+        mistakes.extend(documents.errors.iter().map(ToString::to_string));
+        if documents.more_errors > 0 {
+            mistakes.push(format!("{file}: {} more errors are not shown", documents.more_errors));
         }
     }
     output::print(output.output, &checked, |checked| {
@@ -159,11 +167,10 @@ fn describe(file: &str, resource: &Resource) -> Checked {
     }
 }
 
-fn read(path: &Path) -> Result<String> {
-    if path != Path::new("-") {
-        return client::read_input(path);
-    }
-    let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text).because(Failure::BadInput)?;
-    Ok(text)
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let content = match path == Path::new("-") {
+        true => read_bounded(std::io::stdin()),
+        false => std::fs::File::open(path).and_then(read_bounded),
+    };
+    content.map_err(|error| format!("cannot read {}: {error}", path.display())).because(Failure::BadInput)
 }

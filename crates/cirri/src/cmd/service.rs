@@ -1,5 +1,6 @@
 //! `cirri service`.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::api::{BackendInfo, FrontendInfo, ServiceGet, ServiceInfo};
@@ -72,7 +73,8 @@ fn named(name: &str) -> ServiceGet {
 
 fn no_service(name: &str) -> Error {
     Error::new(Failure::Failed, format!("there is no service {name} here")).hint(
-        "`cirri service list` shows all that have addresses; headless services and those of type ExternalName have none",
+        "`cirri service list` shows all that have addresses; headless services, those of type ExternalName \
+         and those with the label service.kubernetes.io/service-proxy-name have none",
     )
 }
 
@@ -91,7 +93,18 @@ fn list(services: &[ServiceInfo]) -> String {
             service.state.clone(),
         ]);
     }
-    table.render(output::terminal_width())
+    let mut text = table.render(output::terminal_width());
+    let problems: BTreeSet<String> = services
+        .iter()
+        .flat_map(|service| {
+            service
+                .problems
+                .iter()
+                .map(|problem| format!("WARNING {}/{}: {problem}\n", service.namespace, service.name))
+        })
+        .collect();
+    text.extend(problems);
+    text
 }
 
 fn detailed(services: &[ServiceInfo]) -> String {
@@ -218,6 +231,7 @@ mod tests {
     #[test]
     fn a_list_has_a_line_for_each_port() {
         let text = list(&[service()]);
+        assert!(text.contains("\nWARNING shop/web: something\n"), "{text}");
         assert!(
             text.lines().nth(1).unwrap().starts_with("shop/web:http/TCP  NodePort  10.96.0.1:80,*:30080  1/2  "),
             "{text}"

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use cirri_control::cut::cut_message;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -112,7 +114,7 @@ pub mod code {
 impl CniError {
     /// With advice.
     pub fn new(code: u32, msg: impl fmt::Display, details: impl fmt::Display) -> CniError {
-        CniError { code, msg: msg.to_string(), details: details.to_string() }
+        CniError { code, msg: cut_message(&msg.to_string()).into_owned(), details: details.to_string() }
     }
 
     /// As it goes out.

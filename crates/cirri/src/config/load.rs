@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use cirri_control::cut::cut_message;
+use cirri_control::resource::yaml_options;
 use cirri_control::service::maglev;
 use serde_json::Value;
 
@@ -106,8 +108,8 @@ fn read_file(path: &Path, text: &str) -> Result<Vec<(String, Value)>, ConfigErro
         return Ok(Vec::new());
     }
     let wrong = |error: serde_saphyr::Error| ConfigError::File(describe(path, &error));
-    let typed: Config = serde_saphyr::from_str(text).map_err(wrong)?;
-    let raw: Value = serde_saphyr::from_str(text).map_err(wrong)?;
+    let typed: Config = serde_saphyr::from_str_with_options(text, yaml_options(text)).map_err(wrong)?;
+    let raw: Value = serde_saphyr::from_str_with_options(text, yaml_options(text)).map_err(wrong)?;
     let understood = to_tree(&typed);
     let mut set = Vec::new();
     leaves(&understood, String::new(), &mut |key, value| {
@@ -120,7 +122,7 @@ fn read_file(path: &Path, text: &str) -> Result<Vec<(String, Value)>, ConfigErro
 
 fn describe(path: &Path, error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
-    let what = text.lines().next().unwrap_or_default();
+    let what = cut_message(text.lines().next().unwrap_or_default());
     match error.location() {
         Some(location) => format!("{}:{}:{}: {what}", path.display(), location.line(), location.column()),
         None => format!("{}: {what}", path.display()),

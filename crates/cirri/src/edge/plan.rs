@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cirri_abi::Algorithm as AlgorithmNumber;
+use cirri_control::cut::cut_message;
+use cirri_control::resource::yaml_options;
 use cirri_control::service::{PortId, maglev};
 use ipnet::IpNet;
 
@@ -151,9 +153,9 @@ impl Plan {
     /// # Errors
     /// The first thing that is wrong.
     pub fn parse(path: &Path, text: &str) -> Result<Plan, PlanError> {
-        let file: File = serde_saphyr::from_str(text).map_err(|error| {
+        let file: File = serde_saphyr::from_str_with_options(text, yaml_options(text)).map_err(|error| {
             let said = error.without_snippet().to_string();
-            let what = said.lines().next().unwrap_or_default();
+            let what = &*cut_message(said.lines().next().unwrap_or_default());
             let Some(at) = error.location() else { return PlanError(format!("{}: {what}", path.display())) };
             let place = format!(" at line {}, column {}", at.line(), at.column());
             let what = what.strip_suffix(&place).unwrap_or(what);
@@ -169,8 +171,10 @@ impl Plan {
     pub fn state_dir_of(path: &Path) -> Result<PathBuf, PlanError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| PlanError(format!("cannot read {}: {error}", path.display())))?;
-        let tree: serde_json::Value = serde_saphyr::from_str(&text)
-            .map_err(|error| PlanError(format!("{}: {}", path.display(), error.without_snippet())))?;
+        let tree: serde_json::Value =
+            serde_saphyr::from_str_with_options(&text, yaml_options(&text)).map_err(|error| {
+                PlanError(format!("{}: {}", path.display(), cut_message(&error.without_snippet().to_string())))
+            })?;
         let named = tree.get("stateDir").and_then(serde_json::Value::as_str);
         Ok(PathBuf::from(named.unwrap_or(config::STATE_DIR)))
     }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cirri_control::resource::{Resource, parse_documents};
+use cirri_control::resource::{Resource, ResourceError, read_documents};
+use cirri_store::folder::read_bounded;
 
 use super::state::Lab;
+use crate::output;
 
 /// Manifests that were refused. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -16,28 +18,37 @@ pub struct Rejected(pub Vec<String>);
 /// Reads all files, or all `.yaml`, `.yml` and `.json` files of a directory, in the order of their names.
 ///
 /// # Errors
-/// [`Rejected`] with every file that cannot be used, and every resource that is there twice.
+/// [`Rejected`] with every document that cannot be used, and every resource that is there twice. Kinds that other
+/// programs read are passed over, and named.
 pub fn read(paths: &[PathBuf]) -> Result<Vec<Resource>, Rejected> {
     let mut problems = Vec::new();
     let mut resources = Vec::new();
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
     for file in files(paths, &mut problems) {
         let name = file.display().to_string();
-        let parsed = match fs::read_to_string(&file) {
-            Ok(text) => parse_documents(&name, &text).map_err(|error| error.to_string()),
-            Err(error) => Err(format!("{name}: cannot be read: {error}")),
-        };
-        match parsed {
-            Ok(parsed) => {
-                for resource in parsed {
-                    if let Some(first) = seen.insert(resource.store_key(), name.clone()) {
-                        let what = describe(&resource);
-                        problems.push(format!("{name}: {what} is already in {first}: keep one of them"));
-                    }
-                    resources.push(resource);
-                }
+        let documents = match fs::File::open(&file).and_then(read_bounded) {
+            Ok(bytes) => read_documents(&name, &bytes),
+            Err(error) => {
+                problems.push(format!("{name}: cannot be read: {error}"));
+                continue;
             }
-            Err(problem) => problems.push(problem),
+        };
+        for resource in documents.resources {
+            if let Some(first) = seen.insert(resource.store_key(), name.clone()) {
+                let what = describe(&resource);
+                problems.push(format!("{name}: {what} is already in {first}: keep one of them"));
+            }
+            resources.push(resource);
+        }
+        for error in documents.errors {
+            match error {
+                // It is none of ours and takes nothing of ours with it.
+                ResourceError::Kind { .. } => output::complain(&error.to_string()),
+                error => problems.push(error.to_string()),
+            }
+        }
+        if documents.more_errors > 0 {
+            problems.push(format!("{name}: {} more errors are not shown", documents.more_errors));
         }
     }
     if problems.is_empty() { Ok(resources) } else { Err(Rejected(problems)) }
@@ -62,7 +73,7 @@ pub fn check(resources: &[Resource], lab: &Lab) -> Result<(), Rejected> {
                 if let Some(node) = wanted.filter(|node| !nodes.contains(node)) {
                     problems.push(format!("{}: spec.nodeName: no node {node}: {has}", describe(resource)));
                 }
-                for container in pod.spec.containers.iter().filter(|c| c.command.is_empty() && !c.args.is_empty()) {
+                for container in pod.spec.running().filter(|c| c.command.is_empty() && !c.args.is_empty()) {
                     problems.push(format!(
                         "{}: container {} has args but no command: the lab runs no images, name the program in command",
                         describe(resource),

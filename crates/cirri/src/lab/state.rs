@@ -408,7 +408,7 @@ pub struct Container {
 
 impl From<&Pod> for PodSpec {
     fn from(pod: &Pod) -> Self {
-        let containers = pod.spec.containers.iter().map(|container| {
+        let containers = pod.spec.running().map(|container| {
             let variables = container.env.iter().map(|variable| (variable.name.as_str(), variable.value.as_str()));
             let env = expand::environment(variables);
             let argv = container.command.iter().chain(&container.args).map(|word| expand::text(word, &env)).collect();

@@ -5,46 +5,132 @@
 
 use super::{
     Container, ContainerPort, DEFAULT_NAMESPACE, EnvVar, Metadata, NAMESPACE_NAME_LABEL, Namespace, Node, NodeAddress,
-    NodeSpec, NodeStatus, Pod, PodIp, PodSpec, PodStatus, Protocol, Resource, ResourceError, endpoint_slice,
-    network_policy, service, syntax, tree::Cursor,
+    NodeSpec, NodeStatus, Pod, PodIp, PodSpec, PodStatus, Protocol, Resource, ResourceError,
+    documents::Documents,
+    endpoint_slice, network_policy, service, syntax,
+    tree::{Cursor, is_nearly},
 };
+use crate::cut::cut;
 use std::collections::BTreeSet;
 
 /// Reads one document into `out`, unfolding `kind: List`.
-pub fn document(cursor: &Cursor<'_>, out: &mut Vec<Resource>) -> Result<(), ResourceError> {
-    let head = cursor.any_object()?;
-    let kind_at = head.required("kind")?;
-    let version_at = head.required("apiVersion")?;
-    let (kind, version) = (kind_at.string()?, version_at.string()?);
+pub fn document(cursor: &Cursor<'_>, out: &mut Documents) {
+    let (kind_at, kind) = match kind(cursor) {
+        Ok(kind) => kind,
+        Err(error) => return out.refuse(None, error),
+    };
+    let Some(meant) = meant(kind) else {
+        return out.report(kind_at.foreign_kind(cut(kind).into_owned()));
+    };
+    if let Some(version) = foreign_version(cursor) {
+        // Nothing of ours, unless the mistake is in the group: then what was good stays.
+        let key = identity(cursor, meant).map(|metadata| store_key(meant, &metadata));
+        out.unreadable.extend(key);
+        return out.report(kind_at.foreign_kind(format!("{} of {}", cut(kind), cut(version))));
+    }
+    if meant == "List" && kind == meant {
+        return list(cursor, out);
+    }
+    match read(cursor, &kind_at, kind, meant) {
+        Ok(resource) => out.resources.push(resource),
+        Err(error) => {
+            let identity = identity(cursor, meant);
+            if let (Some(metadata), "NetworkPolicy") = (&identity, meant) {
+                let stand_in = network_policy::stand_in(cursor, metadata);
+                out.stand_ins.extend(stand_in.map(Resource::NetworkPolicy));
+            }
+            let key = identity.as_ref().map(|metadata| store_key(meant, metadata));
+            out.refuse(key, error.about(&describe(kind, identity.as_ref())));
+        }
+    }
+}
+
+/// The items of a list, each on its own.
+fn list(cursor: &Cursor<'_>, out: &mut Documents) {
+    let items = check_version(cursor, "List").and_then(|()| {
+        // A field beside them is a mistake, but `items` may be what it was meant to be.
+        cursor.object(&["apiVersion", "kind", "metadata", "items"])?.items("items")
+    });
+    match items {
+        Ok(items) => items.iter().for_each(|item| document(item, out)),
+        Err(error) => out.refuse(None, error.about("List")),
+    }
+}
+
+fn kind<'a>(cursor: &Cursor<'a>) -> Result<(Cursor<'a>, &'a str), ResourceError> {
+    let at = cursor.any_object()?.required("kind")?;
+    let kind = at.string()?;
+    Ok((at, kind))
+}
+
+/// The kind that is read here and is written so, or nearly so.
+fn meant(kind: &str) -> Option<&'static str> {
+    let near = |known: &&str| *known == kind || is_nearly(kind, known, 1 + kind.len() / 8);
+    KINDS.iter().copied().find(near)
+}
+
+/// The apiVersion of a document, if its group is none of Kubernetes' own.
+fn foreign_version<'a>(cursor: &Cursor<'a>) -> Option<&'a str> {
+    let version = cursor.any_object().ok()?.get("apiVersion")?.string().ok()?;
+    let (group, _) = version.split_once('/')?;
+    (group.contains('.') && !group.ends_with(".k8s.io")).then_some(version)
+}
+
+fn read(cursor: &Cursor<'_>, kind_at: &Cursor<'_>, kind: &str, meant: &str) -> Result<Resource, ResourceError> {
+    if kind != meant {
+        return Err(kind_at.error(format!("\"{}\" is not a kind", cut(kind)), format!("did you mean {meant}?")));
+    }
+    check_version(cursor, kind)?;
+    Ok(match kind {
+        "Namespace" => Resource::Namespace(namespace(cursor)?),
+        "Pod" => Resource::Pod(pod(cursor)?),
+        "Node" => Resource::Node(node(cursor)?),
+        "Service" => Resource::Service(service::decode(cursor)?),
+        "EndpointSlice" => Resource::EndpointSlice(endpoint_slice::decode(cursor)?),
+        _ => Resource::NetworkPolicy(network_policy::decode(cursor)?),
+    })
+}
+
+fn check_version(cursor: &Cursor<'_>, kind: &str) -> Result<(), ResourceError> {
     let wanted = match kind {
-        "Namespace" | "Pod" | "Node" | "Service" | "List" => "v1",
         "EndpointSlice" => "discovery.k8s.io/v1",
         "NetworkPolicy" => "networking.k8s.io/v1",
-        _ => {
-            let problem = format!("\"{kind}\" is not a kind that is read here");
-            return Err(kind_at.error(
-                problem,
-                "use Namespace, Pod, NetworkPolicy, Node, Service, EndpointSlice or List, or move it elsewhere",
-            ));
-        }
+        _ => "v1",
     };
-    if version != wanted {
-        return Err(version_at.error(format!("\"{version}\" does not go with {kind}"), format!("use {wanted}")));
+    let at = cursor.any_object()?.required("apiVersion")?;
+    let version = at.string()?;
+    if version == wanted {
+        return Ok(());
     }
-    match kind {
-        "Namespace" => out.push(Resource::Namespace(namespace(cursor)?)),
-        "Pod" => out.push(Resource::Pod(pod(cursor)?)),
-        "Node" => out.push(Resource::Node(node(cursor)?)),
-        "Service" => out.push(Resource::Service(service::decode(cursor)?)),
-        "EndpointSlice" => out.push(Resource::EndpointSlice(endpoint_slice::decode(cursor)?)),
-        "NetworkPolicy" => out.push(Resource::NetworkPolicy(network_policy::decode(cursor)?)),
-        _ => {
-            for item in cursor.object(&["apiVersion", "kind", "metadata", "items"])?.items("items")? {
-                document(&item, out)?;
-            }
-        }
+    Err(at.error(format!("\"{}\" does not go with {kind}", cut(version)), format!("use {wanted}")))
+}
+
+/// The name and namespace of a document that is refused, if there is no doubt about them: a field that nobody
+/// knows may be a misspelt namespace.
+fn identity(cursor: &Cursor<'_>, kind: &str) -> Option<Metadata> {
+    let namespaced = !matches!(kind, "Namespace" | "Node");
+    let at = cursor.object(ANY_TOP).ok()?.get("metadata")?;
+    let fields = at.object(METADATA).ok()?;
+    let name = fields.get("name")?.checked(syntax::dns_subdomain).ok()?.to_owned();
+    let namespace = match (fields.get("namespace"), namespaced) {
+        (Some(at), true) => Some(at.checked(syntax::dns_label).ok()?.to_owned()),
+        (None, true) => Some(DEFAULT_NAMESPACE.to_owned()),
+        (_, false) => None,
+    };
+    Some(Metadata { name, namespace, ..Metadata::default() })
+}
+
+fn store_key(kind: &str, metadata: &Metadata) -> String {
+    format!("resources/{kind}/{}/{}", metadata.namespace.as_deref().unwrap_or("_"), metadata.name)
+}
+
+fn describe(kind: &str, metadata: Option<&Metadata>) -> String {
+    let kind = cut(kind);
+    match metadata {
+        Some(Metadata { name, namespace: Some(namespace), .. }) => format!("{kind} {namespace}/{name}"),
+        Some(Metadata { name, .. }) => format!("{kind} {name}"),
+        None => kind.into_owned(),
     }
-    Ok(())
 }
 
 /// Reads `metadata`. `namespaced` is true for kinds that live in a namespace.
@@ -80,7 +166,7 @@ pub fn protocol(cursor: Option<Cursor<'_>>) -> Result<Protocol, ResourceError> {
     let Some(at) = cursor else { return Ok(Protocol::Tcp) };
     let name = at.string()?;
     Protocol::from_name(name)
-        .ok_or_else(|| at.error(format!("\"{name}\" is not a protocol"), "use TCP, UDP or SCTP, in capitals"))
+        .ok_or_else(|| at.error(format!("\"{}\" is not a protocol", cut(name)), "use TCP, UDP or SCTP, in capitals"))
 }
 
 fn namespace(cursor: &Cursor<'_>) -> Result<Namespace, ResourceError> {
@@ -140,7 +226,7 @@ fn pod_status(cursor: &Cursor<'_>) -> Result<PodStatus, ResourceError> {
         let phase = at.string()?;
         if !["Pending", "Running", "Succeeded", "Failed", "Unknown"].contains(&phase) {
             let hint = "use Pending, Running, Succeeded, Failed or Unknown";
-            return Err(at.error(format!("\"{phase}\" is not a phase"), hint));
+            return Err(at.error(format!("\"{}\" is not a phase", cut(phase)), hint));
         }
         status.phase = Some(phase.to_string());
     }
@@ -178,7 +264,19 @@ fn pod_spec(cursor: &Cursor<'_>) -> Result<PodSpec, ResourceError> {
     if containers.is_empty() {
         return Err(at.error("has no container", "add at least one"));
     }
-    Ok(PodSpec { node_name, service_account_name, host_network, containers })
+    let mut init_containers = Vec::new();
+    for item in fields.items("initContainers")? {
+        let policy = item.any_object()?.get("restartPolicy");
+        if policy.is_none_or(|policy| policy.string() != Ok("Always")) {
+            continue;
+        }
+        let one = Container { restart_policy: Some("Always"), ..container(&item)? };
+        if !names.insert(one.name.clone()) {
+            return Err(item.error(format!("a second container is named \"{}\"", one.name), "give it another name"));
+        }
+        init_containers.push(one);
+    }
+    Ok(PodSpec { node_name, service_account_name, host_network, containers, init_containers })
 }
 
 fn container(cursor: &Cursor<'_>) -> Result<Container, ResourceError> {
@@ -208,6 +306,7 @@ fn container(cursor: &Cursor<'_>) -> Result<Container, ResourceError> {
         args: fields.strings("args")?,
         env,
         ports,
+        restart_policy: None,
     })
 }
 
@@ -229,6 +328,11 @@ fn container_port(cursor: &Cursor<'_>) -> Result<ContainerPort, ResourceError> {
         },
     })
 }
+
+const KINDS: &[&str] = &["Namespace", "Pod", "NetworkPolicy", "Node", "Service", "EndpointSlice", "List"];
+
+/// What stands at the top of any of them.
+const ANY_TOP: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status", "addressType", "endpoints", "ports"];
 
 const TOP: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
 

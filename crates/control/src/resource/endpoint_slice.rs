@@ -1,7 +1,9 @@
 //! discovery.k8s.io/v1 EndpointSlice.
 
 use super::{Metadata, Protocol, ResourceError, decode, syntax, tree::Cursor};
+use crate::cut::cut;
 use serde::{Serialize, Serializer};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 /// discovery.k8s.io/v1 EndpointSlice, valid and with its defaults filled in.
@@ -113,6 +115,9 @@ pub struct EndpointPort {
     pub port: Option<u16>,
 }
 
+/// The label of a slice whose service is headless: it is for DNS, not to be forwarded to.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
 /// The label of a slice that names its service.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
@@ -124,20 +129,21 @@ pub(super) fn decode(cursor: &Cursor<'_>) -> Result<EndpointSlice, ResourceError
         "IPv4" => AddressType::IPv4,
         "IPv6" => AddressType::IPv6,
         "FQDN" => AddressType::Fqdn,
-        other => return Err(at.error(format!("\"{other}\" is not a type of address"), "use IPv4, IPv6 or FQDN")),
+        other => return Err(at.error(format!("\"{}\" is not a type of address", cut(other)), "use IPv4, IPv6 or FQDN")),
     };
     let mut endpoints = Vec::new();
     for item in root.items("endpoints")? {
         endpoints.extend(endpoint(&item, address_type)?);
     }
     let mut ports: Vec<EndpointPort> = Vec::new();
+    let mut names = BTreeSet::new();
     for item in root.items("ports")? {
         let fields = item.object(&["name", "protocol", "port", "appProtocol"])?;
         let name = match fields.get("name") {
             Some(at) if !at.string()?.is_empty() => at.checked(syntax::dns_label)?.to_string(),
             _ => String::new(),
         };
-        if ports.iter().any(|known| known.name == name) {
+        if !names.insert(name.clone()) {
             return Err(item.error(format!("a second port is named \"{name}\""), "give each its own name"));
         }
         let port = fields.get("port").map(|at| at.port()).transpose()?;

@@ -1,13 +1,16 @@
 //! Typed Kubernetes resources, read from YAML or JSON at the door.
 //!
 //! Reading does what the API server would do: it fills in defaults and refuses what cannot be
-//! valid, naming file, line, column and field. A refused document yields nothing at all; whoever
-//! holds the last good object keeps it, so that a mistake never opens anything.
+//! valid, naming file, line, column, object and field. Each document stands for itself: a refused
+//! one yields nothing, and says which object it is about if that can be read. Whoever holds the last
+//! good version of it keeps it, so that a mistake never opens anything.
 //!
 //! YAML is read as version 1.2: a bare `yes`, `no`, `on` or `y` is a string. JSON is a part of it.
 
 mod decode;
+mod documents;
 mod endpoint_slice;
+mod limits;
 mod network_policy;
 mod service;
 #[cfg(test)]
@@ -17,17 +20,19 @@ mod syntax;
 mod tests;
 mod tree;
 
+pub use documents::{Documents, MAX_ERRORS, parse_documents, read_documents};
 pub use endpoint_slice::{
-    AddressType, Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, SERVICE_NAME_LABEL,
-    TargetRef,
+    AddressType, Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, HEADLESS_LABEL,
+    SERVICE_NAME_LABEL, TargetRef,
 };
+pub use limits::{MAX_FILE_BYTES, yaml_options};
 pub use network_policy::{
     EgressRule, IngressRule, IpBlock, LabelSelector, NetworkPolicy, NetworkPolicySpec, Operator, PolicyPeer,
-    PolicyPort, PolicyType, PortRef, SelectorRequirement,
+    PolicyPort, PolicyType, PortRef, STAND_IN, SelectorRequirement,
 };
 pub use service::{
-    ClusterIps, IpFamily, IpFamilyPolicy, LoadBalancerIngress, LoadBalancerStatus, Service, ServicePortSpec,
-    ServiceSpec, ServiceStatus, ServiceType, TrafficPolicy,
+    ClusterIps, IpFamily, IpFamilyPolicy, LoadBalancerIngress, LoadBalancerStatus, SERVICE_PROXY_NAME_LABEL, Service,
+    ServicePortSpec, ServiceSpec, ServiceStatus, ServiceType, TrafficPolicy,
 };
 
 use ipnet::IpNet;
@@ -35,17 +40,6 @@ use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
-
-/// Reads every document of a YAML (or JSON) file, `kind: List` unfolded.
-///
-/// `file` is the name that errors show. Empty documents are passed over.
-pub fn parse_documents(file: &str, text: &str) -> Result<Vec<Resource>, ResourceError> {
-    let mut out = Vec::new();
-    for tree in tree::documents(file, text)? {
-        decode::document(&tree.cursor(file), &mut out)?;
-    }
-    Ok(out)
-}
 
 /// A resource that Cirri reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,15 +114,20 @@ impl Resource {
     pub fn from_json(text: &str) -> Result<Resource, ResourceError> {
         // A store holds tens of thousands of them, and a reader that knows every value's place takes
         // seventy times as long. It is asked when something is wrong, and for what is no plain JSON.
-        let mut all = Vec::new();
-        let quick = tree::json(text).is_some_and(|tree| decode::document(&tree.cursor("(store)"), &mut all).is_ok());
-        if !quick {
-            all = parse_documents("(store)", text)?;
+        const SOURCE: tree::Source<'_> = tree::Source { file: "(store)", lines_before: 0 };
+        let mut quick = Documents::default();
+        if let Some(tree) = tree::json(text) {
+            decode::document(&tree.cursor(SOURCE), &mut quick);
         }
+        let mut all = match quick.resources.len() {
+            1 if quick.is_whole() => quick.resources,
+            _ => parse_documents(SOURCE.file, text)?,
+        };
         match (all.pop(), all.is_empty()) {
             (Some(one), true) => Ok(one),
             _ => Err(ResourceError::Field {
-                at: Position { file: "(store)".into(), line: 0, column: 0 },
+                at: SOURCE.position((0, 0)),
+                object: Box::default(),
                 field: "document".into(),
                 problem: "expected exactly one resource".into(),
                 hint: "write one object per key".into(),
@@ -140,25 +139,40 @@ impl Resource {
 /// Why a document was refused, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResourceError {
-    /// Not YAML at all.
-    #[error("{at}: not valid YAML: {message}; correct the file, it is not used until then")]
+    /// Not YAML at all, or too much of it.
+    #[error("{at}: {}not valid YAML: {message}; correct the document, it is not used until then", of(.object))]
     Syntax {
         /// Where.
         at: Position,
+        /// What it seems to be, such as `NetworkPolicy web`; empty if nothing tells.
+        object: String,
         /// What the parser says.
         message: String,
     },
     /// YAML, but not a valid resource.
-    #[error("{at}: {field}: {problem}; {hint}")]
+    #[error("{at}: {}{field}: {problem}; {hint}", of(.object))]
     Field {
         /// Where.
         at: Position,
+        /// Kind, and namespace and name as far as they are known: `NetworkPolicy shop/web`.
+        object: Box<str>,
         /// The path of the field, such as `spec.ingress[0].ports[1].endPort`.
-        field: String,
+        field: Box<str>,
         /// What is wrong with it.
         problem: String,
         /// What to do.
         hint: String,
+    },
+    /// A resource of a kind that other programs read. It concerns no object here.
+    #[error(
+        "{at}: kind: \"{kind}\" is not a kind that is read here, the document is passed over; move it elsewhere, or \
+         use Namespace, Pod, NetworkPolicy, Node, Service, EndpointSlice or List"
+    )]
+    Kind {
+        /// Where.
+        at: Position,
+        /// As it stands there, cut if it is long.
+        kind: String,
     },
 }
 
@@ -166,9 +180,22 @@ impl ResourceError {
     /// Where the mistake is.
     pub fn position(&self) -> &Position {
         match self {
-            ResourceError::Syntax { at, .. } | ResourceError::Field { at, .. } => at,
+            ResourceError::Syntax { at, .. } | ResourceError::Field { at, .. } | ResourceError::Kind { at, .. } => at,
         }
     }
+
+    /// The same error, about this object.
+    fn about(mut self, name: &str) -> ResourceError {
+        if let ResourceError::Field { object, .. } = &mut self {
+            *object = name.into();
+        }
+        self
+    }
+}
+
+/// The object in front of what is wrong with it.
+fn of(object: &str) -> String {
+    if object.is_empty() { String::new() } else { format!("{object}: ") }
 }
 
 /// A place in a file. Lines and columns count from 1; 0 is unknown.
@@ -184,10 +211,11 @@ pub struct Position {
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.line == 0 {
-            return f.write_str(&self.file);
+        match (self.line, self.column) {
+            (0, _) => f.write_str(&self.file),
+            (line, 0) => write!(f, "{}:{line}", self.file),
+            (line, column) => write!(f, "{}:{line}:{column}", self.file),
         }
-        write!(f, "{}:{}:{}", self.file, self.line, self.column)
     }
 }
 
@@ -254,10 +282,22 @@ pub struct PodSpec {
     pub host_network: bool,
     /// Its containers, at least one.
     pub containers: Vec<Container>,
+    /// Of those that start first, the ones that go on beside the others (`restartPolicy: Always`). What is over
+    /// before the pod runs is not kept.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub init_containers: Vec<Container>,
+}
+
+impl PodSpec {
+    /// The containers that run while the pod does. Of two that name a port alike, the first has the name.
+    pub fn running(&self) -> impl Iterator<Item = &Container> {
+        self.containers.iter().chain(&self.init_containers)
+    }
 }
 
 /// One container of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Container {
     /// The name, unique in the pod.
     pub name: String,
@@ -276,6 +316,9 @@ pub struct Container {
     /// Ports.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<ContainerPort>,
+    /// `Always` for one that starts first and goes on; `None` for all others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<&'static str>,
 }
 
 /// An environment variable. One that comes from elsewhere (`valueFrom`) is empty here.

@@ -1,6 +1,10 @@
 //! networking.k8s.io/v1 NetworkPolicy.
 
-use super::{Metadata, Protocol, ResourceError, decode, syntax, tree::Cursor};
+use super::{
+    Metadata, Protocol, ResourceError, decode, syntax,
+    tree::{Cursor, Object},
+};
+use crate::cut::cut;
 use ipnet::IpNet;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -162,21 +166,28 @@ pub enum Operator {
     DoesNotExist,
 }
 
+/// The annotation of a policy that stands in for a document which cannot be read.
+pub const STAND_IN: &str = "cirri.io/stand-in";
+
 pub(super) fn decode(cursor: &Cursor<'_>) -> Result<NetworkPolicy, ResourceError> {
     // `status` was part of the API until Kubernetes 1.28 and still stands in exported files.
     let root = cursor.object(&["apiVersion", "kind", "metadata", "spec", "status"])?;
     let metadata = decode::metadata(&root.required("metadata")?, true, syntax::dns_subdomain)?;
     let spec = match root.get("spec") {
         Some(spec) => decode_spec(&spec)?,
-        // As the API server reads it: all pods isolated for ingress, nothing allowed.
-        None => NetworkPolicySpec {
-            pod_selector: LabelSelector::default(),
-            policy_types: vec![PolicyType::Ingress],
-            ingress: Vec::new(),
-            egress: Vec::new(),
-        },
+        None => no_spec(),
     };
     Ok(NetworkPolicy { metadata, spec })
+}
+
+/// As the API server reads it: all pods isolated for ingress, nothing allowed.
+fn no_spec() -> NetworkPolicySpec {
+    NetworkPolicySpec {
+        pod_selector: LabelSelector::default(),
+        policy_types: vec![PolicyType::Ingress],
+        ingress: Vec::new(),
+        egress: Vec::new(),
+    }
 }
 
 fn decode_spec(cursor: &Cursor<'_>) -> Result<NetworkPolicySpec, ResourceError> {
@@ -192,18 +203,7 @@ fn decode_spec(cursor: &Cursor<'_>) -> Result<NetworkPolicySpec, ResourceError> 
         let fields = rule.object(&["to", "ports"])?;
         egress.push(EgressRule { to: peers(&fields.items("to")?)?, ports: ports(&fields.items("ports")?)? });
     }
-    let mut policy_types = Vec::new();
-    for item in spec.items("policyTypes")? {
-        let one = match item.string()? {
-            "Ingress" => PolicyType::Ingress,
-            "Egress" => PolicyType::Egress,
-            other => return Err(item.error(format!("\"{other}\" is not a policy type"), "use Ingress or Egress")),
-        };
-        if policy_types.contains(&one) {
-            return Err(item.error("stands here twice", "remove one of them"));
-        }
-        policy_types.push(one);
-    }
+    let mut policy_types = policy_types(&spec)?;
     if policy_types.is_empty() {
         policy_types.push(PolicyType::Ingress);
         if !egress.is_empty() {
@@ -211,6 +211,68 @@ fn decode_spec(cursor: &Cursor<'_>) -> Result<NetworkPolicySpec, ResourceError> 
         }
     }
     Ok(NetworkPolicySpec { pod_selector, policy_types, ingress, egress })
+}
+
+fn policy_types(spec: &Object<'_>) -> Result<Vec<PolicyType>, ResourceError> {
+    let mut policy_types = Vec::new();
+    for item in spec.items("policyTypes")? {
+        let one = match item.string()? {
+            "Ingress" => PolicyType::Ingress,
+            "Egress" => PolicyType::Egress,
+            other => {
+                return Err(item.error(format!("\"{}\" is not a policy type", cut(other)), "use Ingress or Egress"));
+            }
+        };
+        if policy_types.contains(&one) {
+            return Err(item.error("stands here twice", "remove one of them"));
+        }
+        policy_types.push(one);
+    }
+    Ok(policy_types)
+}
+
+/// What is surely meant by a policy that cannot be read as a whole, and lets nothing pass that it may forbid: its
+/// whole spec if the mistake is elsewhere; else it selects the pods that it names and allows nothing. Of a selector
+/// that can be read in part that part is used, which selects more. `None` if nothing says which pods are meant.
+pub(super) fn stand_in(cursor: &Cursor<'_>, metadata: &Metadata) -> Option<NetworkPolicy> {
+    let spec = match cursor.any_object().ok()?.get("spec") {
+        Some(at) => decode_spec(&at).ok().or_else(|| isolation(&at))?,
+        None => no_spec(),
+    };
+    let mut metadata = metadata.clone();
+    metadata.annotations.insert(STAND_IN.to_owned(), "true".to_owned());
+    Some(NetworkPolicy { metadata, spec })
+}
+
+fn isolation(cursor: &Cursor<'_>) -> Option<NetworkPolicySpec> {
+    let spec = cursor.any_object().ok()?;
+    let pod_selector = readable_part(&spec.get("podSelector")?)?;
+    let policy_types = match policy_types(&spec) {
+        Ok(given) if !given.is_empty() => given,
+        Ok(_) => match spec.get("egress").map(|at| at.list()) {
+            Some(Ok(rules)) if rules.is_empty() => vec![PolicyType::Ingress],
+            Some(_) => vec![PolicyType::Ingress, PolicyType::Egress],
+            None => vec![PolicyType::Ingress],
+        },
+        Err(_) => vec![PolicyType::Ingress, PolicyType::Egress],
+    };
+    Some(NetworkPolicySpec { pod_selector, policy_types, ingress: Vec::new(), egress: Vec::new() })
+}
+
+/// The conditions of a selector that can be read; `None` if none can.
+fn readable_part(cursor: &Cursor<'_>) -> Option<LabelSelector> {
+    if let Ok(whole) = selector(cursor) {
+        return Some(whole);
+    }
+    let fields = cursor.any_object().ok()?;
+    let mut part = LabelSelector::default();
+    if let Some(labels) = fields.get("matchLabels") {
+        part.match_labels = labels.readable_strings(syntax::label_key, syntax::label_value);
+    }
+    for item in fields.items("matchExpressions").unwrap_or_default() {
+        part.match_expressions.extend(requirement(&item));
+    }
+    (part != LabelSelector::default()).then_some(part)
 }
 
 fn peers(items: &[Cursor<'_>]) -> Result<Vec<PolicyPeer>, ResourceError> {
@@ -302,7 +364,7 @@ fn requirement(cursor: &Cursor<'_>) -> Result<SelectorRequirement, ResourceError
         "Exists" => Operator::Exists,
         "DoesNotExist" => Operator::DoesNotExist,
         other => {
-            let problem = format!("\"{other}\" is not an operator");
+            let problem = format!("\"{}\" is not an operator", cut(other));
             return Err(at.error(problem, "use In, NotIn, Exists or DoesNotExist"));
         }
     };

@@ -1,9 +1,10 @@
 //! core/v1 Service.
 
 use super::{Metadata, PortRef, Protocol, ResourceError, decode, syntax, tree::Cursor, tree::Object};
+use crate::cut::cut;
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// core/v1 Service, valid and with its defaults filled in.
@@ -219,6 +220,9 @@ pub struct LoadBalancerIngress {
     pub ip: IpAddr,
 }
 
+/// The label of a service that another program forwards, and of its slices: they are left alone.
+pub const SERVICE_PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
 pub(super) fn decode(cursor: &Cursor<'_>) -> Result<Service, ResourceError> {
     let root = cursor.object(&["apiVersion", "kind", "metadata", "spec", "status"])?;
     let metadata = decode::metadata(&root.required("metadata")?, true, syntax::dns_label)?;
@@ -327,23 +331,22 @@ fn decode_spec(cursor: &Cursor<'_>) -> Result<ServiceSpec, ResourceError> {
 fn ports(fields: &Object<'_>, kind: ServiceType) -> Result<Vec<ServicePortSpec>, ResourceError> {
     let items = fields.items("ports")?;
     let mut out: Vec<ServicePortSpec> = Vec::new();
+    let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for item in &items {
         let one = port(item, kind)?;
         if one.name.is_none() && items.len() > 1 {
             return Err(item.error("has no name", "with more than one port each needs a `name`"));
         }
-        for other in &out {
-            if other.name == one.name {
-                let name = one.name.unwrap_or_default();
-                return Err(item.error(format!("a second port is named \"{name}\""), "give it another name"));
-            }
-            if (other.protocol, other.port) == (one.protocol, one.port) {
-                let problem = format!("a second port is {} {}", one.protocol, one.port);
-                return Err(item.error(problem, "remove one of them"));
-            }
-            if one.node_port.is_some() && (other.protocol, other.node_port) == (one.protocol, one.node_port) {
-                return Err(item.error("a second port has this nodePort", "give each its own"));
-            }
+        if !names.insert(one.name.clone()) {
+            let name = one.name.unwrap_or_default();
+            return Err(item.error(format!("a second port is named \"{name}\""), "give it another name"));
+        }
+        if !numbers.insert((one.protocol, one.port)) {
+            let problem = format!("a second port is {} {}", one.protocol, one.port);
+            return Err(item.error(problem, "remove one of them"));
+        }
+        if one.node_port.is_some_and(|number| !node_ports.insert((one.protocol, number))) {
+            return Err(item.error("a second port has this nodePort", "give each its own"));
         }
         out.push(one);
     }
@@ -413,7 +416,7 @@ fn families(fields: &Object<'_>, cluster_ips: &ClusterIps) -> Result<Vec<IpFamil
         let family = match item.string()? {
             "IPv4" => IpFamily::IPv4,
             "IPv6" => IpFamily::IPv6,
-            other => return Err(item.error(format!("\"{other}\" is not a family"), "use IPv4 or IPv6")),
+            other => return Err(item.error(format!("\"{}\" is not a family", cut(other)), "use IPv4 or IPv6")),
         };
         if out.contains(&family) {
             return Err(item.error("stands here twice", "remove one of them"));
@@ -500,7 +503,7 @@ fn choice<T: Clone>(fields: &Object<'_>, name: &str, words: &[(&str, T)]) -> Res
         Some((_, value)) => Ok(Some(value.clone())),
         None => {
             let known: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-            Err(at.error(format!("\"{text}\" is not known"), format!("use {}", known.join(" or "))))
+            Err(at.error(format!("\"{}\" is not known", cut(text)), format!("use {}", known.join(" or "))))
         }
     }
 }

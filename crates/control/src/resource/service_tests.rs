@@ -144,7 +144,7 @@ fn a_service_that_cannot_be_is_refused_where_it_stands() {
     }
     assert_eq!(
         refused(&service("ports: [{port: 1}], sessionAffinity: ClientIp")),
-        "test.yaml:1:117: spec.sessionAffinity: \"ClientIp\" is not known; use None or ClientIP"
+        "test.yaml:1:117: Service shop/web: spec.sessionAffinity: \"ClientIp\" is not known; use None or ClientIP"
     );
 }
 

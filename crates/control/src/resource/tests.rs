@@ -81,16 +81,16 @@ ingress:
 fn an_error_names_file_line_column_field_and_remedy() {
     assert_eq!(
         refused(&policy_text("podSelector: {}\ningress:\n- from:\n  - podSelecter: {}")),
-        "test.yaml:9:7: spec.ingress[0].from[0].podSelecter: unknown field; \
+        "test.yaml:9:7: NetworkPolicy default/p: spec.ingress[0].from[0].podSelecter: unknown field; \
          did you mean `podSelector`? Otherwise remove it"
     );
     assert_eq!(
         refused(&policy_text("podSelector: {}\ningress:\n- ports:\n  - {port: 80, endPort: 70}")),
-        "test.yaml:9:27: spec.ingress[0].ports[0].endPort: 70 is below port 80; make it at least `port`"
+        "test.yaml:9:27: NetworkPolicy default/p: spec.ingress[0].ports[0].endPort: 70 is below port 80; make it at least `port`"
     );
     assert_eq!(
         refused("apiVersion: v1\nkind: Pod\nmetadata: {name: 5}\nspec: {}\n"),
-        "test.yaml:3:18: metadata.name: expected a string, found a number; for a string, write \"5\" in quotes"
+        "test.yaml:3:18: Pod: metadata.name: expected a string, found a number; for a string, write \"5\" in quotes"
     );
     let broken = refused("apiVersion: v1\nkind: [\n");
     assert!(broken.starts_with("test.yaml:") && broken.contains("not valid YAML"), "{broken}");
@@ -264,4 +264,117 @@ fn a_resource_that_is_deep_or_aliased_without_end_is_refused_not_followed() {
         bomb.push_str(&format!("a{i}: &a{i} [{refs}]\n"));
     }
     refused(&bomb);
+}
+
+#[test]
+fn init_containers_that_go_on_are_containers_of_the_pod() {
+    let text = "
+apiVersion: v1
+kind: Pod
+metadata: {name: p}
+spec:
+  containers: [{name: c, ports: [{name: http, containerPort: 80}]}]
+  initContainers:
+  - {name: proxy, restartPolicy: Always, ports: [{name: admin, containerPort: 15000, hostPort: 15000}]}
+  - {name: migrate, ports: [{name: over, containerPort: 1}]}
+";
+    let resource = one(text);
+    let Resource::Pod(pod) = &resource else { panic!("not a pod") };
+    let running: Vec<&str> = pod.spec.running().map(|container| container.name.as_str()).collect();
+    assert_eq!(running, ["c", "proxy"]);
+    assert_eq!(Resource::from_json(&resource.to_json()).unwrap(), resource);
+    refused(&text.replace("name: proxy", "name: c"));
+    refused(&text.replace("containerPort: 15000", "containerPort: 0"));
+}
+
+#[test]
+fn what_aliases_stand_for_is_bounded_by_the_size_of_the_document() {
+    let pod = |name: &str, labels: &str| {
+        format!(
+            "- {{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {labels}}}, spec: {{containers: [{{name: c}}]}}}}\n"
+        )
+    };
+    let pods: String = (0..2_000).map(|i| pod(&format!("p{i}"), "*l")).collect();
+    let list = format!("apiVersion: v1\nkind: List\nitems:\n{}{pods}", pod("first", "&l {app: web, tier: front}"));
+    assert_eq!(parse_documents("test.yaml", &list).unwrap().len(), 2_001, "one set of labels for all");
+
+    let long = "x".repeat(10_000);
+    let (many, depth) = (vec!["*a"; 3_000].join(","), 40);
+    let nested = (0..depth).map(|i| format!("&n{i} [")).collect::<String>() + &vec!["1"; 8_000].join(",");
+    for (bomb, limit) in [
+        (format!("a: &a [{}]\nb: [{many}]\n", vec!["1"; 100].join(",")), "values with its aliases"),
+        (format!("a: &a {long}\nb: [{many}]\n"), "bytes of text with its aliases"),
+        (format!("a: &a {{? {long} : 1}}\nb: [{many}]\n"), "bytes of text with its aliases"),
+        (format!("a: &a {{k: {long}}}\nb:\n{}", "- {<<: *a}\n".repeat(3_000)), "bytes of text with its aliases"),
+        (format!("a: {nested}{}\n", "]".repeat(depth)), "values with its aliases"),
+        (format!("a: {}", "{a: ".repeat(70) + &"}".repeat(70)), "nested more than 48 deep"),
+        (format!("a: [{}]\n", vec!["1"; 60_000].join(",")), "values with its aliases"),
+    ] {
+        let error = refused(&bomb);
+        assert!(error.contains(limit) && error.contains(&format!("{} bytes", bomb.len())), "{error}\n{}", &bomb[..80]);
+    }
+}
+
+#[test]
+fn thousands_of_ports_are_told_apart() {
+    let ports = |last: &str| -> String {
+        let port = |i: u32| format!("{{name: p{i}, port: {i}}}");
+        (1..=8_000).map(port).chain([last.to_owned()]).collect::<Vec<_>>().join(", ")
+    };
+    let service = |last: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: web}}, spec: {{clusterIP: 10.96.0.1, ports: [{}]}}}}",
+            ports(last)
+        )
+    };
+    let slice = |last: &str| {
+        format!(
+            "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: web}}, addressType: IPv4, ports: [{}]}}",
+            ports(last)
+        )
+    };
+    for text in [service("{name: other, port: 50000}"), slice("{name: other, port: 50000}")] {
+        one(&text);
+    }
+    for (text, what) in [
+        (service("{name: p7, port: 50000}"), "a second port is named \"p7\""),
+        (service("{name: other, port: 7}"), "a second port is TCP 7"),
+        (slice("{name: p7, port: 50000}"), "a second port is named \"p7\""),
+    ] {
+        assert!(refused(&text).contains(what), "{what}");
+    }
+}
+
+#[test]
+fn what_is_echoed_of_input_is_cut() {
+    let long = "9".repeat(1_000_000);
+    let key = "k".repeat(1_000_000);
+    let pod = |field: &str| {
+        format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: p}}\nspec: {{containers: [{{name: c}}], {field}}}\n")
+    };
+    for text in [
+        policy_text(&format!("ingress: [{{ports: [{{port: {long}}}]}}]")),
+        policy_text(&format!("ingress: [{{ports: [{{port: 0.{long}}}]}}]")),
+        policy_text(&format!("ingress: [{{ports: [{{protocol: '{long}'}}]}}]")),
+        policy_text(&format!("ingress: [{{from: [{{ipBlock: {{cidr: '{long}'}}}}]}}]")),
+        policy_text(&format!("podSelector: {{matchLabels: {{? {key} : '-'}}}}")),
+        policy_text(&format!("podSelector: {{matchLabels: {{a: {key}}}}}")),
+        policy_text(&format!("podSelector: {{matchExpressions: [{{key: a, operator: {key}}}]}}")),
+        policy_text(&format!("? {key}\n: 1")),
+        pod(&format!("nodeName: {key}")),
+        pod(&format!("? {key} : 1")),
+        format!("apiVersion: v1\nkind: {key}\n"),
+        format!("apiVersion: {key}\nkind: Pod\n"),
+        format!("apiVersion: {key}/v1.x\nkind: Pod\n").replace("k/", "k.x/"),
+        format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: {key}}}\n"),
+        format!("a: *{key}\n"),
+        format!("{key}: 1\n{key}: 2\n"),
+        format!("!{key} a: 1\n"),
+        format!("a: !!int {key}\n"),
+        format!("a: \"{key}"),
+        format!("a: {key}: {key}"),
+    ] {
+        let error = refused(&text);
+        assert!(error.chars().count() < 700, "{} characters: {}", error.len(), crate::cut::cut_to(&error, 300));
+    }
 }

@@ -1,32 +1,57 @@
 //! A YAML document with the place of every value, and a cursor that reads typed values from it.
 
-use super::ResourceError;
+use super::limits::{Limits, yaml_options};
+use super::{Position, ResourceError};
+use crate::cut::{cut, cut_to};
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::Spanned;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 
-/// Reads every document of `text` (YAML 1.2, of which JSON is a part).
-pub fn documents(file: &str, text: &str) -> Result<Vec<Tree>, ResourceError> {
-    let options = serde_saphyr::options! {
-        // A whole cluster's pods may stand in one file. The limits on depth and aliases stay.
-        budget: serde_saphyr::budget! {
-            max_events: 50_000_000,
-            max_nodes: 20_000_000,
-            max_documents: 1_000_000,
-        },
-        // In YAML 1.2 `yes`, `no`, `on`, `y` are strings.
-        strict_booleans: true,
-        with_snippet: false,
-    };
-    let trees: Vec<Spanned<Tree>> = serde_saphyr::from_multiple_with_options(text, options).map_err(|error| {
-        let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
-        let place = format!(" at line {line}, column {column}");
-        let message = error.to_string().replace(&place, "");
-        ResourceError::Syntax { at: super::Position { file: file.into(), line, column }, message }
-    })?;
-    Ok(trees.into_iter().map(Tree::placed).collect())
+/// Where a document comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The file, as errors show it.
+    pub file: &'a str,
+    /// Lines of the file that stand before the document.
+    pub lines_before: u64,
+}
+
+impl Source<'_> {
+    /// An error about a document that cannot be read at all.
+    pub fn syntax(self, at: (u64, u64), object: String, message: String) -> ResourceError {
+        ResourceError::Syntax { at: self.position(at), object, message: cut_to(&message, MESSAGE).into_owned() }
+    }
+
+    /// A place in the file, from one in the document.
+    pub fn position(self, (line, column): (u64, u64)) -> Position {
+        let line = if line == 0 { 0 } else { self.lines_before + line };
+        Position { file: self.file.to_owned(), line, column }
+    }
+}
+
+/// As many characters of the parser's message are shown; it may echo input.
+const MESSAGE: usize = 300;
+
+/// Reads a document (YAML 1.2, of which JSON is a part), or says where it stops being one and why.
+pub fn documents(source: Source<'_>, text: &str) -> Result<Vec<Tree>, ((u64, u64), String)> {
+    let limits = Limits::of(text);
+    // In YAML 1.2 `yes`, `no`, `on`, `y` are strings.
+    let mut options = yaml_options(text);
+    options.strict_booleans = true;
+    let trees: Result<Vec<Spanned<Tree>>, _> = serde_saphyr::from_multiple_with_options(text, options);
+    match trees {
+        Ok(trees) => Ok(trees.into_iter().map(Tree::placed).collect()),
+        Err(error) => {
+            let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
+            let message = limits.explain(&error).unwrap_or_else(|| {
+                let place = format!(" at line {line}, column {column}");
+                renumber(&error.to_string().replace(&place, ""), source.lines_before)
+            });
+            Err(((line, column), message))
+        }
+    }
 }
 
 /// Reads one JSON document, without places; `None` if it is none.
@@ -85,15 +110,15 @@ impl Tree {
     }
 
     /// A cursor on the whole document.
-    pub fn cursor<'a>(&'a self, file: &'a str) -> Cursor<'a> {
-        Cursor { file, tree: self, path: String::new() }
+    pub fn cursor<'a>(&'a self, source: Source<'a>) -> Cursor<'a> {
+        Cursor { source, tree: self, path: String::new() }
     }
 }
 
 /// A place in a document: the value, and how one gets there from the root.
 #[derive(Clone, Debug)]
 pub struct Cursor<'a> {
-    file: &'a str,
+    source: Source<'a>,
     tree: &'a Tree,
     path: String,
 }
@@ -101,7 +126,12 @@ pub struct Cursor<'a> {
 impl<'a> Cursor<'a> {
     /// An error about this value.
     pub fn error(&self, problem: impl Into<String>, hint: impl Into<String>) -> ResourceError {
-        error_at(self.file, (self.tree.line, self.tree.column), self.path.clone(), problem.into(), hint.into())
+        error_at(self.source, (self.tree.line, self.tree.column), self.path.clone(), problem.into(), hint.into())
+    }
+
+    /// An error: this value names a kind that other programs read.
+    pub fn foreign_kind(&self, kind: String) -> ResourceError {
+        ResourceError::Kind { at: self.source.position((self.tree.line, self.tree.column)), kind }
     }
 
     /// The value as a mapping in which no field stands beside `known`.
@@ -114,7 +144,7 @@ impl<'a> Cursor<'a> {
                     None => "remove it or correct its spelling or indentation".to_string(),
                 };
                 let path = join(&self.path, &key.name);
-                return Err(error_at(self.file, (key.line, key.column), path, "unknown field".into(), hint));
+                return Err(error_at(self.source, (key.line, key.column), path, "unknown field".into(), hint));
             }
         }
         Ok(Object { cursor: self.clone(), entries })
@@ -129,7 +159,7 @@ impl<'a> Cursor<'a> {
     /// The elements of a list.
     pub fn list(&self) -> Result<Vec<Cursor<'a>>, ResourceError> {
         let Value::List(items) = &self.tree.value else { return Err(self.wrong_type("a list")) };
-        let at = |(i, tree)| Cursor { file: self.file, tree, path: format!("{}[{i}]", self.path) };
+        let at = |(i, tree)| Cursor { source: self.source, tree, path: format!("{}[{i}]", self.path) };
         Ok(items.iter().enumerate().map(at).collect())
     }
 
@@ -209,14 +239,30 @@ impl<'a> Cursor<'a> {
         let Value::Map(entries) = &self.tree.value else { return Err(self.wrong_type("a mapping of strings")) };
         let mut out = BTreeMap::new();
         for (name, tree) in entries {
-            let item = Cursor { file: self.file, tree, path: join(&self.path, &name.name) };
+            let item = Cursor { source: self.source, tree, path: join(&self.path, &name.name) };
             key(&name.name).map_err(|why| {
                 let (problem, hint) = split_reason(&name.name, why);
-                error_at(self.file, (name.line, name.column), item.path.clone(), problem, hint)
+                error_at(self.source, (name.line, name.column), item.path.clone(), problem, hint)
             })?;
             out.insert(name.name.clone(), item.checked(value)?.to_string());
         }
         Ok(out)
+    }
+
+    /// What of a mapping of strings to strings both checks accept.
+    pub fn readable_strings(
+        &self,
+        key: fn(&str) -> Result<(), &'static str>,
+        value: fn(&str) -> Result<(), &'static str>,
+    ) -> BTreeMap<String, String> {
+        let Value::Map(entries) = &self.tree.value else { return BTreeMap::new() };
+        let good = entries.iter().filter_map(|(name, tree)| match &tree.value {
+            Value::String(text) if key(&name.name).is_ok() && value(text).is_ok() => {
+                Some((name.name.clone(), text.clone()))
+            }
+            _ => None,
+        });
+        good.collect()
     }
 
     fn refused(&self, text: &str, why: &str) -> ResourceError {
@@ -251,7 +297,7 @@ impl<'a> Object<'a> {
         if matches!(tree.value, Value::Null) {
             return None;
         }
-        Some(Cursor { file: self.cursor.file, tree, path: join(&self.cursor.path, name) })
+        Some(Cursor { source: self.cursor.source, tree, path: join(&self.cursor.path, name) })
     }
 
     /// The field's value, or an error that it is missing.
@@ -259,7 +305,7 @@ impl<'a> Object<'a> {
         self.get(name).ok_or_else(|| {
             let at = (self.cursor.tree.line, self.cursor.tree.column);
             let path = join(&self.cursor.path, name);
-            error_at(self.cursor.file, at, path, "is missing".into(), format!("add `{name}`"))
+            error_at(self.cursor.source, at, path, "is missing".into(), format!("add `{name}`"))
         })
     }
 
@@ -279,21 +325,21 @@ impl<'a> Object<'a> {
     }
 }
 
-fn error_at(file: &str, at: (u64, u64), field: String, problem: String, hint: String) -> ResourceError {
-    let at = super::Position { file: file.into(), line: at.0, column: at.1 };
+fn error_at(source: Source<'_>, at: (u64, u64), field: String, problem: String, hint: String) -> ResourceError {
     let field = if field.is_empty() { "document".to_string() } else { field };
-    ResourceError::Field { at, field, problem, hint }
+    ResourceError::Field { at: source.position(at), object: Box::default(), field: field.into(), problem, hint }
 }
 
 /// `"is not a name: use ..."` about `text` as a problem and a hint.
 fn split_reason(text: &str, why: &str) -> (String, String) {
     let (problem, hint) = why.split_once(": ").unwrap_or((why, "correct it"));
-    (format!("\"{text}\" {problem}"), hint.to_string())
+    (format!("\"{}\" {problem}", cut(text)), hint.to_string())
 }
 
 fn join(path: &str, name: &str) -> String {
+    let name = cut(name);
     if path.is_empty() {
-        name.to_string()
+        name.into_owned()
     } else if name.contains(['.', '/']) {
         format!("{path}[{name}]")
     } else {
@@ -301,10 +347,32 @@ fn join(path: &str, name: &str) -> String {
     }
 }
 
+/// Adds to every line that a message names the lines that stand before the document.
+fn renumber(message: &str, lines_before: u64) -> String {
+    let mut parts = message.split("line ");
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let digits = part.bytes().take_while(u8::is_ascii_digit).count();
+        out.push_str("line ");
+        match part[..digits].parse::<u64>() {
+            Ok(line) => out.push_str(&(lines_before + line).to_string()),
+            Err(_) => out.push_str(&part[..digits]),
+        }
+        out.push_str(&part[digits..]);
+    }
+    out
+}
+
 /// The known name that `name` was probably meant to be.
 fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
-    let (distance, best) = known.iter().map(|k| (edits(&name.to_lowercase(), &k.to_lowercase()), *k)).min()?;
-    (distance <= 1 + name.len() / 4).then_some(best)
+    let near = known.iter().filter(|known| is_nearly(name, known, 1 + name.len() / 4));
+    near.copied().min_by_key(|known| edits(&name.to_lowercase(), &known.to_lowercase()))
+}
+
+/// Whether two names differ in no more than so many letters, whatever their case.
+pub fn is_nearly(name: &str, known: &str, letters: usize) -> bool {
+    // What is much longer is another name, and would take long to compare.
+    name.len() <= 2 * known.len() && edits(&name.to_lowercase(), &known.to_lowercase()) <= letters
 }
 
 /// Least number of letters to insert, remove or replace (Levenshtein).

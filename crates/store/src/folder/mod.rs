@@ -3,9 +3,13 @@
 //! Every `*.yaml`, `*.yml` and `*.json` directly in the directory counts; names that start with a
 //! dot do not. The kernel reports changes (inotify), nothing is polled. A file is read when its
 //! writer closes it or when it is renamed into place, so that half a file is not read for a whole
-//! one. A file that cannot be parsed keeps its last good content, and the error is reported.
+//! one. Each document of a file stands for itself: what is understood is handed out, and one that cannot
+//! be read keeps its last good version, and is reported.
 
 mod manifests;
+mod read;
+
+pub use read::{read_bounded, read_file};
 
 use std::{
     collections::BTreeSet,
@@ -27,14 +31,22 @@ use manifests::Manifests;
 
 /// What changed since the last one. The first one holds everything.
 ///
-/// When the first one has errors, it is not the whole truth: a broken file has no last good content
-/// yet. Then keep what an earlier run stored and the change does not name.
+/// Objects that are unreadable from the start have no last good version here, but what an earlier run stored may
+/// be one. So keep what is stored of [`Change::unreadable`], and while a document is [`Change::opaque`] all that
+/// is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Change {
     /// New or different resources.
     pub upserted: Vec<Resource>,
-    /// [`Resource::store_key`] of those that no file defines any more.
+    /// New or different, for objects whose document can only be read in part and that have no last good version:
+    /// what lets nothing pass that the document may forbid. To be used unless an earlier run stored a good one.
+    pub stand_ins: Vec<Resource>,
+    /// [`Resource::store_key`] of those that no document defines any more, not even one that cannot be read.
     pub removed: Vec<String>,
+    /// [`Resource::store_key`] of all objects now whose document cannot be read and that have no last good version.
+    pub unreadable: BTreeSet<String>,
+    /// There is a document now that does not say which object it is.
+    pub opaque: bool,
     /// All that is wrong now, not only what is new. Empty: all is well.
     pub errors: Vec<FileError>,
 }
@@ -146,8 +158,9 @@ impl Folder {
         let Some(name) = event.name.as_ref().and_then(|name| name.to_str()) else {
             return;
         };
-        if name.starts_with("..") {
-            // What a Kubernetes volume does: all names are links through one that is swapped.
+        if name.starts_with("..") || event.mask.contains(EventMask::MOVED_FROM) {
+            // A Kubernetes volume's files are links through one that is swapped. What was renamed within the
+            // folder is seen under both names at once, so that what it holds is not gone between them.
             *stale = Stale::All;
         } else if is_manifest(name)
             && self.is_complete(name, event.mask)
@@ -212,18 +225,14 @@ impl Folder {
             },
         };
         for name in names {
-            match tokio::fs::read(&name).await {
-                Ok(bytes) => {
-                    let text = std::str::from_utf8(&bytes)
-                        .map_err(|error| format!("{name} is not UTF-8 ({error}). Save it as UTF-8"));
-                    self.manifests.set(&name, text);
-                }
-                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::IsADirectory) => {
-                    self.manifests.remove(&name);
-                }
-                Err(error) => {
-                    let message = format!("cannot read {name}: {error}. Check its permissions");
-                    self.manifests.set(&name, Err(message));
+            let path = PathBuf::from(&name);
+            let content = tokio::task::spawn_blocking(move || read(&path)).await;
+            match content.unwrap_or_else(|error| Found::Unreadable(error.to_string())) {
+                Found::Content(bytes) => self.manifests.set(&name, Ok(&bytes)),
+                Found::Nothing => self.manifests.remove(&name),
+                Found::Unreadable(why) => {
+                    self.manifests
+                        .set(&name, Err(format!("{name}: cannot be read: {why}; its last content stays in force")));
                 }
             }
         }
@@ -242,6 +251,26 @@ impl Folder {
 
     fn path_of(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
+    }
+}
+
+/// What stands at a path.
+enum Found {
+    Content(Vec<u8>),
+    Nothing,
+    Unreadable(String),
+}
+
+fn read(path: &Path) -> Found {
+    match read_file(path) {
+        Ok(bytes) => Found::Content(bytes),
+        Err(_) if path.is_dir() => Found::Nothing,
+        Err(error) => match path.symlink_metadata() {
+            Err(gone) if gone.kind() == io::ErrorKind::NotFound => Found::Nothing,
+            // A link is there, and says that there is something: what, it will say when its target is back.
+            Ok(_) if error.kind() == io::ErrorKind::NotFound => Found::Unreadable("it is a link to nothing".to_owned()),
+            _ => Found::Unreadable(error.to_string()),
+        },
     }
 }
 

@@ -1,6 +1,6 @@
 //! Answers about services.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -31,11 +31,21 @@ impl Serving {
 
     /// The same with what is wrong with them.
     pub fn detailed(&self, wanted: &ServiceGet) -> Vec<ServiceInfo> {
+        let mut by_name: BTreeMap<&str, Vec<&Problem>> = BTreeMap::new();
         let problems = self.sources.problems();
+        for problem in &problems {
+            let name = problem.subject.split(' ').next_back().unwrap_or_default();
+            by_name.entry(name).or_default().push(problem);
+        }
         let mut all = self.infos(wanted);
         for info in &mut all {
-            let of = |problem: &&Problem| concerns(problem, info);
-            info.problems = problems.iter().filter(of).map(|problem| problem.text.clone()).collect();
+            let name = format!("{}/{}", info.namespace, info.name);
+            // Its own, and those of slices and pods that are named after it.
+            let own = by_name.get(name.as_str());
+            let prefix = format!("{name}-");
+            let near = by_name.range(prefix.as_str()..).take_while(|(other, _)| other.starts_with(&prefix));
+            let of = own.into_iter().chain(near.map(|(_, problems)| problems)).flatten();
+            info.problems = of.map(|problem| problem.text.clone()).collect();
         }
         all
     }
@@ -104,6 +114,9 @@ impl Serving {
 
     fn backends_of(&self, port: &ServicePort) -> Vec<BackendInfo> {
         let numbered = self.books.backends(&port.id);
+        let numbers: HashMap<_, u32> = numbered.iter().map(|(number, backend)| (*backend, *number)).collect();
+        let inside: HashSet<usize> = port.inside.iter().copied().collect();
+        let outside: HashSet<usize> = port.outside.iter().copied().collect();
         let one = |(index, backend): (usize, &cirri_control::service::Backend)| BackendInfo {
             service: format!(
                 "{}/{}:{}/{}",
@@ -112,15 +125,15 @@ impl Serving {
                 port.id.port,
                 protocol_name(port.id.protocol)
             ),
-            number: numbered.iter().find(|(_, known)| *known == backend).map_or(0, |(number, _)| *number),
+            number: numbers.get(backend).copied().unwrap_or_default(),
             ip: backend.addr,
             port: backend.port,
             state: BackendState::name(backend.state).to_owned(),
             weight: backend.weight,
             node: backend.node.as_deref().map(str::to_owned),
             pod: backend.name.as_deref().map(str::to_owned),
-            inside: port.inside.contains(&index),
-            outside: port.outside.contains(&index),
+            inside: inside.contains(&index),
+            outside: outside.contains(&index),
             connections: 0,
             packets: 0,
             bytes: 0,
@@ -205,14 +218,6 @@ pub fn count(tables: &cirri_loader::Tables, backends: &mut [BackendInfo]) -> Res
 fn is_wanted(id: &PortId, wanted: &ServiceGet) -> bool {
     wanted.namespace.as_ref().is_none_or(|want| *want == id.namespace)
         && wanted.name.as_ref().is_none_or(|want| *want == id.service)
-}
-
-/// Whether a problem is the service's, or that of an EndpointSlice or pod of its name.
-fn concerns(problem: &Problem, info: &ServiceInfo) -> bool {
-    let named = format!("{}/{}", info.namespace, info.name);
-    problem.subject.split(' ').next_back().is_some_and(|subject| {
-        subject == named || subject.strip_prefix(&named).is_some_and(|rest| rest.starts_with('-'))
-    }) || problem.text.contains(&format!("{named}:"))
 }
 
 /// Backends that new connections may be given.

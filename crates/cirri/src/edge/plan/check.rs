@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use cirri_abi::map;
+use cirri_control::cut::cut_message;
 use cirri_control::service::maglev;
 use serde_saphyr::{Location, Spanned};
 
@@ -153,8 +154,9 @@ impl Checker<'_> {
         }
         let pool = self.pool_of(*at, file, pools, service, forwarding)?;
         let mut backends: Vec<Backend> = Vec::with_capacity(service.backends.len());
+        let mut before = Known::default();
         for backend in &service.backends {
-            let backend = self.backend(service, forwarding, backend, &backends)?;
+            let backend = self.backend(service, forwarding, backend, &mut before)?;
             backends.push(backend);
         }
         let health = match service.health.as_ref().or(defaults.health.as_ref()) {
@@ -217,7 +219,7 @@ impl Checker<'_> {
         service: &config::Service,
         forwarding: ForwardingName,
         found: &Spanned<config::Backend>,
-        before: &[Backend],
+        before: &mut Known,
     ) -> Result<Backend, PlanError> {
         let Spanned { value: backend, referenced: at, .. } = found;
         let port = backend.port.unwrap_or(service.port).0;
@@ -253,11 +255,11 @@ impl Checker<'_> {
         if backend.weight > HEAVIEST {
             return wrong(format!("weight {} is more than {HEAVIEST}", backend.weight));
         }
-        if before.iter().any(|other| other.name == name) {
+        if !before.names.insert(name.clone()) {
             return wrong("the service has another backend of this name; rename one".to_owned());
         }
-        if let Some(other) = before.iter().find(|other| (other.address, other.port) == (backend.address, port)) {
-            return wrong(format!("{spelled} is backend {} already; give one of them more weight instead", other.name));
+        if let Some(other) = before.places.insert((backend.address, port), name.clone()) {
+            return wrong(format!("{spelled} is backend {other} already; give one of them more weight instead"));
         }
         Ok(Backend { name, address: backend.address, port, weight: backend.weight })
     }
@@ -388,12 +390,20 @@ impl Checker<'_> {
     }
 
     fn refuse(&self, what: impl fmt::Display) -> PlanError {
-        PlanError(format!("{}: {what}", self.path.display()))
+        PlanError(format!("{}: {}", self.path.display(), cut_message(&what.to_string())))
     }
 
     fn at(&self, at: Location, what: impl fmt::Display) -> PlanError {
-        PlanError(format!("{}:{}:{}: {what}", self.path.display(), at.line(), at.column()))
+        let what = what.to_string();
+        PlanError(format!("{}:{}:{}: {}", self.path.display(), at.line(), at.column(), cut_message(&what)))
     }
+}
+
+/// The backends of a service so far.
+#[derive(Default)]
+struct Known {
+    names: BTreeSet<String>,
+    places: BTreeMap<(IpAddr, u16), String>,
 }
 
 fn check(health: &config::Health, service: &config::Service) -> Result<Check, String> {

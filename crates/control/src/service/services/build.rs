@@ -5,7 +5,8 @@ use super::claims::{self, Place, Rank, Source};
 use super::pods::{KnownPod, PodKey, PodPort};
 use super::{HealthCheck, Problem, ServiceName, Services};
 use crate::resource::{
-    ClusterIps, EndpointHints, IpFamily, IpFamilyPolicy, Metadata, Service, ServicePortSpec, ServiceType, TrafficPolicy,
+    ClusterIps, EndpointHints, IpFamily, IpFamilyPolicy, Metadata, PortRef, Protocol, SERVICE_PROXY_NAME_LABEL,
+    Service, ServicePortSpec, ServiceType, TrafficPolicy,
 };
 use crate::service::{Backend, Frontend, FrontendKind, Mode, PortId, ServicePort};
 use cirri_abi::{Addr, Algorithm, BackendState, proto};
@@ -88,6 +89,7 @@ impl Services {
                     continue;
                 }
                 let mut endpoints = self.endpoints(name, service, port, v6, &mut notes.problems);
+                self.note_sctp(port, &frontends, &endpoints, &mut notes);
                 let protocol = port.protocol.number();
                 watched.extend(endpoints.iter().flat_map(|endpoint| self.watched(endpoint, protocol)));
                 endpoints.retain(|endpoint| {
@@ -128,7 +130,7 @@ impl Services {
             service: name.clone(),
             local_endpoints: ready_here.len(),
         });
-        Built { ports, health, problems: notes.problems, watched }
+        Built { ports, health, problems: notes.take(), watched }
     }
 
     /// What annotations choose, or settings.
@@ -174,6 +176,25 @@ impl Services {
             None => {}
         }
         out
+    }
+
+    /// SCTP's checksum covers its ports and cannot be adjusted, so its packets can only be forwarded to the port that
+    /// they came to.
+    fn note_sctp(&self, port: &ServicePortSpec, frontends: &[Frontend], endpoints: &[Endpoint], notes: &mut Notes) {
+        if port.protocol != Protocol::Sctp {
+            return;
+        }
+        let declared = match &port.target_port {
+            PortRef::Number(number) => Some(*number),
+            PortRef::Name(_) => None,
+        };
+        let numbers = endpoints.iter().map(|endpoint| endpoint.port).chain(declared.filter(|_| endpoints.is_empty()));
+        let numbers: BTreeSet<u16> = numbers.collect();
+        for frontend in frontends {
+            if let Some(other) = numbers.iter().find(|number| **number != frontend.port) {
+                notes.add(sctp_problem(frontend, *other));
+            }
+        }
     }
 
     /// The endpoints of a service port in one family, each place once.
@@ -227,9 +248,7 @@ impl Services {
                     let subject = format!("EndpointSlice {}/{slice_name}", name.namespace);
                     let text = format!("the weight \"{text}\" is no number from 0 to 65535; 1 is used, correct it");
                     let problem = Problem { subject, text };
-                    if !problems.contains(&problem) {
-                        problems.push(problem);
-                    }
+                    problems.push(problem);
                     1
                 }
             };
@@ -308,6 +327,7 @@ impl Services {
     /// The ports of this node that a pod asks for.
     fn build_host_ports(&self, key: &PodKey, pod: &KnownPod) -> Built {
         let mut built = Built::default();
+        let mut known = BTreeSet::new();
         let mut notes = Notes { subject: format!("Pod {}", pod.name), problems: Vec::new() };
         let here = self.pods.place(pod).1.is_some_and(|node| **node == *self.settings.node);
         if !here || pod.over || pod.host_network {
@@ -326,6 +346,9 @@ impl Services {
             for v6 in [false, true] {
                 let Some((addr, node)) = self.address(pod, v6) else { continue };
                 let Some(frontend) = host_frontend(port, host_port, v6) else { continue };
+                if port.protocol == Protocol::Sctp && port.number != host_port {
+                    notes.add(sctp_problem(&frontend, port.number));
+                }
                 let id = PortId {
                     namespace: key.namespace.clone(),
                     // No service can have that name.
@@ -338,7 +361,7 @@ impl Services {
                     protocol: port.protocol.number(),
                     v6,
                 };
-                if built.ports.iter().any(|known| known.id == id) {
+                if !known.insert(id.clone()) {
                     notes.add(format!("hostPort {host_port} is asked for twice, and the first container's is served"));
                     continue;
                 }
@@ -358,7 +381,7 @@ impl Services {
                 });
             }
         }
-        built.problems = notes.problems;
+        built.problems = notes.take();
         built
     }
 }
@@ -379,20 +402,32 @@ struct Notes {
 
 impl Notes {
     fn add(&mut self, text: String) {
-        let problem = Problem { subject: self.subject.clone(), text };
-        if !self.problems.contains(&problem) {
-            self.problems.push(problem);
-        }
+        self.problems.push(Problem { subject: self.subject.clone(), text });
     }
+
+    /// All of it, each once.
+    fn take(self) -> Vec<Problem> {
+        let mut seen = BTreeSet::new();
+        self.problems.into_iter().filter(|problem| seen.insert(problem.clone())).collect()
+    }
+}
+
+fn sctp_problem(frontend: &Frontend, port: u16) -> String {
+    format!(
+        "SCTP packets to {} are dropped: its endpoints serve port {port}, and SCTP's checksum does not let ports be \
+         translated; give both the same number",
+        claims::describe(frontend)
+    )
 }
 
 fn rank(created: Option<&str>) -> Rank {
     Rank { undated: created.is_none(), created: created.unwrap_or_default().to_string(), ..Rank::default() }
 }
 
-/// Whether a service has addresses of its own.
+/// Whether a service has addresses of its own that are served here.
 fn has_addresses(service: &Service) -> bool {
-    service.spec.kind != ServiceType::ExternalName && service.spec.cluster_ips != ClusterIps::Headless
+    let others = service.metadata.labels.contains_key(SERVICE_PROXY_NAME_LABEL);
+    !others && service.spec.kind != ServiceType::ExternalName && service.spec.cluster_ips != ClusterIps::Headless
 }
 
 /// The families that a service has addresses of, or would have.

@@ -62,7 +62,7 @@ pub struct PodPort {
 
 impl KnownPod {
     fn of(key: &PodKey, pod: &Pod) -> KnownPod {
-        let ports = pod.spec.containers.iter().flat_map(|container| &container.ports).map(|port| PodPort {
+        let ports = pod.spec.running().flat_map(|container| &container.ports).map(|port| PodPort {
             name: port.name.clone(),
             protocol: port.protocol,
             number: port.container_port,

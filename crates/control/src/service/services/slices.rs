@@ -1,7 +1,10 @@
 //! EndpointSlices, by the service that they belong to.
 
 use super::ServiceName;
-use crate::resource::{AddressType, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice};
+use crate::resource::{
+    AddressType, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, HEADLESS_LABEL,
+    SERVICE_PROXY_NAME_LABEL,
+};
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -53,7 +56,11 @@ impl Slice {
             None => Ok(1),
         };
         let mut names: BTreeMap<&str, Arc<str>> = BTreeMap::new();
-        let endpoints = slice.endpoints.iter().filter_map(|endpoint| {
+        // As kube-proxy has it: such a slice is another program's. That there is one still says that somebody makes
+        // slices for the service.
+        let labels = &slice.metadata.labels;
+        let others = [SERVICE_PROXY_NAME_LABEL, HEADLESS_LABEL].iter().any(|label| labels.contains_key(*label));
+        let endpoints = slice.endpoints.iter().filter(|_| !others).filter_map(|endpoint| {
             let node = endpoint.node_name.as_deref();
             let target = endpoint.target_ref.as_ref().filter(|target| !target.name.is_empty());
             let name = target.map(|target| {

@@ -96,6 +96,20 @@ fn a_named_target_port_is_each_pods_own() {
 }
 
 #[test]
+fn a_named_target_port_may_be_that_of_an_init_container_that_goes_on() {
+    let spec = |policy: &str| {
+        format!(
+            "nodeName: n1, containers: [{{name: a}}], \
+             initContainers: [{{name: b{policy}, ports: [{{name: web, containerPort: 8080}}]}}]"
+        )
+    };
+    let pod = |policy: &str| pod_with("web-1", "", &spec(policy), "podIPs: [{ip: 10.0.0.1}]");
+    let manifests = service("clusterIP: 10.96.0.1, ports: [{port: 80, targetPort: web}]");
+    expect(&(manifests.clone() + &pod(", restartPolicy: Always")), &[&web("in web-1, out web-1")]);
+    expect(&(manifests + &pod("")), &[&web("in , out ")]);
+}
+
+#[test]
 fn readiness_of_a_pod() {
     let manifest = |metadata: &str, status: &str| {
         service(CLUSTER) + &pod_with("web-1", metadata, "nodeName: n1, containers: [{name: c}]", status)

@@ -299,3 +299,74 @@ fn health_check_ports_count_the_ready_endpoints_of_this_node() {
     world.remove("Service", "web");
     assert_eq!(check(&world), []);
 }
+
+#[test]
+fn a_service_that_another_program_forwards_is_left_alone() {
+    let labelled = |text: &str| {
+        text.replacen("namespace: shop", "namespace: shop, labels: {service.kubernetes.io/service-proxy-name: ours}", 1)
+    };
+    let manifests = service("type: NodePort, clusterIP: 10.96.0.1, ports: [{port: 80, nodePort: 30080}]");
+    let mut world = expect(&(labelled(&manifests) + &two_pods()), &[]);
+    // Neither does it take anything from others.
+    let other = named_service("zz", "type: NodePort, clusterIP: 10.96.0.2, ports: [{port: 80, nodePort: 30080}]");
+    world.apply(&other);
+    assert_eq!((world.ports.len(), world.problems()), (1, Vec::new()), "{:?}", world.lines());
+    world.remove("Service", "zz");
+    // The label comes and goes.
+    world.apply(&manifests);
+    assert!(!world.ports.is_empty());
+    world.apply(&labelled(&manifests));
+    assert_eq!(world.lines(), Vec::<String>::new());
+}
+
+#[test]
+fn a_slice_of_another_program_or_for_dns_alone_is_not_forwarded_to() {
+    let manifests = service("clusterIP: 10.96.0.1, ports: [{port: 80}]");
+    let slice = |label: &str| {
+        slice("web-x", "addressType: IPv4, ports: [{port: 8080}], endpoints: [{addresses: [192.0.2.9]}]")
+            .replace("service-name: web", &format!("service-name: web{label}"))
+    };
+    assert_eq!(World::new(&(manifests.clone() + &slice(""))).one().backends.len(), 1);
+    for label in [", service.kubernetes.io/service-proxy-name: ours", ", service.kubernetes.io/headless: ''"] {
+        let world = World::new(&(manifests.clone() + &slice(label) + &two_pods()));
+        assert_eq!(world.one().backends.len(), 0, "{label}");
+    }
+}
+
+#[test]
+fn sctp_to_another_port_is_a_problem_that_is_named() {
+    let sctp = |ports: &str| service(&format!("clusterIP: 10.96.0.1, ports: [{{protocol: SCTP, {ports}}}]"));
+    let problems = |manifests: &str| World::new(manifests).problems();
+    let named = |name: &str, number: u16| {
+        pod_with(
+            "web-1",
+            "",
+            &format!(
+                "nodeName: n1, containers: [{{name: c, ports: [{{name: {name}, containerPort: {number}, protocol: SCTP}}]}}]"
+            ),
+            "podIPs: [{ip: 10.0.0.1}]",
+        )
+    };
+    for good in [
+        sctp("port: 3868") + &two_pods(),
+        sctp("port: 3868, targetPort: 3868"),
+        sctp("port: 3868, targetPort: dia"),
+        sctp("port: 3868, targetPort: dia") + &named("dia", 3868),
+        sctp("port: 3868, targetPort: 3869").replace("SCTP", "TCP"),
+    ] {
+        assert_eq!(problems(&good), Vec::<String>::new(), "{good}");
+    }
+    let node_port = "type: NodePort, clusterIP: 10.96.0.1, ports: [{protocol: SCTP, port: 3868, nodePort: 30000}]";
+    for (bad, frontend) in [
+        (sctp("port: 3868, targetPort: 3869") + &two_pods(), "ClusterIP 10.96.0.1:3868"),
+        (sctp("port: 3868, targetPort: 3869"), "ClusterIP 10.96.0.1:3868"),
+        (sctp("port: 3868, targetPort: dia") + &named("dia", 3869), "ClusterIP 10.96.0.1:3868"),
+        (service(node_port) + &two_pods(), "NodePort 30000"),
+        (named("dia", 3868).replace("protocol: SCTP", "protocol: SCTP, hostPort: 3869"), "HostPort 3869"),
+    ] {
+        let problems = problems(&bad);
+        assert!(!problems.is_empty(), "{bad}");
+        let expected = format!("SCTP packets to {frontend} are dropped");
+        assert!(problems.iter().all(|text| text.contains(&expected)), "{bad}: {problems:?}");
+    }
+}
