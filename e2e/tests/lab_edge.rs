@@ -507,3 +507,35 @@ fn a_first_packet_with_a_dsr_option_names_the_service() {
         }
     }
 }
+
+#[test]
+fn lost_packets_and_a_restart_are_no_failed_backend() {
+    let mut lab = EdgeLab::new(3);
+    let _servers = lab.serve(8080);
+    // Two of three requests for a connection are lost on the way to b1.
+    edge::run(
+        &lab.backends["b1"],
+        "nft add table inet lossy ; add chain inet lossy in { type filter hook input priority 0 ; } ; \
+         add rule inet lossy in tcp dport 8080 tcp flags syn / syn,ack numgen inc mod 3 < 2 counter drop",
+    );
+    let lost = |lab: &EdgeLab| -> u64 {
+        let rules = edge::run(&lab.backends["b1"], "nft list table inet lossy");
+        let mut words = rules.split_whitespace().skip_while(|word| *word != "packets").skip(1);
+        words.next().unwrap().parse().unwrap()
+    };
+    let backends: String =
+        (1..=3).map(|n| format!("      - {{name: b{n}, address: 10.77.0.1{n}, port: 8080}}\n")).collect();
+    lab.write(&format!(
+        "services:\n  - name: web\n    address: {VIP}\n    port: 80\n\
+         \x20   health: {{type: tcp, interval: 100ms, timeout: 900ms, rise: 1, fall: 2}}\n    backends:\n{backends}"
+    ));
+    for _ in 0..2 {
+        let before = lost(&lab);
+        lab.start();
+        // Many checks have lost some by then.
+        let status = lab.status_when("checked", |_| lost(&lab) > before + 20);
+        let health = status["health"].as_array().unwrap();
+        assert!(health.iter().all(|it| it["state"] == "up" && it["changes"] == 0), "{status:#}");
+        lab.kill();
+    }
+}

@@ -56,7 +56,12 @@ pub const PACKAGES: &[Package] = &[
     Package { name: "runc", proof: "runc", need: Need::Test, why: "starts containerd's containers" },
     Package { name: "bird2", proof: "bird", need: Need::Test, why: "announces a load balancer's addresses by BGP" },
     Package { name: "iptables", proof: "iptables-legacy", need: Need::Bench, why: "services as kube-proxy makes them" },
-    Package { name: "nftables", proof: "nft", need: Need::Bench, why: "the same by another filter" },
+    Package {
+        name: "nftables",
+        proof: "nft",
+        need: Need::Test,
+        why: "packets that get lost on purpose; services by another filter",
+    },
     Package { name: "iperf3", proof: "iperf3", need: Need::Bench, why: "throughput and its kernel baseline" },
 ];
 

@@ -10,7 +10,7 @@ use cirri_control::service::table::{Capacity, Tables as Books, Write};
 use cirri_control::service::{Backend, Frontend, FrontendKind, PortId, ServicePort};
 use cirri_loader::{MapError, Tables};
 
-use super::down::{self, Down};
+use super::found::{self, BackendKey};
 use super::health::{Checks, Health, Outcome, Target};
 use super::plan::{Plan, Pool, Service};
 use crate::agent::{found_services, write_services};
@@ -32,8 +32,8 @@ pub struct Core {
     pub checks: Checks,
     /// Backends that somebody drained by hand.
     pub drained: BTreeSet<Target>,
-    /// What an earlier process had found down, until the plan is first in force.
-    found_down: BTreeSet<Down>,
+    /// Whether backends were up for an earlier process, until the plan is first in force.
+    found_up: BTreeMap<BackendKey, bool>,
     /// Whether the kernel refused a row: the books are ahead of it then.
     pub behind: Option<String>,
 }
@@ -67,7 +67,7 @@ impl Core {
     /// The kernel's, or the state directory cannot be read.
     pub fn resume(plan: Plan, tables: Tables, checks: Checks) -> Result<Core, ApplyError> {
         let found = found_services(&tables)?;
-        let found_down = down::found(&found);
+        let found_up = found::found(&found);
         let mut books = Books::new(capacity(&tables));
         books.restore(found);
         let drained = read_drained(&plan.state_dir)?;
@@ -79,7 +79,7 @@ impl Core {
             health: BTreeMap::new(),
             checks,
             drained,
-            found_down,
+            found_up,
             behind: None,
         };
         core.pools = core.adopted_pools()?;
@@ -103,7 +103,7 @@ impl Core {
         }
         // From here on only the kernel can fail, and the books are what it shall be like.
         (self.books, self.plan, self.pools, self.health, self.drained) = (books, plan, pools, health, drained);
-        self.found_down.clear();
+        self.found_up.clear();
         self.checks.follow(&self.plan);
         for (number, row) in rows {
             self.kernel(|tables| tables.snat_pools.put(&number, &row))?;
@@ -111,28 +111,36 @@ impl Core {
         self.write(&writes)
     }
 
-    /// Takes in the outcome of a check.
+    /// Takes in outcomes of checks. Each service whose backends changed state is written once, however many of them
+    /// did.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn note(&mut self, outcome: &Outcome) -> Result<(), ApplyError> {
+    pub fn note(&mut self, outcomes: &[Outcome]) -> Result<(), ApplyError> {
+        let changed: BTreeSet<String> =
+            outcomes.iter().filter(|it| self.is_news(it)).map(|it| it.target.service.clone()).collect();
+        if changed.is_empty() { Ok(()) } else { self.refresh(changed) }
+    }
+
+    /// Whether a backend went up or down by an outcome.
+    fn is_news(&mut self, outcome: &Outcome) -> bool {
         let Outcome { target, result } = outcome;
         let service = self.plan.services.iter().find(|service| service.name == target.service);
         // One that was on its way when the plan changed.
         let Some((check, health)) =
             service.and_then(|service| service.health.as_ref()).zip(self.health.get_mut(target))
         else {
-            return Ok(());
+            return false;
         };
         if !health.note(result, check, Instant::now()) {
-            return Ok(());
+            return false;
         }
         let Target { service, backend } = target;
         match result {
             Ok(_) => tracing::info!(service, backend, "backend is back"),
             Err(error) => tracing::warn!(service, backend, error, "backend is down; its connections go to others"),
         }
-        self.refresh([target.service.clone()])
+        true
     }
 
     /// Drains backends, or takes that back. Answers those that a name fits.
@@ -229,8 +237,8 @@ impl Core {
             for backend in &service.backends {
                 let target = Target { service: service.name.clone(), backend: backend.name.clone() };
                 let known = self.health.get(&target).cloned().unwrap_or_else(|| {
-                    let down = Down::new(&service_key(service), backend.address, backend.port);
-                    Health::new(self.found_down.contains(&down), now)
+                    let key = BackendKey::new(&service_key(service), backend.address, backend.port);
+                    Health::new(self.found_up.get(&key).copied(), now)
                 });
                 all.insert(target, known);
             }

@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc};
@@ -49,6 +51,8 @@ struct Running {
 
 /// Checks that may be on their way at the same time.
 const AT_ONCE: usize = 128;
+/// Connections that one check asks for, as long as none is answered.
+const CONNECTS: usize = 4;
 /// Bytes of an answer that its first line may take.
 const LONGEST_LINE: usize = 4096;
 /// The first check of a backend comes within this time, so that a dead one is found early.
@@ -125,9 +129,10 @@ pub struct Health {
 
 impl Health {
     /// A backend that nothing is known of counts as up, and its first check decides by itself. What an
-    /// earlier process found out stays until checks say otherwise.
-    pub fn new(found_down: bool, now: Instant) -> Health {
-        Health { up: !found_down, known: found_down, against: 0, since: now, changes: 0, last: String::new() }
+    /// earlier process found out, up or down, stays until as many checks as the thresholds ask say otherwise.
+    pub fn new(found_up: Option<bool>, now: Instant) -> Health {
+        let (up, known) = (found_up.unwrap_or(true), found_up.is_some());
+        Health { up, known, against: 0, since: now, changes: 0, last: String::new() }
     }
 
     /// Takes in an outcome; whether the backend went up or down by it.
@@ -179,23 +184,42 @@ async fn keep_checking(
     let begin = random_part_of(check.interval.min(FIRST_WITHIN));
     let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + begin, check.interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut late = false;
     loop {
         ticks.tick().await;
         let Ok(_permit) = at_once.acquire().await else { return };
         let begun = Instant::now();
-        let result = match tokio::time::timeout(check.timeout, probe(&check.probe, address)).await {
+        let result = match tokio::time::timeout(check.timeout, probe(&check.probe, address, check.timeout)).await {
             Ok(Ok(())) => Ok(begun.elapsed()),
             Ok(Err(error)) => Err(error.to_string()),
+            Err(_) if was_starved(begun.elapsed(), check.timeout) => {
+                if !std::mem::replace(&mut late, true) {
+                    let Target { service, backend } = &target;
+                    tracing::warn!(
+                        service,
+                        backend,
+                        "checks are late and not counted: this process gets too little processor time"
+                    );
+                }
+                continue;
+            }
             Err(_) => Err(format!("no answer within {:?}", check.timeout)),
         };
+        late = false;
         if outcomes.send(Outcome { target: target.clone(), result }).is_err() {
             return;
         }
     }
 }
 
-async fn probe(probe: &Probe, address: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect(address).await?;
+/// Whether a check without an answer says something of this process alone: it got no processor in time to ask again,
+/// or to see the answer.
+fn was_starved(elapsed: Duration, timeout: Duration) -> bool {
+    elapsed > timeout + timeout / CONNECTS as u32
+}
+
+async fn probe(probe: &Probe, address: SocketAddr, timeout: Duration) -> io::Result<()> {
+    let mut stream = connect(address, timeout).await?;
     // A reset at the end: no port of this machine waits out its time for every check.
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     let Probe::Http { path, host, expect } = probe else { return Ok(()) };
@@ -216,6 +240,19 @@ async fn probe(probe: &Probe, address: SocketAddr) -> io::Result<()> {
         Some(code) if (expect.first..=expect.last).contains(&code) => Ok(()),
         Some(code) => Err(io::Error::other(format!("answered {code}, not {}-{}", expect.first, expect.last))),
         None => Err(io::Error::other("answered, but not in HTTP")),
+    }
+}
+
+/// Connects, and asks again while nobody answers: a packet that a busy way loses is no failed backend. The kernel
+/// repeats a SYN after a second (RFC 6298, section 2), when many a check is over.
+async fn connect(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let mut attempts = FuturesUnordered::new();
+    let mut again = tokio::time::interval(timeout / CONNECTS as u32);
+    loop {
+        tokio::select! {
+            _ = again.tick(), if attempts.len() < CONNECTS => attempts.push(TcpStream::connect(address)),
+            Some(outcome) = attempts.next() => return outcome,
+        }
     }
 }
 
@@ -250,7 +287,7 @@ mod tests {
     #[test]
     fn thresholds_count_outcomes_in_a_row() {
         let check = check(2, 3);
-        let mut health = Health::new(false, Instant::now());
+        let mut health = Health::new(None, Instant::now());
         assert_eq!((health.is_up(), health.state()), (true, "unknown"));
         assert!(!note(&mut health, true, &check));
         for good in [false, false, true, false, false] {
@@ -268,14 +305,25 @@ mod tests {
     #[test]
     fn the_first_check_of_a_new_backend_decides_and_that_of_a_known_one_does_not() {
         let check = check(2, 3);
-        let mut fresh = Health::new(false, Instant::now());
+        let mut fresh = Health::new(None, Instant::now());
         assert!(note(&mut fresh, false, &check));
         assert!(!fresh.is_up());
-        let mut known = Health::new(true, Instant::now());
+        let mut serving = Health::new(Some(true), Instant::now());
+        assert!(!note(&mut serving, false, &check) && !note(&mut serving, false, &check));
+        assert!(serving.is_up());
+        assert!(note(&mut serving, false, &check));
+        let mut known = Health::new(Some(false), Instant::now());
         assert_eq!(known.state(), "down");
         assert!(!note(&mut known, true, &check));
         assert!(note(&mut known, true, &check));
         assert!(known.is_up());
+    }
+
+    #[test]
+    fn silence_counts_only_if_the_check_itself_was_in_time() {
+        let timeout = Duration::from_secs(1);
+        assert!(!was_starved(Duration::from_millis(1010), timeout));
+        assert!(was_starved(Duration::from_millis(1300), timeout));
     }
 
     #[test]
@@ -303,12 +351,13 @@ mod tests {
         });
         let expect = CodeRange { first: 200, last: 399 };
         let http = Probe::Http { path: "/healthy".to_owned(), host: Some("shop".to_owned()), expect };
-        probe(&http, address).await.unwrap();
+        let patience = Duration::from_secs(5);
+        probe(&http, address, patience).await.unwrap();
         for wanted in ["answered 500, not 200-399", "not in HTTP", "not in HTTP"] {
-            let error = probe(&http, address).await.unwrap_err().to_string();
+            let error = probe(&http, address, patience).await.unwrap_err().to_string();
             assert!(error.contains(wanted), "{error}");
         }
         server.await.unwrap();
-        assert!(probe(&http, address).await.is_err(), "nobody listens any more");
+        assert!(probe(&http, address, patience).await.is_err(), "nobody listens any more");
     }
 }

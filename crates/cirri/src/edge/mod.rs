@@ -12,8 +12,8 @@ pub mod backend;
 mod config;
 mod core;
 mod devices;
-mod down;
 mod drops;
+mod found;
 mod health;
 mod plan;
 mod pools;
@@ -82,6 +82,8 @@ struct ConfigState {
     error: String,
 }
 
+/// Outcomes of checks that are taken in at once.
+const OUTCOMES: usize = 1024;
 /// How long changes of routes are gathered.
 const BURST: Duration = Duration::from_millis(20);
 /// How often flow tables are swept, and how many entries at a time: a load balancer's fill quickly.
@@ -266,8 +268,12 @@ async fn load(shared: &Shared) -> std::result::Result<usize, String> {
 
 /// Takes in what checks say.
 async fn follow_checks(shared: Arc<Shared>, mut outcomes: UnboundedReceiver<Outcome>) {
-    while let Some(outcome) = outcomes.recv().await {
-        if let Err(error) = shared.core.lock().await.note(&outcome) {
+    let mut batch = Vec::new();
+    // What came while the tables were written is one more change, however much it is.
+    while outcomes.recv_many(&mut batch, OUTCOMES).await > 0 {
+        let noted = shared.core.lock().await.note(&batch);
+        batch.clear();
+        if let Err(error) = noted {
             tracing::error!(%error, "a backend's state is not in the tables");
             shared.wake.notify_one();
         }

@@ -57,8 +57,8 @@ fn who_is_down_drained_or_weighs_nothing_gets_no_connections() {
     );
     let target = |backend: &str| Target { service: "a".into(), backend: backend.into() };
     let health = BTreeMap::from([
-        (target("up"), Health::new(false, Instant::now())),
-        (target("down"), Health::new(true, Instant::now())),
+        (target("up"), Health::new(None, Instant::now())),
+        (target("down"), Health::new(Some(false), Instant::now())),
     ]);
     let drained = BTreeSet::from([target("drained"), target("down")]);
     let port = service_port(&plan.services[0], &BTreeMap::new(), &health, &drained);
