@@ -10,6 +10,7 @@ use cirri_sim::{SimSocket, build};
 
 const DEVICES: Devices = Devices { a: 10, b: 11, eth: 2, overlay: 3 };
 const SYN: u8 = 2;
+const ACK: u8 = 16;
 /// The node's own network namespace, and another.
 const NODE: u64 = 77;
 const POD: u64 = 1 << 40 | 5;
@@ -52,6 +53,34 @@ fn a_backend_of_this_node_gets_its_share_also_when_packets_are_met_before_the_st
         let mut native = native(&world);
         let away = (1..=4000).filter(|port| leaves(&mut native, &world, (world.ip("w"), *port))).count();
         assert!((1800..2200).contains(&away), "{away} of 4000 went to the other node's one of two backends");
+    }
+}
+
+#[test]
+fn a_connection_whose_beginning_a_flood_has_evicted_goes_on_with_its_backend_and_port() {
+    for v6 in [false, true] {
+        let world = World::new(v6, DEVICES)
+            .direct()
+            .configured(|config| {
+                config.flags &= !cirri_abi::node_flag::TUNNEL;
+                config.masquerade_mask = 0x3fff;
+            })
+            .service((ANY, 30080), &[("c", 8080), ("c", 8081)], |row| row.algorithm = Algorithm::MAGLEV);
+        let mut native = native(&world);
+        native.node().limit_flows(1024, 64);
+        let mut leaves_with = |port, flags| {
+            let frame = build::tcp((world.ip("w"), port), world.at("n1", 30080), flags).on(DEVICES.eth);
+            let ran = native.node().run(Hook::FROM_NETWORK, frame);
+            assert!(matches!(ran.verdict, Verdict::Neighbour { .. }), "{:?}", ran.verdict);
+            let at = if v6 { 54 } else { 34 };
+            ran.frame.bytes[at..at + 4].to_vec()
+        };
+        let begun = leaves_with(1000, SYN);
+        for port in 2000..2200 {
+            leaves_with(port, SYN);
+        }
+        // The answer came back before; its ACK is late.
+        assert_eq!(leaves_with(1000, ACK), begun);
     }
 }
 

@@ -8,6 +8,7 @@ use cirri_abi::{
 use crate::{
     carry::tuple_difference,
     place::PlaceKind,
+    service::flow_hash,
     slow::{Next, Outcome, Scratch},
     traits::{Flow, Table, Tables},
 };
@@ -187,10 +188,11 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Outcome {
     s.forward.csum_delta = tuple_difference(&s.opener, &s.opener.rewritten(&s.forward));
     s.reverse.csum_delta = tuple_difference(&s.answer, &s.answer.rewritten(&s.reverse));
 
-    // The client's own port if it may be: easier to follow for people.
+    // The client's own port if it may be: easier to follow for people. Else one that follows from the flow:
+    // a connection that is decided again, since a flood evicted its beginning, finds the port it had.
     let own = s.opener.sport.number();
-    let mut port =
-        if source.own || own.wrapping_sub(source.first) <= source.mask { own } else { pick(tables.random(), source) };
+    let kept = source.own || own.wrapping_sub(source.first) <= source.mask;
+    let mut port = if kept { own } else { pick(flow_hash(&s.opener, false), source) };
     if source.own && source.addr == s.opener.src {
         // Nothing changes then, and the recipes say so.
         s.forward.rewrite &= !Rewrite::SOURCE;
