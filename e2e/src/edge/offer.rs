@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cirri_loader::net::Namespace;
@@ -42,26 +42,27 @@ const NO_BUFFERS: i32 = 105;
 const BURST: u64 = 64;
 
 impl Offer {
-    /// Offers flows until it is told to stop. What falls behind is made up for.
+    /// Offers flows until it is told to stop. What falls behind is made up for. `peak` is [`Offered::peak`] so far.
     ///
     /// # Errors
     /// A datagram cannot be sent for another reason than a full queue.
-    pub fn run(&self, inside: &Namespace, stop: &AtomicBool) -> io::Result<Offered> {
-        inside.run(|| self.send(stop)).map_err(|error| io::Error::other(error.to_string()))?
+    pub fn run(&self, inside: &Namespace, stop: &AtomicBool, peak: &AtomicU64) -> io::Result<Offered> {
+        inside.run(|| self.send(stop, peak)).map_err(|error| io::Error::other(error.to_string()))?
     }
 
-    fn send(&self, stop: &AtomicBool) -> io::Result<Offered> {
+    fn send(&self, stop: &AtomicBool, peak: &AtomicU64) -> io::Result<Offered> {
         let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(RAW)))?;
         socket.set_send_buffer_size(4 << 20)?;
         let target: SockAddr = SocketAddr::new(self.to.into(), 0).into();
         let mut packet = self.packet();
         let (mut sent, mut refused) = (0, 0);
         let begun = Instant::now();
-        let (mut peak, mut second, mut sent_before) = (0, begun, 0);
+        let (mut second, mut sent_before) = (begun, 0);
         while !stop.load(Ordering::Relaxed) {
             if second.elapsed() >= Duration::from_secs(1) {
                 let rate = (sent - sent_before) as f64 / second.elapsed().as_secs_f64();
-                (peak, second, sent_before) = (peak.max(rate as u64), Instant::now(), sent);
+                peak.fetch_max(rate as u64, Ordering::Relaxed);
+                (second, sent_before) = (Instant::now(), sent);
             }
             let due = (begun.elapsed().as_secs_f64() * f64::from(self.rate)) as u64;
             if due < sent + refused {
@@ -80,7 +81,7 @@ impl Offer {
                 }
             }
         }
-        Ok(Offered { sent, refused, took: begun.elapsed(), peak })
+        Ok(Offered { sent, refused, took: begun.elapsed(), peak: peak.load(Ordering::Relaxed) })
     }
 
     fn packet(&self) -> [u8; LENGTH] {
