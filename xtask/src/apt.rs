@@ -1,5 +1,6 @@
-//! Debian's packages: what is missing, and putting it there.
+//! Debian's package manager: what it offers, and putting that there.
 
+use crate::archive::{self, Offers};
 use crate::{host, sh};
 use anyhow::{Context, Result, bail};
 use std::os::unix::fs::OpenOptionsExt;
@@ -23,49 +24,61 @@ pub fn command_line(packages: &[String]) -> String {
     format!("{sudo}apt-get update && {sudo}apt-get install -y --no-install-recommends {}", packages.join(" "))
 }
 
-/// Does the package archive, as this machine last saw it, offer `package`?
-pub fn offers(package: &str) -> bool {
-    sh::capture(Command::new("apt-cache").args(["policy", package])).is_ok_and(|text| has_candidate(&text))
+/// What the archive, as this machine last saw it, has of these packages.
+pub fn offers(packages: &[&str]) -> Offers {
+    let text = sh::capture(Command::new("apt-cache").arg("policy").args(packages).env("LC_ALL", "C"));
+    archive::read(&text.unwrap_or_default())
 }
 
-/// Installs packages without letting their services start. The archive's index is refreshed only
-/// when it lacks a package or points at files that are gone.
+/// Does the archive, as this machine last saw it, offer `package`?
+pub fn offers_any(package: &str) -> bool {
+    offers(&[package]).get(package).is_some_and(|offer| offer.candidate.is_some())
+}
+
+/// The LLVM that a package depends on.
+pub fn llvm_of(package: &str) -> Option<u32> {
+    let text = sh::capture(Command::new("apt-cache").args(["show", "--no-all-versions", package])).ok()?;
+    archive::llvm_in(&text)
+}
+
+/// Asks the archive what it has by now; whether that went wholly well. A source that does not answer is no error
+/// here: what matters is whether what is needed can be had, and that is looked at next.
+pub fn refresh() -> Result<bool> {
+    let fresh = sh::status(apt_get().args(["update", "-q", "-o", "APT::Update::Error-Mode=any"]))?.success();
+    if !fresh {
+        eprintln!("The package index could not be refreshed wholly; going on with what there is of it.");
+    }
+    Ok(fresh)
+}
+
+/// Installs these packages (or `NAME=VERSION`), newer ones over older ones, without letting their services start.
 pub fn install(packages: &[String]) -> Result<()> {
     let _quiet = NoServices::new()?;
-    let mut fresh = false;
-    if !packages.iter().all(|p| offers(p)) {
-        refresh()?;
-        fresh = true;
+    let mut command = apt_get();
+    command.arg("install").args(OPTIONS);
+    if packages.iter().any(|package| package.contains('=')) {
+        command.arg("--allow-downgrades"); // A version was chosen because no other will do.
     }
-    let mut result = sh::run(apt_get().arg("install").args(OPTIONS).args(packages));
-    if result.is_err() && !fresh && !sh::interrupted() {
-        refresh()?;
-        result = sh::run(apt_get().arg("install").args(OPTIONS).args(packages));
-    }
-    result.with_context(|| format!("packages could not be installed. Once that is mended: {}", command_line(packages)))
+    sh::run(command.args(packages))
+        .with_context(|| format!("packages could not be installed. Once that is mended: {}", command_line(packages)))
 }
 
-const OPTIONS: [&str; 6] = ["-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"];
-
-fn refresh() -> Result<()> {
-    sh::step("apt-get update: the package index is missing or too old");
-    // One broken third-party source makes the whole update fail; what matters is whether the
-    // installation then finds its packages, and that says so itself.
-    if !sh::status(apt_get().args(["update", "-q"]))?.success() {
-        eprintln!("apt-get update had trouble; trying to install anyway");
-    }
-    Ok(())
-}
+const OPTIONS: [&str; 8] = [
+    "-y",
+    "--no-install-recommends",
+    "-o",
+    "DPkg::Lock::Timeout=300",
+    "-o",
+    "Dpkg::Use-Pty=0",
+    "-o",
+    "Acquire::Retries=3",
+];
 
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
     command.env("DEBIAN_FRONTEND", "noninteractive").env("PATH", host::search_path()).stdin(Stdio::null());
     command.arg("-q");
     command
-}
-
-fn has_candidate(policy: &str) -> bool {
-    policy.lines().filter_map(|l| l.trim().strip_prefix("Candidate:")).any(|c| c.trim() != "(none)")
 }
 
 /// While it lives, installing a package does not start its service. A policy that is already there
@@ -98,17 +111,5 @@ impl Drop for NoServices {
         {
             eprintln!("cannot remove {POLICY} ({error}): remove it, or no package will start its service");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_package_is_offered_when_it_has_a_candidate() {
-        assert!(has_candidate("runc:\n  Installed: (none)\n  Candidate: 1.1.5+ds1-1\n"));
-        assert!(!has_candidate("gone:\n  Installed: (none)\n  Candidate: (none)\n"));
-        assert!(!has_candidate(""));
     }
 }

@@ -4,6 +4,7 @@
 //! come with the source of its own library; and bpf-linker must be built against an LLVM at least
 //! as new as the compiler's, or it cannot read what the compiler wrote.
 
+use crate::archive::CompilerNeeds;
 use crate::{apt, host, sh};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -17,10 +18,13 @@ const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 /// Names the compiler to use instead of the one found.
 const CHOICE: &str = "CIRRI_BPF_TOOLCHAIN";
 
-pub const TWO_WAYS: &str = "\
-no Rust compiler for the BPF programs. Two ways to get one:
-  rustup:  rustup component add rust-src    (for the toolchain in use, or `--toolchain nightly`)
-  Debian:  apt-get install rustc-web cargo-web rust-web-src";
+/// What to type for a compiler of rustup's.
+pub const BY_RUSTUP: &str = "rustup update stable && rustup component add rust-src --toolchain stable";
+
+/// What the programs need of their compiler. It compiles crates of the workspace, so that their `rust-version` is its.
+pub fn needs(least: &str) -> CompilerNeeds<'_> {
+    CompilerNeeds { least, llvm: LINKER_LLVM }
+}
 
 /// A Rust compiler that can build the BPF programs.
 #[derive(Debug, Clone)]
@@ -41,24 +45,47 @@ pub struct Version {
 }
 
 impl Toolchain {
-    /// The one asked for by name, else the first that can be used: rustup's in use, a rustup
-    /// nightly, any other of rustup, Debian's. `None`: there is none with its library's source.
-    pub fn choose() -> Result<Option<Self>> {
+    /// The one asked for by name, else the first that will do: rustup's in use, a rustup nightly, any other of rustup,
+    /// Debian's.
+    pub fn choose() -> Result<Found> {
+        let least = host::rust_version()?;
+        let needs = needs(&least);
         if let Ok(name) = std::env::var(CHOICE) {
             let chosen = candidates().into_iter().find(|c| c.name == name || c.name.starts_with(&format!("{name}-")));
             let Some(chosen) = chosen else {
                 bail!("{CHOICE}={name}: no such toolchain with its library's source (component rust-src) is installed")
             };
-            return chosen.open().map(Some);
+            let toolchain = chosen.open()?;
+            return match needs.judge(&toolchain.version.release, toolchain.version.llvm) {
+                Ok(()) => Ok(Found::Fits(toolchain)),
+                Err(problem) => {
+                    bail!("{CHOICE}={name}: {}: {problem}; needed: {}", toolchain.in_words(), needs.describe())
+                }
+            };
         }
+        let mut unfit = Vec::new();
         for candidate in candidates() {
-            let toolchain = candidate.open()?;
-            // A nightly may be ahead of every LLVM that can be had here.
-            if LINKER_LLVM.contains(&toolchain.version.llvm) && toolchain.can_have_llvm() {
-                return Ok(Some(toolchain));
+            let name = candidate.name.clone();
+            let judged = candidate.open().map_err(|error| format!("{name}: {error:#}")).and_then(|toolchain| {
+                let judged = needs.judge(&toolchain.version.release, toolchain.version.llvm);
+                judged.map_err(|problem| format!("{}: {problem}", toolchain.in_words()))?;
+                // A nightly may be ahead of every LLVM that can be had here.
+                if !toolchain.can_have_llvm() {
+                    return Err(format!("{}: no llvm-{}-dev to be had", toolchain.in_words(), toolchain.version.llvm));
+                }
+                Ok(toolchain)
+            });
+            match judged {
+                Ok(toolchain) => return Ok(Found::Fits(toolchain)),
+                Err(problem) => unfit.push(problem),
             }
         }
-        Ok(None)
+        Ok(Found::Unfit(unfit))
+    }
+
+    /// As `rustc 1.96.0 (debian), LLVM 22`.
+    pub fn in_words(&self) -> String {
+        format!("rustc {} ({}), LLVM {}", self.version.release, self.name, self.version.llvm)
     }
 
     /// Where Debian puts the LLVM this compiler was built with.
@@ -67,7 +94,26 @@ impl Toolchain {
     }
 
     fn can_have_llvm(&self) -> bool {
-        self.llvm_prefix().join("bin/llvm-config").exists() || apt::offers(&format!("llvm-{}-dev", self.version.llvm))
+        self.llvm_prefix().join("bin/llvm-config").exists()
+            || apt::offers_any(&format!("llvm-{}-dev", self.version.llvm))
+    }
+}
+
+/// What was found when a compiler was looked for.
+#[derive(Debug)]
+pub enum Found {
+    /// One that will do.
+    Fits(Toolchain),
+    /// None; why each that comes with its library's source will not do.
+    Unfit(Vec<String>),
+}
+
+impl Found {
+    pub fn fits(self) -> Option<Toolchain> {
+        match self {
+            Self::Fits(toolchain) => Some(toolchain),
+            Self::Unfit(_) => None,
+        }
     }
 }
 
@@ -108,9 +154,18 @@ pub fn install_linker(toolchain: &Toolchain) -> Result<()> {
     let mut cargo = host::cargo();
     cargo.env("LLVM_PREFIX", toolchain.llvm_prefix()).args(["install", "bpf-linker", "--version", LINKER_VERSION]);
     cargo.args(["--locked", "--force", "--no-default-features", "--features", &format!("llvm-{llvm}")]);
+    // What it is for LLVM does, which is built already: optimising the linker itself costs minutes and gains nothing.
+    for (key, value) in [("OPT_LEVEL", "1"), ("LTO", "off"), ("CODEGEN_UNITS", "16"), ("DEBUG", "0")] {
+        cargo.env(format!("CARGO_PROFILE_RELEASE_{key}"), value);
+    }
     sh::run(&mut cargo).with_context(|| {
         format!("bpf-linker could not be installed. Once that is mended: {}", linker_command_line(llvm))
     })
+}
+
+/// Where the object is that `cargo build` embeds.
+pub fn object_path() -> PathBuf {
+    host::workspace().join("target/bpf/cirri.bpf.o")
 }
 
 /// Builds the programs and answers where the object is. Its file is touched only when its bytes
@@ -155,7 +210,7 @@ pub fn build_object(toolchain: &Toolchain, linker: &Linker) -> Result<PathBuf> {
 
     let built = built_in.join("bpfel-unknown-none/release/cirri-bpf");
     refuse_panics(toolchain, &built)?;
-    let object = root.join("target/bpf/cirri.bpf.o");
+    let object = object_path();
     copy_if_changed(&built, &object)?;
     Ok(object)
 }

@@ -1,16 +1,15 @@
 //! `doctor`: what is here, what is missing and how to get it, and what the kernel can do. Changes nothing.
 
-use crate::{apt, bpf, host, setup, sh, table};
+use crate::{apt, bpf, host, setup, sh, table, version};
 use anyhow::{Result, bail};
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 pub fn command() -> Result<()> {
-    let mut rows = vec![host_compiler()];
-    rows.extend(setup::COMPONENTS.iter().map(|(command, name)| component(command, name)));
+    let mut rows = vec![host_compiler()?];
+    rows.extend(setup::COMPONENTS.into_iter().map(component));
     rows.extend(bpf_tools());
-    rows.extend(setup::PACKAGES.iter().map(|p| tool(p.proof, p.name, p.why)));
+    rows.extend(setup::PACKAGES.iter().map(tool));
     print("Tools", &rows);
     let kernel = kernel();
     print("Kernel", &kernel);
@@ -64,22 +63,34 @@ fn print(title: &str, rows: &[Row]) {
     println!("{}", table::render(&["what", "state", "version, or what to do"], &cells));
 }
 
-fn host_compiler() -> Row {
+fn host_compiler() -> Result<Row> {
+    let least = host::rust_version()?;
     let version = first_line(Command::new("rustc").arg("--version"));
-    Row::needed("rustc (host)", version.is_some(), version.unwrap_or_default(), "https://rustup.rs, toolchain stable")
+    let fits =
+        version.as_ref().is_some_and(|said| version::at_least(said.split(' ').nth(1).unwrap_or_default(), &least));
+    let found = version.clone().map_or(String::new(), |said| format!("{said} is older than {least}: "));
+    Ok(Row::needed(
+        "rustc (host)",
+        fits,
+        version.unwrap_or_default(),
+        format!("{found}`rustup update stable`; https://rustup.rs has rustup"),
+    ))
 }
 
-fn component(command: &str, component: &str) -> Row {
-    let path = host::which(command);
-    let here = path.is_some();
-    let version = path.and_then(|p| first_line(Command::new(p).arg("--version")));
+fn component(component: &str) -> Row {
+    let version = setup::component(component);
+    let here = version.is_some();
     Row::needed(component, here, version.unwrap_or_default(), format!("rustup component add {component}"))
 }
 
 fn bpf_tools() -> Vec<Row> {
     let toolchain = match bpf::Toolchain::choose() {
-        Ok(Some(toolchain)) => toolchain,
-        Ok(None) => return vec![Row::new("rustc (BPF)", State::Missing, one_line(bpf::TWO_WAYS))],
+        Ok(bpf::Found::Fits(toolchain)) => toolchain,
+        Ok(bpf::Found::Unfit(found)) => {
+            let found = if found.is_empty() { String::new() } else { format!("{}; ", found.join("; ")) };
+            let way = format!("{found}`cargo xtask setup` gets Debian's, or: {}", bpf::BY_RUSTUP);
+            return vec![Row::new("rustc (BPF)", State::Missing, way)];
+        }
         Err(error) => return vec![Row::new("rustc (BPF)", State::Missing, format!("{error:#}"))],
     };
     let llvm = toolchain.version.llvm;
@@ -109,42 +120,21 @@ fn bpf_tools() -> Vec<Row> {
     rows
 }
 
-fn tool(proof: &str, package: &str, why: &str) -> Row {
-    let path = host::which(proof);
-    let version = path.as_ref().and_then(|path| version_of(path, proof));
-    let found = match (path, version) {
-        (Some(path), Some(version)) => format!("{version}, {}", path.display()),
-        (Some(path), None) => path.display().to_string(),
-        (None, _) => String::new(),
+fn tool(package: &setup::Package) -> Row {
+    let (here, found) = match package.look() {
+        setup::Look::Fits { path, version: Some(version) } => (true, format!("{version}, {}", path.display())),
+        setup::Look::Fits { path, version: None } => (true, path.display().to_string()),
+        setup::Look::TooOld { path, version, least } => {
+            (false, format!("{version}, {} is older than {least}: ", path.display()))
+        }
+        setup::Look::Missing => (false, String::new()),
     };
-    Row::needed(proof, !found.is_empty(), found, format!("{}   ({why})", install(package)))
+    let otherwise = format!("{found}{}   ({})", install(package.name), package.why);
+    Row::needed(package.proof, here, found, otherwise)
 }
 
 fn install(package: &str) -> String {
     apt::command_line(&[package.to_owned()])
-}
-
-/// The number in what a program says of its version. Programs ask for it in several ways, and some
-/// answer on standard error.
-fn version_of(path: &Path, name: &str) -> Option<String> {
-    let flag = match name {
-        "ip" | "ping" => "-V",
-        "nginx" => "-v",
-        "etcdctl" => "version",
-        _ => "--version",
-    };
-    let output = Command::new(path).arg(flag).env("ETCDCTL_API", "3").output().ok()?;
-    let text = [output.stdout, output.stderr].concat();
-    number(&String::from_utf8_lossy(&text))
-}
-
-/// The first word that looks like a version.
-fn number(text: &str) -> Option<String> {
-    let words = text.split(|c: char| c.is_whitespace() || matches!(c, ',' | '=' | '/' | '(' | ')'));
-    words
-        .map(|word| word.trim_start_matches('v').trim_start_matches("iproute2-"))
-        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.'))
-        .map(str::to_owned)
 }
 
 fn kernel() -> Vec<Row> {
@@ -165,12 +155,7 @@ fn kernel() -> Vec<Row> {
         Row::needed("processor", host::architecture().is_ok(), std::env::consts::ARCH, "x86_64 or aarch64"),
         Row::needed("root", host::is_root(), "yes", "privileged commands need it: run them with sudo"),
         Row::needed("capabilities", lacking.is_empty(), "all of them", format!("lacking {}", lacking.join(", "))),
-        Row::needed(
-            "BTF",
-            Path::new("/sys/kernel/btf/vmlinux").exists(),
-            "/sys/kernel/btf/vmlinux",
-            "a kernel built with CONFIG_DEBUG_INFO_BTF=y",
-        ),
+        Row::needed("BTF", host::has_btf(), host::BTF, "a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
         jit(),
         tcx,
         Row::needed("bpffs", host::has_bpffs(), host::BPFFS, format!("mount -t bpf bpf {}", host::BPFFS)),
@@ -193,8 +178,7 @@ fn jit() -> Row {
 }
 
 fn cgroup2() -> Row {
-    let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
-    match mount_of(&mounts, "cgroup2") {
+    match host::cgroup2() {
         Some(place) => Row::new("cgroup2", State::Here, place),
         None => Row::new("cgroup2", State::Lacking, "not mounted: mount -t cgroup2 none /sys/fs/cgroup"),
     }
@@ -224,20 +208,8 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-fn mount_of<'a>(mounts: &'a str, kind: &str) -> Option<&'a str> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ').skip(1);
-        let place = fields.next()?;
-        (fields.next()? == kind).then_some(place)
-    })
-}
-
 fn first_line(command: &mut Command) -> Option<String> {
     sh::capture(command).ok()?.lines().next().map(str::to_owned)
-}
-
-fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -245,26 +217,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_found_in_what_programs_say() {
-        assert_eq!(number("etcd Version: 3.4.23\nGit SHA").as_deref(), Some("3.4.23"));
-        assert_eq!(number("ip utility, iproute2-6.1.0, libbpf 1.1.2").as_deref(), Some("6.1.0"));
-        assert_eq!(number("nginx version: nginx/1.22.1").as_deref(), Some("1.22.1"));
-        assert_eq!(number("Redis server v=7.0.15 sha=00000000:0").as_deref(), Some("7.0.15"));
-        assert_eq!(number("/usr/sbin/bpftool v7.1.0").as_deref(), Some("7.1.0"));
-        assert_eq!(number("no number"), None);
-    }
-
-    #[test]
     fn kernel_releases_compare_as_numbers() {
         assert_eq!(kernel_version("6.18.44-fc-v595"), Some((6, 18)));
         assert!(kernel_version("6.10.1") > kernel_version("6.6.0"));
         assert_eq!(kernel_version("unknown"), None);
-    }
-
-    #[test]
-    fn a_mount_is_found_by_its_kind() {
-        let mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        assert_eq!(mount_of(mounts, "cgroup2"), Some("/sys/fs/cgroup/unified"));
-        assert_eq!(mount_of(mounts, "bpf"), None);
     }
 }

@@ -1,8 +1,8 @@
 //! Facts about this machine and this checkout.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// The root of the checkout. Taken from `cargo run` when it is there, so that a moved checkout is
 /// found without compiling again.
@@ -31,8 +31,11 @@ pub fn cargo() -> Command {
 }
 
 /// Where `name` would be started from. The administrator's directories count: many a user's PATH
-/// lacks them, and Debian keeps `nginx` and `bpftool` there.
+/// lacks them, and Debian keeps `nginx` and `bpftool` there. A path is looked at where it says.
 pub fn which(name: &str) -> Option<PathBuf> {
+    if name.starts_with('/') {
+        return Some(PathBuf::from(name)).filter(|path| path.exists());
+    }
     std::env::split_paths(&search_path()).map(|dir| dir.join(name)).find(|path| is_executable(path))
 }
 
@@ -50,6 +53,37 @@ pub fn search_path() -> std::ffi::OsString {
 
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// The oldest Rust that the workspace's crates are compiled with, as Cargo.toml has it.
+pub fn rust_version() -> Result<String> {
+    let file = workspace().join("Cargo.toml");
+    let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let version = text.lines().find_map(|line| line.strip_prefix("rust-version")?.split('"').nth(1));
+    version.map(str::to_owned).with_context(|| format!("{} names no rust-version", file.display()))
+}
+
+/// The number in what a program says of its version. Programs ask for it in several ways, and some answer on standard
+/// error.
+pub fn version_of(path: &Path) -> Option<String> {
+    let flag = match path.file_name()?.to_str()? {
+        "ip" | "ping" => "-V",
+        "nginx" => "-v",
+        "etcdctl" => "version",
+        _ => "--version",
+    };
+    let output = Command::new(path).arg(flag).env("ETCDCTL_API", "3").stdin(Stdio::null()).output().ok()?;
+    let text = [output.stdout, output.stderr].concat();
+    number(&String::from_utf8_lossy(&text))
+}
+
+/// The first word that looks like a version.
+fn number(text: &str) -> Option<String> {
+    let words = text.split(|c: char| c.is_whitespace() || matches!(c, ',' | '=' | '/' | '(' | ')'));
+    words
+        .map(|word| word.trim_start_matches('v').trim_start_matches("iproute2-"))
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.'))
+        .map(str::to_owned)
 }
 
 /// The processor in the words both cargo and the BPF headers use.
@@ -70,10 +104,30 @@ pub fn rustup_home() -> PathBuf {
 
 pub const BPFFS: &str = "/sys/fs/bpf";
 
+/// The kernel's types, which maps and programs are loaded by.
+pub const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+pub fn has_btf() -> bool {
+    Path::new(BTF).exists()
+}
+
 /// Is a BPF file system mounted where pins go?
 pub fn has_bpffs() -> bool {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
     rustix::fs::statfs(BPFFS).is_ok_and(|fs| fs.f_type == BPF_FS_MAGIC)
+}
+
+/// Where control groups of version 2 are mounted.
+pub fn cgroup2() -> Option<String> {
+    mount_of(&std::fs::read_to_string("/proc/mounts").unwrap_or_default(), "cgroup2").map(str::to_owned)
+}
+
+fn mount_of<'a>(mounts: &'a str, kind: &str) -> Option<&'a str> {
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let place = fields.next()?;
+        (fields.next()? == kind).then_some(place)
+    })
 }
 
 fn home() -> PathBuf {
@@ -95,9 +149,32 @@ mod tests {
     }
 
     #[test]
+    fn the_workspace_names_the_rust_it_needs() {
+        assert!(crate::version::at_least(&rust_version().unwrap(), "1.85"), "the edition alone needs that");
+    }
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        assert_eq!(number("etcd Version: 3.4.23\nGit SHA").as_deref(), Some("3.4.23"));
+        assert_eq!(number("ip utility, iproute2-6.1.0, libbpf 1.1.2").as_deref(), Some("6.1.0"));
+        assert_eq!(number("nginx version: nginx/1.22.1").as_deref(), Some("1.22.1"));
+        assert_eq!(number("Redis server v=7.0.15 sha=00000000:0").as_deref(), Some("7.0.15"));
+        assert_eq!(number("/usr/sbin/bpftool v7.1.0").as_deref(), Some("7.1.0"));
+        assert_eq!(number("g++ (Debian 12.2.0-14+deb12u1) 12.2.0").as_deref(), Some("12.2.0-14+deb12u1"));
+        assert_eq!(number("no number"), None);
+    }
+
+    #[test]
     fn a_command_is_found_only_when_it_can_be_started() {
         assert!(which("sh").is_some());
         assert!(which("no-such-command-here").is_none());
         assert!(!is_executable(Path::new("/etc/passwd")));
+    }
+
+    #[test]
+    fn a_mount_is_found_by_its_kind() {
+        let mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(mount_of(mounts, "cgroup2"), Some("/sys/fs/cgroup/unified"));
+        assert_eq!(mount_of(mounts, "bpf"), None);
     }
 }

@@ -5,9 +5,11 @@
 
 mod apt;
 mod arch;
+mod archive;
 mod bpf;
 mod build;
 mod doctor;
+mod fresh;
 mod host;
 mod product;
 mod rings;
@@ -15,6 +17,7 @@ mod setup;
 mod sh;
 mod table;
 mod verify;
+mod version;
 
 use anyhow::{Result, bail};
 use setup::Need;
@@ -33,6 +36,7 @@ fn main() {
             1
         }
     };
+    build::abandon();
     std::process::exit(code);
 }
 
@@ -65,6 +69,7 @@ fn dispatch(args: &[String]) -> Result<()> {
         }
         "demo" => product::demo(rest),
         "bench" => product::bench(rest),
+        "fresh" => fresh::command(flag(command, rest, "--keep")?),
         "doctor" => {
             no_arguments(command, rest)?;
             doctor::command()
@@ -106,6 +111,7 @@ cargo xtask COMMAND
   verify [--bless]  the verifier's bill for each program, against verify/budget.toml (root)
   arch              do the crates depend on each other as ARCHITECTURE.md says?
   bench [ARGS]      measure; writes docs/bench (root)
+  fresh [--keep]    set-up and the demo on a Debian of its own with an old package index (root; an hour)
 
 Every command first sets up what it needs and says what it is about to install.
 

@@ -9,6 +9,7 @@ use std::process::Command;
 
 pub fn demo(arguments: &[String]) -> Result<()> {
     need_root("demo")?;
+    build::expect(Profile::Debug);
     setup::ensure(&[Need::Build, Need::Lab])?;
     build::object()?;
     let binary = build::binary(Profile::Debug)?;
@@ -17,6 +18,7 @@ pub fn demo(arguments: &[String]) -> Result<()> {
 
 pub fn bench(arguments: &[String]) -> Result<()> {
     need_root("bench")?;
+    build::expect(Profile::Release);
     setup::ensure(&[Need::Build, Need::Lab, Need::Bench])?;
     build::object()?;
     let binary = build::binary(Profile::Release)?;

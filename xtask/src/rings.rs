@@ -17,6 +17,7 @@ pub fn test() -> Result<()> {
     let mut report = Report::default();
     let mut binary = None;
     report.check("build", || {
+        build::expect(Profile::Debug);
         if host::is_root() {
             setup::ensure(Need::ALL)?;
         }
@@ -42,6 +43,7 @@ pub fn test() -> Result<()> {
 /// Ring 3 alone, or those of its tests whose name contains the filter.
 pub fn e2e(arguments: &[String]) -> Result<()> {
     product::need_root("e2e")?;
+    build::expect(Profile::Debug);
     setup::ensure(&[Need::Build, Need::Lab, Need::Test])?;
     build::object()?;
     let binary = build::binary(Profile::Debug)?;

@@ -1,8 +1,9 @@
-//! What each command needs, what proves that it is there, and getting it.
+//! What each command needs, what proves that it is there in a version that will do, and getting it.
 
-use crate::{apt, bpf, host, sh};
+use crate::archive::{self, Family, Shortage};
+use crate::{apt, bpf, host, sh, version};
 use anyhow::{Context, Result, bail};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What a command is about to do, and so which things must be there.
@@ -28,48 +29,79 @@ pub struct Package {
     /// A command, or the path of a file, that is there when the package is. Somebody who has it
     /// from elsewhere needs no package.
     pub proof: &'static str,
+    /// The oldest release that will do; `None`: any that a supported system has.
+    pub least: Option<&'static str>,
     pub need: Need,
     pub why: &'static str,
 }
 
 /// Everything but the BPF compiler and its LLVM, whose names depend on each other.
 pub const PACKAGES: &[Package] = &[
-    Package { name: "gcc", proof: "cc", need: Need::Build, why: "links the host's programs" },
-    Package { name: "g++", proof: "c++", need: Need::Build, why: "builds bpf-linker's bridge to LLVM" },
-    Package { name: "iproute2", proof: "ip", need: Need::Lab, why: "looks into a lab's namespaces" },
-    Package { name: "etcd-server", proof: "etcd", need: Need::Lab, why: "the cluster's state with more than one node" },
-    Package { name: "etcd-client", proof: "etcdctl", need: Need::Lab, why: "looks at that state" },
-    Package { name: "redis-server", proof: "redis-server", need: Need::Lab, why: "a database among the demo's pods" },
-    Package { name: "nginx-light", proof: "nginx", need: Need::Lab, why: "a web server among the demo's pods" },
-    Package { name: "curl", proof: "curl", need: Need::Lab, why: "a client among the demo's pods" },
-    Package { name: "ethtool", proof: "ethtool", need: Need::Lab, why: "completes checksums for XDP in a lab" },
-    Package { name: "iputils-ping", proof: "ping", need: Need::Lab, why: "ICMP from a pod" },
-    Package { name: "bpftool", proof: "bpftool", need: Need::Test, why: "shows programs and maps by name" },
-    Package { name: "bind9-dnsutils", proof: "dig", need: Need::Test, why: "a DNS client of a service" },
-    Package { name: "dnsmasq-base", proof: "dnsmasq", need: Need::Test, why: "a DNS server behind a service" },
-    Package {
-        name: "containerd",
-        proof: "containerd",
-        need: Need::Test,
-        why: "a real runtime that calls the CNI plugin",
-    },
-    Package { name: "runc", proof: "runc", need: Need::Test, why: "starts containerd's containers" },
-    Package { name: "bird2", proof: "bird", need: Need::Test, why: "announces a load balancer's addresses by BGP" },
-    Package { name: "iptables", proof: "iptables-legacy", need: Need::Bench, why: "services as kube-proxy makes them" },
-    Package {
-        name: "nftables",
-        proof: "nft",
-        need: Need::Test,
-        why: "packets that get lost on purpose; services by another filter",
-    },
-    Package { name: "iperf3", proof: "iperf3", need: Need::Bench, why: "throughput and its kernel baseline" },
+    package("gcc", "cc", Need::Build, "links the host's programs"),
+    // LLVM's headers are C++17.
+    package("g++", "c++", Need::Build, "builds bpf-linker's bridge to LLVM").since("7.4"),
+    package("iproute2", "ip", Need::Lab, "looks into a lab's namespaces"),
+    // The agents speak version 3 of its API as that release has it (watches that report progress).
+    package("etcd-server", "etcd", Need::Lab, "the cluster's state with more than one node").since("3.4"),
+    package("etcd-client", "etcdctl", Need::Lab, "looks at that state"),
+    package("redis-server", "redis-server", Need::Lab, "a database among the demo's pods"),
+    package("nginx-light", "nginx", Need::Lab, "a web server among the demo's pods"),
+    // --rate, and %header in what it reports.
+    package("curl", "curl", Need::Lab, "a client among the demo's pods").since("7.84"),
+    package("ethtool", "ethtool", Need::Lab, "completes checksums for XDP in a lab"),
+    package("iputils-ping", "ping", Need::Lab, "ICMP from a pod"),
+    package("bpftool", "bpftool", Need::Test, "shows programs and maps by name"),
+    package("bind9-dnsutils", "dig", Need::Test, "a DNS client of a service"),
+    package("dnsmasq-base", "dnsmasq", Need::Test, "a DNS server behind a service"),
+    // The first that speaks CNI 1.0.
+    package("containerd", "containerd", Need::Test, "a real runtime that calls the CNI plugin").since("1.6"),
+    package("runc", "runc", Need::Test, "starts containerd's containers"),
+    package("bird2", "bird", Need::Test, "announces a load balancer's addresses by BGP"),
+    package("iptables", "iptables-legacy", Need::Bench, "services as kube-proxy makes them"),
+    package("nftables", "nft", Need::Test, "packets that get lost on purpose; services by another filter"),
+    package("iperf3", "iperf3", Need::Bench, "throughput and its kernel baseline"),
 ];
 
-/// Parts of the host's toolchain: command and rustup's name.
-pub const COMPONENTS: [(&str, &str); 2] = [("cargo-fmt", "rustfmt"), ("cargo-clippy", "clippy")];
+const fn package(name: &'static str, proof: &'static str, need: Need, why: &'static str) -> Package {
+    Package { name, proof, least: None, need, why }
+}
 
-/// The packages with Debian's compiler that has its library's source.
-pub const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
+/// Parts of the host's toolchain, as rustup calls them.
+pub const COMPONENTS: [&str; 2] = ["rustfmt", "clippy"];
+
+/// What is there of a package.
+pub enum Look {
+    Missing,
+    TooOld { path: PathBuf, version: String, least: &'static str },
+    Fits { path: PathBuf, version: Option<String> },
+}
+
+impl Package {
+    const fn since(mut self, least: &'static str) -> Self {
+        self.least = Some(least);
+        self
+    }
+
+    /// Looks for the command, and at its version.
+    pub fn look(&self) -> Look {
+        let Some(path) = host::which(self.proof) else { return Look::Missing };
+        let version = host::version_of(&path);
+        match (self.least, version) {
+            (Some(least), Some(version)) if !version::at_least(&version, least) => {
+                Look::TooOld { path, version, least }
+            }
+            (_, version) => Look::Fits { path, version },
+        }
+    }
+
+    /// The same, without asking programs for a version that does not matter.
+    fn is_lacking(&self) -> bool {
+        match self.least {
+            None => !is_there(self.proof),
+            Some(_) => !matches!(self.look(), Look::Fits { .. }),
+        }
+    }
+}
 
 /// What builds the BPF object.
 pub struct Tools {
@@ -78,46 +110,220 @@ pub struct Tools {
 }
 
 /// Makes sure that everything `needs` asks for is there. Cheap when it is. Says what it installs
-/// before it does, and where it cannot, exactly what to type.
+/// before it does, and where it cannot, what was found, what is needed and what to type.
 pub fn ensure(needs: &[Need]) -> Result<()> {
-    let building = needs.contains(&Need::Build);
-    let mut packages: Vec<String> = missing(needs).map(|p| p.name.to_owned()).collect();
-    let mut toolchain = if building { bpf::Toolchain::choose()? } else { None };
-    if building && toolchain.is_none() {
-        packages.extend(COMPILER.map(str::to_owned));
+    if needs.iter().any(|n| *n != Need::Build) && !host::has_btf() {
+        bail!(
+            "this kernel has no {}: no program can be loaded, and nothing was installed for it. It takes a kernel built \
+               with CONFIG_DEBUG_INFO_BTF=y; `cargo xtask doctor` says what else",
+            host::BTF
+        );
     }
-    packages.extend(toolchain.iter().flat_map(missing_llvm));
-    get(&packages, toolchain.as_ref())?;
-
-    if building && toolchain.is_none() {
-        toolchain = bpf::Toolchain::choose()?;
-        // Only now it is known which LLVM goes with the compiler.
-        let llvm: Vec<String> = toolchain.iter().flat_map(missing_llvm).collect();
-        get(&llvm, toolchain.as_ref())?;
+    let mut lacking = Lacking::look(needs)?;
+    sh::expect(lacking.steps());
+    if lacking.wants_packages() {
+        packages(needs, &lacking)?;
+        lacking = Lacking::look(needs)?;
+        lacking.still()?;
     }
-    if building {
-        let toolchain = toolchain.context(bpf::TWO_WAYS)?;
-        linker(&toolchain)?;
+    if let Some(toolchain) = &lacking.linker_for {
+        linker(toolchain)?;
     }
-    if needs.contains(&Need::Test) {
-        components()?;
+    if !lacking.components.is_empty() {
+        components(&lacking.components)?;
     }
     if needs.iter().any(|n| *n != Need::Build) {
         mount_bpffs()?;
+        mount_cgroup2()?;
     }
     Ok(())
+}
+
+/// Says how long a first run takes, before anything is begun.
+pub fn announce() {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let minutes = first_run_minutes(cores);
+    eprintln!(
+        "Nothing is built here yet. On a new machine this takes about {minutes} minutes ({cores} processors); most of \
+         it is\nbuilding bpf-linker and Cirri itself. Each step says when it begins."
+    );
+}
+
+/// Minutes of one processor's time for building bpf-linker, the BPF programs and Cirri, and minutes for packages, as
+/// measured by `cargo xtask fresh`.
+const BUILD_MINUTES: usize = 12;
+const PACKAGE_MINUTES: usize = 2;
+
+fn first_run_minutes(cores: usize) -> usize {
+    // The last crates are built one after the other, whatever there is of processors.
+    PACKAGE_MINUTES + BUILD_MINUTES.div_ceil(cores.clamp(1, 4))
 }
 
 /// The tools of the BPF build, set up when they are missing.
 pub fn tools() -> Result<Tools> {
     ensure(&[Need::Build])?;
-    let toolchain = bpf::Toolchain::choose()?.context(bpf::TWO_WAYS)?;
+    let toolchain =
+        bpf::Toolchain::choose()?.fits().context("the BPF compiler was here a moment ago and is not any more")?;
     let linker = bpf::Linker::find().context("bpf-linker was here a moment ago and is not any more")?;
     Ok(Tools { toolchain, linker })
 }
 
+/// What is not there, or not in a version that will do.
+struct Lacking {
+    packages: Vec<&'static Package>,
+    /// There is no compiler for the BPF programs; why each that was found will not do.
+    compiler: Option<Vec<String>>,
+    /// The compiler for which there is no linker.
+    linker_for: Option<bpf::Toolchain>,
+    /// What must be there of its LLVM.
+    llvm: Vec<String>,
+    components: Vec<&'static str>,
+    /// File systems that are not mounted.
+    mounts: usize,
+}
+
+impl Lacking {
+    fn look(needs: &[Need]) -> Result<Self> {
+        let packages = PACKAGES.iter().filter(|p| needs.contains(&p.need) && p.is_lacking()).collect();
+        let mut lacking =
+            Self { packages, compiler: None, linker_for: None, llvm: Vec::new(), components: Vec::new(), mounts: 0 };
+        if needs.contains(&Need::Build) {
+            match bpf::Toolchain::choose()? {
+                bpf::Found::Unfit(found) => lacking.compiler = Some(found),
+                bpf::Found::Fits(toolchain) => {
+                    lacking.llvm = missing_llvm(&toolchain);
+                    let fits = bpf::Linker::find().is_some_and(|linker| linker.fits(&toolchain));
+                    lacking.linker_for = (!fits).then_some(toolchain);
+                }
+            }
+        }
+        if needs.contains(&Need::Test) {
+            lacking.components = COMPONENTS.into_iter().filter(|name| component(name).is_none()).collect();
+        }
+        if needs.iter().any(|n| *n != Need::Build) {
+            lacking.mounts = usize::from(!host::has_bpffs()) + usize::from(host::cgroup2().is_none());
+        }
+        Ok(lacking)
+    }
+
+    fn wants_packages(&self) -> bool {
+        !self.packages.is_empty() || self.compiler.is_some() || !self.llvm.is_empty()
+    }
+
+    /// The steps that it takes to get all of it.
+    fn steps(&self) -> usize {
+        let linker = self.compiler.is_some() || self.linker_for.is_some();
+        // The package index, then the packages.
+        let once = usize::from(linker) + usize::from(!self.components.is_empty()) + self.mounts;
+        2 * usize::from(self.wants_packages()) + once
+    }
+
+    /// Fails if packages are lacking although they were installed just now.
+    fn still(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        for package in &self.packages {
+            problems.push(match package.look() {
+                Look::TooOld { path, version, least } => format!(
+                    "{} was installed, but {} ({version}, needed: {least} or newer) comes first in PATH: remove that one",
+                    package.name,
+                    path.display()
+                ),
+                _ => format!("{} was installed, but there is no {} in PATH", package.name, package.proof),
+            });
+        }
+        if let Some(found) = &self.compiler {
+            problems.push(format!("a compiler was installed, but none will do: {}", found.join("; ")));
+        }
+        if !self.llvm.is_empty() {
+            problems.push(format!("{} were installed, but what they bring is not there", self.llvm.join(" ")));
+        }
+        if problems.is_empty() { Ok(()) } else { bail!("{}", problems.join("\n")) }
+    }
+}
+
+/// Refreshes the index, looks at the versions that are offered, and installs all that is lacking at once.
+fn packages(needs: &[Need], lacking: &Lacking) -> Result<()> {
+    if let Err(why) = apt::available() {
+        bail!("{why}, and something is missing. Type this, then try again:\n{}", by_hand(lacking));
+    }
+    sh::step("refreshing the package index: apt-get update");
+    let refreshed = apt::refresh()?;
+    // What is offered now may let a compiler do that did not before.
+    let lacking = Lacking::look(needs)?;
+    let mut names: Vec<&str> = lacking.packages.iter().map(|package| package.name).collect();
+    names.extend(lacking.llvm.iter().map(String::as_str));
+    for family in &Family::ALL {
+        names.extend(family.packages());
+    }
+    let offers = apt::offers(&names);
+    let nothing = archive::Offer::default();
+    let of = |name: &str| offers.get(name).unwrap_or(&nothing);
+
+    let (mut arguments, mut shortages, mut typed) = (Vec::new(), Vec::new(), Vec::new());
+    let mut take = |name: &str, least: Option<&str>, offer: &archive::Offer| match offer
+        .choose(name, |offered| least.is_none_or(|least| version::at_least(offered, least)))
+    {
+        Some(argument) => arguments.push(argument),
+        None => shortages.push(Shortage::of(name, least, offer)),
+    };
+    for package in &lacking.packages {
+        take(package.name, package.least, of(package.name));
+    }
+    let mut llvm = lacking.llvm.clone();
+    let least = host::rust_version()?;
+    let mut compiler = Ok(Vec::new());
+    if let Some(unfit) = &lacking.compiler {
+        let needs = bpf::needs(&least);
+        match archive::choose_compiler(&offers, &needs, apt::llvm_of) {
+            Ok(chosen) => {
+                llvm.extend(llvm_packages(chosen.llvm).map(|(name, _)| name));
+                compiler = Ok(chosen.arguments);
+            }
+            Err(found) => {
+                let what = "a Rust compiler with its library's source, for the BPF programs".to_owned();
+                compiler = Err(Shortage { what, needs: needs.describe(), found: [unfit.clone(), found].concat() });
+            }
+        }
+    }
+    let llvm: Vec<&str> = llvm.iter().map(String::as_str).collect();
+    let llvm_offers = apt::offers(&llvm);
+    for name in llvm {
+        take(name, None, llvm_offers.get(name).unwrap_or(&nothing));
+    }
+    match compiler {
+        Ok(more) => arguments.extend(more),
+        Err(shortage) => {
+            shortages.push(shortage);
+            typed.push(bpf::BY_RUSTUP.to_owned());
+            typed.push(
+                "# or name an archive in /etc/apt/sources.list.d that has a newer one (Debian's security".to_owned(),
+            );
+            typed.push("# archive has rustc-web as its browsers need it)".to_owned());
+            typed.push("cargo xtask setup".to_owned());
+        }
+    }
+    if !shortages.is_empty() {
+        bail!("{}", archive::explain(&shortages, refreshed, &typed));
+    }
+    if arguments.is_empty() {
+        return Ok(());
+    }
+    sh::step(&format!("installing from Debian: {}", arguments.join(" ")));
+    apt::install(&arguments)?;
+    let services: Vec<&str> =
+        SERVICES.iter().filter(|(package, _)| arguments.iter().any(|p| p == package)).map(|(_, s)| *s).collect();
+    if !services.is_empty() {
+        eprintln!(
+            "Their services were not started, and Cirri does not use them. Without this they start at the next boot:\n  \
+             systemctl disable {}",
+            services.join(" ")
+        );
+    }
+    Ok(())
+}
+
 pub fn is_there(proof: &str) -> bool {
-    if proof.starts_with('/') { Path::new(proof).exists() } else { host::which(proof).is_some() }
+    host::which(proof).is_some()
 }
 
 /// What a compiler's LLVM must bring: package and proof.
@@ -126,10 +332,6 @@ pub fn llvm_packages(llvm: u32) -> [(String, String); 2] {
         (format!("llvm-{llvm}-dev"), format!("/usr/include/llvm-c-{llvm}/llvm-c/Core.h")),
         (format!("libpolly-{llvm}-dev"), format!("/usr/lib/llvm-{llvm}/lib/libPolly.a")),
     ]
-}
-
-fn missing(needs: &[Need]) -> impl Iterator<Item = &'static Package> {
-    PACKAGES.iter().filter(|p| needs.contains(&p.need) && !is_there(p.proof))
 }
 
 fn missing_llvm(toolchain: &bpf::Toolchain) -> Vec<String> {
@@ -147,31 +349,6 @@ fn llvm_nm_is_there(toolchain: &bpf::Toolchain) -> bool {
     toolchain.llvm_prefix().join("bin/llvm-nm").exists()
 }
 
-fn get(packages: &[String], toolchain: Option<&bpf::Toolchain>) -> Result<()> {
-    if packages.is_empty() {
-        return Ok(());
-    }
-    if let Err(why) = apt::available() {
-        bail!(
-            "{} missing, and {why}. Type this, then try again:\n{}",
-            packages.join(", "),
-            by_hand(packages, toolchain)
-        );
-    }
-    sh::step(&format!("installing from Debian: {}", packages.join(" ")));
-    apt::install(packages)?;
-    let services: Vec<&str> =
-        SERVICES.iter().filter(|(package, _)| packages.iter().any(|p| p == package)).map(|(_, s)| *s).collect();
-    if !services.is_empty() {
-        eprintln!(
-            "Their services were not started, and Cirri does not use them. Without this they start at the next boot:\n  \
-             systemctl disable {}",
-            services.join(" ")
-        );
-    }
-    Ok(())
-}
-
 /// Packages that bring a service, and its name.
 const SERVICES: [(&str, &str); 5] = [
     ("etcd-server", "etcd"),
@@ -181,32 +358,39 @@ const SERVICES: [(&str, &str); 5] = [
     ("bird2", "bird"),
 ];
 
-/// Everything a person must type for what is missing, the linker included.
-fn by_hand(packages: &[String], toolchain: Option<&bpf::Toolchain>) -> String {
-    let mut lines = vec![format!("  {}", apt::command_line(packages))];
-    if packages.iter().any(|p| COMPILER.contains(&p.as_str())) {
-        lines.push("  # or, instead of the last three packages: rustup component add rust-src".to_owned());
-        lines.push("  cargo xtask setup    # once more: LLVM and bpf-linker go by the compiler".to_owned());
+/// Everything a person must type for what is lacking, the linker included.
+fn by_hand(lacking: &Lacking) -> String {
+    let mut packages: Vec<String> = lacking.packages.iter().map(|package| package.name.to_owned()).collect();
+    packages.extend(lacking.llvm.iter().cloned());
+    let mut lines = Vec::new();
+    if let Some(found) = &lacking.compiler {
+        packages.extend(Family::ALL[0].packages().map(str::to_owned));
+        lines.extend(found.iter().map(|found| format!("  # will not do for the BPF programs: {found}")));
+        lines.push(format!("  # instead of the last three packages of the next line also: {}", bpf::BY_RUSTUP));
     }
-    if let Some(toolchain) = toolchain
-        && packages.iter().any(|p| p.starts_with("llvm-"))
-    {
-        lines.push(format!("  {}", bpf::linker_command_line(toolchain.version.llvm)));
+    for package in lacking.packages.iter().filter(|package| package.least.is_some()) {
+        lines.push(format!("  # {}: {} or newer", package.name, package.least.unwrap_or_default()));
+    }
+    if !packages.is_empty() {
+        lines.push(format!("  {}", apt::command_line(&packages)));
+    }
+    match &lacking.linker_for {
+        Some(toolchain) => lines.push(format!("  {}", bpf::linker_command_line(toolchain.version.llvm))),
+        None if lacking.compiler.is_some() => {
+            lines.push("  cargo xtask setup    # once more: LLVM and bpf-linker go by the compiler".to_owned());
+        }
+        None => {}
     }
     lines.join("\n")
 }
 
 fn linker(toolchain: &bpf::Toolchain) -> Result<()> {
-    let found = bpf::Linker::find();
-    if found.as_ref().is_some_and(|linker| linker.fits(toolchain)) {
-        return Ok(());
-    }
-    let replaced = found.map_or(String::new(), |l| {
+    let replaced = bpf::Linker::find().map_or(String::new(), |l| {
         let llvm = l.llvm.map_or("an LLVM of its own".to_owned(), |n| format!("LLVM {n}"));
         format!(", in place of {} with {llvm}", l.version)
     });
     sh::step(&format!(
-        "installing bpf-linker {} for LLVM {} with cargo (a minute or two){replaced}",
+        "building bpf-linker {} for LLVM {} with cargo{replaced}",
         bpf::LINKER_VERSION,
         toolchain.version.llvm
     ));
@@ -223,17 +407,24 @@ fn linker(toolchain: &bpf::Toolchain) -> Result<()> {
     }
 }
 
-fn components() -> Result<()> {
-    let missing: Vec<&str> = COMPONENTS.iter().filter(|(c, _)| !is_there(c)).map(|(_, name)| *name).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
+/// The version of a component, if it is there: rustup leaves the command of one that is not.
+pub fn component(name: &str) -> Option<String> {
+    let subcommand = if name == "rustfmt" { "fmt" } else { name };
+    let said = sh::capture(host::cargo().args([subcommand, "--version"])).ok()?;
+    said.lines().next().map(str::to_owned)
+}
+
+fn components(missing: &[&str]) -> Result<()> {
     let command = format!("rustup component add {}", missing.join(" "));
     if !is_there("rustup") {
         bail!("{} missing from the host's Rust toolchain, and there is no rustup to add it with", missing.join(", "));
     }
     sh::step(&format!("adding to the host's Rust toolchain: {command}"));
-    sh::run(Command::new("rustup").args(["component", "add"]).args(missing))
+    sh::run(Command::new("rustup").args(["component", "add"]).args(missing))?;
+    match missing.iter().find(|name| component(name).is_none()) {
+        None => Ok(()),
+        Some(name) => bail!("`{command}` brought no {name} that starts: `rustup show` says which toolchain is in use"),
+    }
 }
 
 fn mount_bpffs() -> Result<()> {
@@ -248,9 +439,42 @@ fn mount_bpffs() -> Result<()> {
     sh::run(Command::new("mount").args(["-t", "bpf", "bpf", host::BPFFS]))
 }
 
+/// Services, in a lab as elsewhere, need control groups of version 2, which a plain container lacks.
+fn mount_cgroup2() -> Result<()> {
+    if host::cgroup2().is_some() {
+        return Ok(());
+    }
+    // Beside groups of version 1 it has a directory of its own, as systemd has it.
+    let place = if Path::new("/sys/fs/cgroup/cpu").exists() { "/sys/fs/cgroup/unified" } else { "/sys/fs/cgroup" };
+    let command = format!("mount -t cgroup2 none {place}");
+    if !host::is_root() {
+        bail!("no control groups of version 2 are mounted, and you are not root. Type: sudo {command}");
+    }
+    sh::step(&format!("mounting control groups of version 2: {command}"));
+    if !Path::new(place).exists() {
+        std::fs::create_dir(place).with_context(|| format!("cannot make {place}"))?;
+    }
+    sh::run(Command::new("mount").args(["-t", "cgroup2", "none", place]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn lacking() -> Lacking {
+        Lacking {
+            packages: Vec::new(),
+            compiler: None,
+            linker_for: None,
+            llvm: Vec::new(),
+            components: Vec::new(),
+            mounts: 0,
+        }
+    }
+
+    fn named(name: &str) -> &'static Package {
+        PACKAGES.iter().find(|package| package.name == name).unwrap()
+    }
 
     #[test]
     fn what_is_typed_by_hand_covers_packages_and_linker() {
@@ -260,16 +484,51 @@ mod tests {
             rustc: "/usr/bin/rustc".into(),
             version: bpf::Version { release: "1.96.0".into(), llvm: 22 },
         };
-        let text = by_hand(&["llvm-22-dev".into(), "etcd-server".into()], Some(&toolchain));
-        assert!(text.contains("apt-get install -y --no-install-recommends llvm-22-dev etcd-server"), "{text}");
+        let text = by_hand(&Lacking {
+            packages: vec![named("etcd-server")],
+            llvm: vec!["llvm-22-dev".into()],
+            linker_for: Some(toolchain),
+            ..lacking()
+        });
+        assert!(text.contains("apt-get install -y --no-install-recommends etcd-server llvm-22-dev"), "{text}");
         assert!(text.contains("cargo install bpf-linker --version 0.13.0 --locked"), "{text}");
-        assert!(text.contains("--features llvm-22"), "{text}");
+        assert!(text.contains("--features llvm-22") && text.contains("etcd-server: 3.4 or newer"), "{text}");
     }
 
     #[test]
-    fn a_missing_compiler_is_answered_with_both_ways() {
-        let text = by_hand(&COMPILER.map(str::to_owned), None);
-        assert!(text.contains("rustc-web") && text.contains("rustup component add rust-src"), "{text}");
+    fn a_missing_compiler_is_answered_with_both_ways_and_what_was_found() {
+        let text = by_hand(&Lacking { compiler: Some(vec!["rustc 1.85.0 (debian): older".into()]), ..lacking() });
+        for part in ["rustc-web", "rustup component add rust-src", "1.85.0"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_program_that_is_too_old_is_lacking_and_one_of_any_version_is_not() {
+        let directory = std::env::temp_dir().join(format!("xtask-look-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let program = directory.join("tool");
+        let tool = |version: &str, least| {
+            std::fs::write(&program, format!("#!/bin/sh\necho tool {version}\n")).unwrap();
+            std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            let proof: &'static str = program.display().to_string().leak();
+            Package { least, ..package("tool", proof, Need::Lab, "a test") }
+        };
+        assert!(tool("7.80.1", Some("7.84")).is_lacking());
+        assert!(!tool("7.88.1", Some("7.84")).is_lacking());
+        assert!(!tool("0.1", None).is_lacking());
+        let Look::TooOld { version, .. } = tool("7.9", Some("7.84")).look() else { panic!("it is too old") };
+        assert_eq!(version, "7.9");
+        std::fs::remove_dir_all(&directory).unwrap();
+        assert!(package("tool", "/no/such/tool", Need::Lab, "a test").is_lacking());
+    }
+
+    #[test]
+    fn the_steps_are_known_before_the_first() {
+        assert_eq!(lacking().steps(), 0);
+        assert_eq!(Lacking { packages: vec![named("curl")], ..lacking() }.steps(), 2);
+        let compiler = Lacking { compiler: Some(Vec::new()), components: vec!["clippy"], mounts: 2, ..lacking() };
+        assert_eq!(compiler.steps(), 6, "index, packages, linker, components, two mounts");
     }
 
     #[test]

@@ -7,8 +7,14 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
+/// Steps that are known to come, and those that began.
+static EXPECTED: AtomicUsize = AtomicUsize::new(0);
+static DONE: AtomicUsize = AtomicUsize::new(0);
+static BEGUN: OnceLock<Instant> = OnceLock::new();
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Process id of the program being waited for; 0 is none.
 static CHILD: AtomicI32 = AtomicI32::new(0);
@@ -96,8 +102,26 @@ pub fn line(command: &Command) -> String {
     words.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
+/// Says that so many more steps are to come.
+pub fn expect(steps: usize) {
+    EXPECTED.fetch_add(steps, Ordering::Relaxed);
+    BEGUN.get_or_init(Instant::now);
+}
+
+/// Says what begins: `==> [2 of 5, 1:07] …` if it is known how many steps there are.
 pub fn step(text: &str) {
-    eprintln!("{} {text}", bold("==>"));
+    let (done, expected) = (DONE.fetch_add(1, Ordering::Relaxed) + 1, EXPECTED.load(Ordering::Relaxed));
+    let place = if done <= expected {
+        format!("[{done} of {expected}, {}] ", clock(BEGUN.get_or_init(Instant::now).elapsed()))
+    } else {
+        String::new()
+    };
+    eprintln!("{} {place}{text}", bold("==>"));
+}
+
+/// Minutes and seconds.
+pub fn clock(time: Duration) -> String {
+    format!("{}:{:02}", time.as_secs() / 60, time.as_secs() % 60)
 }
 
 pub fn bold(text: &str) -> String {
