@@ -4,6 +4,7 @@
 #![deny(missing_docs)]
 
 pub mod cases;
+pub mod cni;
 pub mod edge;
 pub mod fixtures;
 pub mod kernel;

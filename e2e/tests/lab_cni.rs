@@ -1,15 +1,15 @@
-//! The CNI plugin: driven by a real container runtime, and by hand, verb by verb.
+//! The CNI plugin, driven by containerd.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use cirri_e2e::kernel::{TestNamespace, names_in};
-use cirri_e2e::lab::{self, Lab, eventually, printed};
+use cirri_e2e::cni::{assert_leftovers, endpoints};
+use cirri_e2e::lab::{self, Lab, eventually};
 use cirri_loader::net::Namespace;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -31,11 +31,10 @@ fn a_container_of_containerd_gets_its_address_obeys_policy_and_leaves_nothing_th
 
     let web = runtime.run("web", &["/usr/sbin/nginx", "-e", "stderr", "-c", "/etc/nginx.conf"]);
     let client = runtime.run("client", &["/usr/bin/sleep", "1000"]);
-    let endpoints = endpoints(&lab);
-    let labels =
-        |name: &str| endpoints.iter().find(|it| it["pod"] == pod_name(name)).map(|it| it["labels"].to_string());
-    assert!(labels("web").is_some_and(|labels| labels.contains("k8s:app=web")), "{endpoints:?}");
-    let addresses = addresses(&endpoints, "web");
+    let attached = endpoints(&lab);
+    let labels = |name: &str| attached.iter().find(|it| it["pod"] == pod_name(name)).map(|it| it["labels"].to_string());
+    assert!(labels("web").is_some_and(|labels| labels.contains("k8s:app=web")), "{attached:?}");
+    let addresses = addresses(&attached, "web");
     let inside = runtime.netns("client");
     let node = lab.netns("node:node1").unwrap();
     for address in &addresses {
@@ -59,94 +58,15 @@ fn a_container_of_containerd_gets_its_address_obeys_policy_and_leaves_nothing_th
     runtime.kill(client);
     assert!(get(&node, addresses[0]).is_some(), "another container's deletion concerned this one");
     lab.restart("node1", &[]).unwrap();
-    let left = self::endpoints(&lab);
+    let left = endpoints(&lab);
     assert_eq!(left.len(), 1, "{left:?}");
     assert_eq!(left[0]["pod"], pod_name("web"));
     assert_leftovers(&lab, 1);
     assert!(get(&node, addresses[0]).is_some(), "the other container did not survive the restart");
 
     runtime.kill(web);
-    assert_eq!(self::endpoints(&lab), Vec::<Value>::new());
-    assert_leftovers(&lab, 0);
-}
-
-#[test]
-fn every_verb_answers_as_the_specification_says() {
-    let lab = Lab::up("verbs", 1, &[]).unwrap();
-    let place = TestNamespace::new();
-    let container = Container { lab: &lab, id: "by-hand", netns: place.namespace.path().to_owned() };
-
-    let versions = container.call("VERSION", json!({"cniVersion": "1.1.0"})).unwrap();
-    assert_eq!(versions["cniVersion"], "1.1.0");
-    assert!(versions["supportedVersions"].as_array().unwrap().contains(&json!("1.0.0")), "{versions}");
-    assert_eq!(container.call("STATUS", json!({})), Ok(Value::Null));
-
-    let added = container.call("ADD", json!({})).unwrap();
-    let ips: Vec<&str> = added["ips"].as_array().unwrap().iter().map(|ip| ip["address"].as_str().unwrap()).collect();
-    assert_eq!(ips.len(), 2, "{added}");
-    assert!(ips[0].ends_with("/32") && ips[1].ends_with("/128"), "{ips:?}");
-    assert_eq!(added["interfaces"][1]["name"], "eth0");
-    assert_eq!(added["interfaces"][1]["sandbox"], container.netns.to_str().unwrap());
-    let shown = printed(&place.namespace, &["ip", "-o", "addr", "show", "dev", "eth0"]);
-    assert!(ips.iter().all(|ip| shown.contains(ip.split('/').next().unwrap())), "{shown}");
-    assert_eq!(container.call("ADD", json!({})).unwrap()["ips"], added["ips"], "asked again, it is the same");
-
-    let previous = json!({"prevResult": added});
-    assert_eq!(container.call("CHECK", previous.clone()), Ok(Value::Null));
-    let mut other = added.clone();
-    other["ips"][0]["address"] = json!("10.9.9.9/32");
-    assert_eq!(container.code("CHECK", json!({"prevResult": other})), 101);
-
-    for _ in 0..2 {
-        assert_eq!(container.call("DEL", previous.clone()), Ok(Value::Null), "DEL succeeds however often");
-    }
-    assert_eq!(container.code("CHECK", previous), 3);
-    assert_leftovers(&lab, 0);
-
-    let kept = TestNamespace::new();
-    let kept = Container { lab: &lab, id: "kept", netns: kept.namespace.path().to_owned() };
-    container.call("ADD", json!({})).unwrap();
-    kept.call("ADD", json!({})).unwrap();
-    let valid = json!({"cni.dev/valid-attachments": [{"containerID": "kept", "ifname": "eth0"}]});
-    assert_eq!(container.call("GC", valid), Ok(Value::Null));
-    let left = endpoints(&lab);
-    assert_eq!((left.len(), &left[0]["container_id"]), (1, &json!("kept")), "{left:?}");
-    assert_leftovers(&lab, 1);
-
-    assert_eq!(container.code("GC", json!({})), 7, "a GC that names nothing must not remove everything");
-    assert_eq!(container.code("ADD", json!({"cniVersion": "9.0.0"})), 1);
-    assert_eq!(container.code("FETCH", json!({})), 4);
-    assert_eq!(container.fed("ADD", "{").unwrap_err()["code"], 6);
-    let nowhere = Container { netns: "/run/netns/nowhere".into(), id: "nowhere", lab: &lab };
-    assert!(nowhere.call("ADD", json!({})).is_err());
-    assert_leftovers(&lab, 1);
-
-    lab.kill_agent("node1").unwrap();
-    assert_eq!(container.code("ADD", json!({})), 11, "the runtime tries again later");
-    assert_eq!(container.code("STATUS", json!({})), 50);
-    assert_eq!(kept.call("DEL", json!({})), Ok(Value::Null), "DEL works while the agent is down");
-    lab.restart("node1", &[]).unwrap();
     assert_eq!(endpoints(&lab), Vec::<Value>::new());
     assert_leftovers(&lab, 0);
-}
-
-/// Nothing of a workload stays beyond those that there are: devices, programs, records, notes.
-fn assert_leftovers(lab: &Lab, workloads: usize) {
-    let state = PathBuf::from(format!("/run/cirri/lab/{}/nodes/node1/state", lab.name()));
-    assert_eq!(names_in(&state.join("endpoints")).len(), workloads, "records");
-    if state.join("deletions").exists() {
-        assert_eq!(names_in(&state.join("deletions")), Vec::<String>::new(), "notes of deletions");
-    }
-    let links = names_in(Path::new(&format!("/sys/fs/bpf/cirri/lab-{}-node1/links", lab.name())));
-    let of_workloads = links.iter().filter(|name| name.contains("workload")).count();
-    assert_eq!(of_workloads, 2 * workloads, "programs: {links:?}");
-    let node = lab.netns("node:node1").unwrap();
-    let devices = printed(&node, &["ip", "-o", "link"]);
-    assert_eq!(devices.matches("lxc").count(), workloads, "devices: {devices}");
-}
-
-fn endpoints(lab: &Lab) -> Vec<Value> {
-    lab.ask("node1", &["endpoint", "list"]).unwrap()
 }
 
 fn addresses(endpoints: &[Value], name: &str) -> Vec<SocketAddr> {
@@ -187,54 +107,6 @@ fn deny(name: &str) -> String {
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: deny, namespace: default}}\n\
          spec: {{podSelector: {{matchLabels: {{app: {name}}}}}, policyTypes: [Ingress]}}\n"
     )
-}
-
-/// A container that exists for the plugin alone.
-struct Container<'a> {
-    lab: &'a Lab,
-    id: &'a str,
-    netns: PathBuf,
-}
-
-impl Container<'_> {
-    /// The plugin's answer, `null` for none; its error as JSON.
-    fn call(&self, verb: &str, more: Value) -> Result<Value, Value> {
-        let mut configuration = json!({
-            "cniVersion": "1.1.0", "name": "cirri", "type": "cirri-cni", "socket": self.lab.socket("node1"),
-        });
-        for (key, value) in more.as_object().unwrap() {
-            configuration[key] = value.clone();
-        }
-        self.fed(verb, &configuration.to_string())
-    }
-
-    /// The code of the error that it must answer with.
-    fn code(&self, verb: &str, more: Value) -> u64 {
-        let error = self.call(verb, more).expect_err("the plugin must refuse");
-        assert!(error["msg"].as_str().is_some_and(|text| !text.is_empty()), "{error}");
-        error["code"].as_u64().unwrap_or_else(|| panic!("no code: {error}"))
-    }
-
-    fn fed(&self, verb: &str, input: &str) -> Result<Value, Value> {
-        let mut child = Command::new(lab::binary().unwrap())
-            .arg("cni")
-            .env("CNI_COMMAND", verb)
-            .env("CNI_CONTAINERID", self.id)
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_NETNS", &self.netns)
-            .env("CNI_PATH", "/opt/cni/bin")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        let answer = match output.stdout.as_slice() {
-            [] => Value::Null,
-            text => serde_json::from_slice(text).unwrap_or_else(|error| panic!("{verb}: {error}: {output:?}")),
-        };
-        if output.status.success() { Ok(answer) } else { Err(answer) }
-    }
 }
 
 /// A containerd of its own, whose containers see this machine's programs and are attached by the plugin.

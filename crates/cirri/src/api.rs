@@ -40,7 +40,8 @@ pub enum Answer {
 /// A refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiError {
-    /// `bad-request`, `not-found`, `conflict`, `exhausted`, `timeout`, `unavailable`, `denied`, `internal`.
+    /// `bad-request`, `bad-netns`, `not-found`, `conflict`, `exhausted`, `timeout`, `unavailable`, `denied`,
+    /// `internal`.
     pub code: String,
     /// What happened.
     pub message: String,
@@ -75,6 +76,9 @@ impl std::error::Error for ApiError {}
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EndpointAdd {
+    /// Name of the network; empty if the plugin is of a version that does not say it.
+    #[serde(default)]
+    pub network: String,
     /// The runtime's name for the container.
     pub container_id: String,
     /// Name of the device inside.
@@ -85,9 +89,29 @@ pub struct EndpointAdd {
     pub namespace: String,
     /// Name of the pod.
     pub pod: String,
+    /// Whether the runtime named the pod: then the store must hold it. A name that was made up need not be there.
+    #[serde(default)]
+    pub pod_named: bool,
     /// Ethernet address wanted inside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
+    /// Addresses wanted, at most one of each family; the node chooses the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// Whether GC may take it away: the version of CNI that it is attached by has GC.
+    #[serde(default)]
+    pub gc: bool,
+}
+
+impl EndpointAdd {
+    /// The attachment that is asked for.
+    pub fn attachment(&self) -> Attachment {
+        Attachment {
+            network: self.network.clone(),
+            container_id: self.container_id.clone(),
+            ifname: self.ifname.clone(),
+        }
+    }
 }
 
 /// Answer to `endpoint.add`.
@@ -113,6 +137,10 @@ pub struct EndpointAdded {
     /// The IPv6 gateway, if it has an IPv6 address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway_v6: Option<IpAddr>,
+    /// Whether the container's IPv4 default route leads by this device.
+    pub default_v4: bool,
+    /// Whether the container's IPv6 default route leads by this device.
+    pub default_v6: bool,
     /// From the request to the rules being in force, milliseconds.
     pub ready_ms: f64,
 }
@@ -126,22 +154,48 @@ pub struct Address {
     pub prefix: u8,
 }
 
-/// Names one attachment: parameters of `endpoint.delete` and `endpoint.check`.
+/// Names one attachment: parameters of `endpoint.delete`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attachment {
+    /// Name of the network; empty for one that an earlier version attached, which did not ask.
+    #[serde(default)]
+    pub network: String,
     /// The runtime's name for the container.
     pub container_id: String,
     /// Name of the device inside.
     pub ifname: String,
 }
 
-/// Parameters of `endpoint.gc`: everything that is not named goes.
+/// Parameters of `endpoint.check`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndpointCheck {
+    /// The attachment.
+    pub attachment: Attachment,
+    /// Path of the container's network namespace.
+    pub netns: String,
+}
+
+/// Parameters of `endpoint.gc`: every attachment of a network that is not named goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EndpointGc {
-    /// The attachments that the runtime knows.
-    pub valid: Vec<Attachment>,
+    /// Name of the network.
+    pub network: String,
+    /// What the runtime knows of it.
+    pub valid: Vec<ValidAttachment>,
+}
+
+/// An attachment that its runtime knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValidAttachment {
+    /// The runtime's name for the container.
+    #[serde(alias = "containerID")]
+    pub container_id: String,
+    /// Name of the device inside.
+    pub ifname: String,
 }
 
 /// Answer to `endpoint.gc` and `endpoint.delete`.
@@ -174,6 +228,8 @@ pub struct EndpointInfo {
     pub ifindex: u32,
     /// Ethernet address inside.
     pub mac: String,
+    /// Name of the network that it was attached to.
+    pub network: String,
     /// The runtime's name for the container.
     pub container_id: String,
     /// Name of the device inside.

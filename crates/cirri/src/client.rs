@@ -34,7 +34,7 @@ impl ClientArgs {
             answer = Some(value);
             Ok(())
         })?;
-        answer.ok_or_else(|| Error::new(Failure::Failed, format!("the agent gave no answer to `{method}`")))
+        answer.ok_or_else(|| CallError::Stopped.into_exit(&self.socket))
     }
 
     /// Asks once and reads answers until the agent closes the connection.
@@ -63,9 +63,15 @@ pub enum CallError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// The agent went away before it had answered.
+    #[error("the agent stopped before it answered")]
+    Stopped,
+    /// The agent is there and has not answered in time.
+    #[error("the agent is busy: no answer for {} s", .0.as_secs())]
+    Busy(Duration),
     /// The connection broke.
     #[error("the connection to the agent broke: {0}")]
-    Broken(#[from] std::io::Error),
+    Broken(std::io::Error),
     /// The agent refused.
     #[error("{0}")]
     Refused(ApiError),
@@ -99,6 +105,7 @@ impl CallError {
                 let message = Error::new(failure, &error.message);
                 if error.hint.is_empty() { message } else { message.hint(&error.hint) }
             }
+            CallError::Stopped => Error::new(Failure::NotReachable, &self).hint("try again when it is back"),
             other => Error::new(Failure::Failed, other),
         }
     }
@@ -117,19 +124,32 @@ pub fn stream(
 ) -> std::result::Result<(), CallError> {
     let mut connection =
         UnixStream::connect(socket).map_err(|source| CallError::NoAgent { path: socket.to_owned(), source })?;
-    connection.set_read_timeout(timeout)?;
+    let failed = |error: std::io::Error| match (error.kind(), timeout) {
+        (ErrorKind::WouldBlock | ErrorKind::TimedOut, Some(timeout)) => CallError::Busy(timeout),
+        (ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof, _) => CallError::Stopped,
+        _ => CallError::Broken(error),
+    };
+    connection.set_read_timeout(timeout).map_err(failed)?;
+    connection.set_write_timeout(timeout).map_err(failed)?;
     let params = serde_json::to_value(params).map_err(|error| CallError::Garbled(error.to_string()))?;
     let request = Request { method: method.to_owned(), params };
     let mut line = serde_json::to_vec(&request).map_err(|error| CallError::Garbled(error.to_string()))?;
     line.push(b'\n');
-    connection.write_all(&line)?;
-    for line in BufReader::new(connection).lines() {
-        match serde_json::from_str(&line?).map_err(|error| CallError::Garbled(error.to_string()))? {
+    connection.write_all(&line).map_err(failed)?;
+    let mut reader = BufReader::new(connection);
+    loop {
+        let mut line = Vec::new();
+        match reader.read_until(b'\n', &mut line).map_err(failed)? {
+            0 => return Ok(()),
+            // A line without its end: whoever wrote it is gone.
+            _ if line.pop() != Some(b'\n') => return Err(CallError::Stopped),
+            _ => {}
+        }
+        match serde_json::from_slice(&line).map_err(|error| CallError::Garbled(error.to_string()))? {
             Answer::Result(value) => each(value)?,
             Answer::Error(error) => return Err(CallError::Refused(error)),
         }
     }
-    Ok(())
 }
 
 /// One call with one answer; for those who need to tell the failures apart.
@@ -147,6 +167,37 @@ pub fn call<T: DeserializeOwned>(
         answer = Some(value);
         Ok(())
     })?;
-    let value = answer.ok_or_else(|| CallError::Garbled("no answer".to_owned()))?;
+    let value = answer.ok_or(CallError::Stopped)?;
     serde_json::from_value(value).map_err(|error| CallError::Garbled(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// What a call says of an agent that answers this and hangs up; of one that stays, if `holds`.
+    fn call_to(name: &str, answer: &'static str, holds: bool) -> CallError {
+        let socket = std::env::temp_dir().join(format!("cirri-client-{name}-{}", std::process::id()));
+        let listener = UnixListener::bind(&socket).unwrap();
+        let agent = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut question = String::new();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut question).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+            holds.then_some(stream)
+        });
+        let outcome = call::<u32>(&socket, "m", &serde_json::json!({}), Duration::from_millis(200));
+        drop(agent.join());
+        std::fs::remove_file(&socket).unwrap();
+        outcome.unwrap_err()
+    }
+
+    #[test]
+    fn an_agent_that_stopped_one_that_is_busy_and_one_of_another_version_are_told_apart() {
+        assert!(matches!(call_to("gone", "", false), CallError::Stopped));
+        assert!(matches!(call_to("half", "{\"result\":", false), CallError::Stopped));
+        assert!(matches!(call_to("busy", "", true), CallError::Busy(_)));
+        assert!(matches!(call_to("other", "hello\n", false), CallError::Garbled(_)));
+    }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Listens; replaces the socket that an earlier run left. Only its owner may connect.
@@ -51,4 +52,11 @@ where
 pub fn may_ask(stream: &UnixStream) -> io::Result<bool> {
     let peer = stream.peer_cred()?.uid();
     Ok(peer == 0 || peer == rustix::process::geteuid().as_raw())
+}
+
+/// Whether a client still waits for its answer: it has not closed its end. If the kernel does not tell, it has not.
+pub fn is_there(stream: &UnixStream) -> bool {
+    let mut ends = [PollFd::new(stream, PollFlags::empty())];
+    let told = poll(&mut ends, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    told.is_err() || !ends[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }

@@ -1,15 +1,41 @@
-//! Names and numbers that follow from an attachment alone, so that plugin and agent agree on them.
+//! What follows from an attachment alone, so that plugin and agent agree on it: names, numbers, devices.
+
+use cirri_loader::net::{Net, NetError};
 
 use crate::api::Attachment;
 
-/// The node's side of the device of an attachment: `lxc` and eight digits of a hash.
-pub fn host_ifname(attachment: &Attachment) -> String {
-    format!("lxc{:08x}", digest(attachment) as u32)
+/// A name for the node's side of the device of an attachment: `lxc` and eight digits of a hash. Others may
+/// have it: then the next number gives another.
+pub fn host_ifname(attachment: &Attachment, number: u32) -> String {
+    let text = if number == 0 { named(attachment) } else { format!("{}#{number}", named(attachment)) };
+    format!("lxc{:08x}", digest(&text) as u32)
+}
+
+/// Whose the device of an attachment is: its alias. At most [`LONGEST_OWNER`] bytes.
+pub fn owner(attachment: &Attachment) -> String {
+    format!("cirri {}", named(attachment))
+}
+
+/// Longest alias of a device, bytes; the kernel's `IFALIASZ` without its terminator.
+pub const LONGEST_OWNER: usize = 255;
+
+/// Removes every device of the namespace that says it is this attachment's; what is gone is no error.
+///
+/// # Errors
+/// The kernel does not do it.
+pub async fn delete_devices(net: &Net, attachment: &Attachment) -> Result<(), NetError> {
+    let owner = owner(attachment);
+    for link in net.links().await? {
+        if link.alias == owner {
+            net.delete_link_by_index(link.index).await?;
+        }
+    }
+    Ok(())
 }
 
 /// The Ethernet address inside, unless the runtime wants another: locally administered, from a hash.
 pub fn default_mac(attachment: &Attachment) -> [u8; 6] {
-    let bytes = digest(attachment).to_be_bytes();
+    let bytes = digest_of(attachment).to_be_bytes();
     [0x02, bytes[0], bytes[1], bytes[2], bytes[3], bytes[4]]
 }
 
@@ -30,9 +56,18 @@ pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && unicast).then_some(mac)
 }
 
+/// A number for an attachment, 64 bits.
+pub fn digest_of(attachment: &Attachment) -> u64 {
+    digest(&named(attachment))
+}
+
+/// None of the parts can have a slash.
+fn named(attachment: &Attachment) -> String {
+    format!("{}/{}/{}", attachment.network, attachment.container_id, attachment.ifname)
+}
+
 /// FNV-1a, 64 bits: the same in every build, since names outlive the process.
-fn digest(attachment: &Attachment) -> u64 {
-    let text = format!("{}/{}", attachment.container_id, attachment.ifname);
+fn digest(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
@@ -40,17 +75,27 @@ fn digest(attachment: &Attachment) -> u64 {
 mod tests {
     use super::*;
 
+    fn attachment(network: &str, container_id: &str) -> Attachment {
+        Attachment { network: network.into(), container_id: container_id.into(), ifname: "eth0".into() }
+    }
+
     #[test]
     fn names_fit_the_kernel_and_differ() {
-        let name =
-            |container_id: &str| host_ifname(&Attachment { container_id: container_id.into(), ifname: "eth0".into() });
-        assert_eq!(name("a").len(), 11);
-        assert_ne!(name("a"), name("b"));
+        let names = [("n", "a", 0), ("n", "b", 0), ("m", "a", 0), ("n", "a", 1), ("n", "a", 2)]
+            .map(|(network, id, number)| host_ifname(&attachment(network, id), number));
+        assert!(names.iter().all(|name| name.len() == 11));
+        assert_eq!(std::collections::BTreeSet::from(names).len(), 5);
+    }
+
+    #[test]
+    fn an_owner_is_one_attachment() {
+        assert_eq!(owner(&attachment("n", "a")), "cirri n/a/eth0");
+        assert_ne!(owner(&attachment("n", "a")), owner(&attachment("m", "a")));
     }
 
     #[test]
     fn macs_read_back_and_nonsense_does_not() {
-        let mac = default_mac(&Attachment { container_id: "a".into(), ifname: "eth0".into() });
+        let mac = default_mac(&attachment("n", "a"));
         assert_eq!(parse_mac(&mac_text(mac)), Some(mac));
         for bad in
             ["", "02:00:00:00:00", "01:00:00:00:00:00", "0:0:0:0:0:0", "00:00:00:00:00:00", "02:00:00:00:00:00:00"]

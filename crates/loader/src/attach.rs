@@ -72,6 +72,23 @@ impl Datapath {
         self.attach(device, UNWRAP)
     }
 
+    /// Whether the programs that [`Datapath::attach_workload`] put on a device are on it. On kernels without tcx
+    /// this is not known, and not denied.
+    pub fn is_workload_attached(&self, device: &str) -> Result<bool, LoadError> {
+        if self.hooking == Hooking::Clsact {
+            return Ok(true);
+        }
+        let ifindex = device_number(device)?;
+        for &(program, direction) in WORKLOAD {
+            let Some((_, info)) = pinned(&self.pins.link(program, ifindex))? else { return Ok(false) };
+            let (_, here) = SchedClassifier::query_tcx(device, direction).map_err(attaching(program, device))?;
+            if info.ifindex() != ifindex || !here.iter().any(|other| other.id() == info.program) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Takes all programs off a device. Nothing happens if there are none, or if it is gone.
     pub fn detach(&mut self, ifindex: u32) -> Result<(), LoadError> {
         if ifindex == 0 {

@@ -1,5 +1,5 @@
-//! The bpf(2) commands that aya does not wrap, or wraps one entry at a time, and a socket option that
-//! nobody wraps.
+//! The bpf(2) commands that aya does not wrap, or wraps one entry at a time, and a socket option and a
+//! request to namespaces that nobody wraps.
 //!
 //! Every function takes buffers as slices and checks their lengths against the sizes that the
 //! kernel will use, which [`RawMap`] reads from the kernel itself. That is what makes them safe.
@@ -400,6 +400,16 @@ pub(crate) fn namespace_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
         )
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+// === Namespaces ===
+
+/// Whether a namespace file is a network namespace's (`ioctl_nsfs(2)`, Linux 4.11).
+pub(crate) fn is_network_namespace(file: BorrowedFd<'_>) -> io::Result<bool> {
+    const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+    // SAFETY: this request takes no argument and touches no memory; it answers the kind of namespace.
+    let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
+    if kind < 0 { Err(io::Error::last_os_error()) } else { Ok(kind == libc::CLONE_NEWNET) }
 }
 
 // === bpf(2) ===

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cirri_abi::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Identity};
-use cirri_loader::net::{self, Namespace, Net, NetError, Route, VethEnd};
+use cirri_loader::net::{Namespace, NetError};
 
-use super::Shared;
 use super::allocate::{self, AllocateError};
 use super::core::Core;
-use super::endpoint::Endpoint;
-use super::node;
-use crate::api::{Address, ApiError, Attachment, EndpointAdd, EndpointAdded};
+use super::endpoint::{Endpoint, HasDefault};
+use super::wanted::Wanted;
+use super::{Shared, deletions, devices, inside, node};
+use crate::api::{Address, ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointGc, ValidAttachment};
 use crate::workload;
 
 /// How long an answer may wait for other nodes to be able to learn of the workload.
@@ -20,32 +20,37 @@ const PUBLISH_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Attaches a workload: its rules are in force before anybody learns that it is there.
 ///
-/// Asked again for the same attachment it answers with what is there.
+/// Asked again for the same attachment it answers with what is there. `is_heard` is asked at the end: nobody
+/// could delete what nobody knows of.
 ///
 /// # Errors
 /// What went wrong; nothing of the workload is left then.
-pub async fn add(shared: &Arc<Shared>, asked: &EndpointAdd) -> Result<EndpointAdded, ApiError> {
+pub async fn add(
+    shared: &Arc<Shared>,
+    asked: &EndpointAdd,
+    is_heard: impl Fn() -> bool,
+) -> Result<EndpointAdded, ApiError> {
     let started = Instant::now();
-    let attachment = Attachment { container_id: asked.container_id.clone(), ifname: asked.ifname.clone() };
-    let mac = match &asked.mac {
-        Some(text) => workload::parse_mac(text)
-            .ok_or_else(|| ApiError::new("bad-request", format!("`{text}` is no unicast Ethernet address")))?,
-        None => workload::default_mac(&attachment),
-    };
+    let wanted = Wanted::of(asked)?;
+    if let Some(answer) = attached(&mut *shared.core.lock().await, &wanted).await? {
+        return Ok(answer);
+    }
     let identity = number_labels(shared, &asked.namespace, &asked.pod).await?;
 
     let mut core = shared.core.lock().await;
-    if let Some(endpoint) = core.endpoint_of(&attachment) {
-        if endpoint.netns == asked.netns && device_is_there(&core, endpoint).await {
-            return Ok(answer(&core, endpoint));
-        }
-        // The runtime lost it without saying so.
-        remove(&mut core, &attachment).await?;
+    if let Some(answer) = attached(&mut core, &wanted).await? {
+        return Ok(answer);
     }
-    let mut endpoint = reserve(&mut core, asked, &attachment, identity, mac)?;
-    let made = create(&mut core, &mut endpoint, started).await;
+    let place = wanted.place(&core)?;
+    let mut endpoint = reserve(&mut core, &wanted, place.cookie, identity).await?;
+    let mut made = create(&mut core, &mut endpoint, &place.inside, started).await;
+    if made.is_ok() && !is_heard() {
+        // Its DEL may have come and gone while this waited.
+        tracing::info!(container = asked.container_id, "not attached: the plugin went away before it had its answer");
+        made = Err(ApiError::new("unavailable", "the plugin went away"));
+    }
     if let Err(error) = made {
-        if let Err(left) = remove(&mut core, &attachment).await {
+        if let Err(left) = remove(&mut core, &wanted.attachment).await {
             tracing::warn!(endpoint = endpoint.id, error = %left, "not all of a failed attachment could be removed");
         }
         return Err(error);
@@ -66,6 +71,21 @@ pub async fn add(shared: &Arc<Shared>, asked: &EndpointAdd) -> Result<EndpointAd
     Ok(answer)
 }
 
+/// The answer for an attachment that is there already. One that the runtime deleted meanwhile or lost goes,
+/// once it is certain that the new one can be.
+async fn attached(core: &mut Core, wanted: &Wanted) -> Result<Option<EndpointAdded>, ApiError> {
+    let place = wanted.place(core)?;
+    deletions::before_add(core, &wanted.attachment).await?;
+    let Some(endpoint) = core.endpoint_of(&wanted.attachment) else { return Ok(None) };
+    if endpoint.netns_cookie == place.cookie && device_is_there(core, endpoint).await {
+        wanted.agrees_with(endpoint)?;
+        return Ok(Some(answer(core, endpoint)));
+    }
+    // The runtime lost it without saying so.
+    remove(core, &wanted.attachment).await?;
+    Ok(None)
+}
+
 /// Detaches a workload; whether there was one. What is already gone is no error.
 ///
 /// # Errors
@@ -78,44 +98,37 @@ pub async fn delete(shared: &Arc<Shared>, attachment: &Attachment) -> Result<boo
     Ok(there)
 }
 
-/// Detaches every workload that is not named; how many.
+/// Detaches every workload of a network that is not named; how many. Those whose runtime attached them by
+/// a version of CNI without GC stay: it does not name them, and another runtime that shares the network's
+/// name does not know them.
 ///
 /// # Errors
-/// As for [`delete`].
-pub async fn collect(shared: &Arc<Shared>, valid: &[Attachment]) -> Result<usize, ApiError> {
+/// As for [`delete`], of the first that would not go; the others are gone.
+pub async fn collect(shared: &Arc<Shared>, asked: &EndpointGc) -> Result<usize, ApiError> {
     let mut core = shared.core.lock().await;
+    let is_named = |attachment: &Attachment| {
+        let is_it = |valid: &ValidAttachment| {
+            (&valid.container_id, &valid.ifname) == (&attachment.container_id, &attachment.ifname)
+        };
+        asked.valid.iter().any(is_it)
+    };
     let stale: Vec<Attachment> = core
         .endpoints
         .values()
+        .filter(|endpoint| endpoint.gc && endpoint.attachment.network == asked.network)
         .map(|endpoint| endpoint.attachment.clone())
-        .filter(|attachment| !valid.contains(attachment))
+        .filter(|attachment| !is_named(attachment))
         .collect();
+    let mut outcome = Ok(stale.len());
     for attachment in &stale {
-        remove(&mut core, attachment).await?;
+        if let Err(error) = remove(&mut core, attachment).await {
+            tracing::warn!(container = attachment.container_id, %error, "GC goes on with the others");
+            outcome = outcome.and(Err(error));
+        }
     }
     drop(core);
     shared.publish.notify_one();
-    Ok(stale.len())
-}
-
-/// Whether a workload is as it was attached.
-///
-/// # Errors
-/// What is missing.
-pub async fn check(shared: &Arc<Shared>, attachment: &Attachment) -> Result<u16, ApiError> {
-    let core = shared.core.lock().await;
-    let endpoint = core.endpoint_of(attachment).ok_or_else(|| {
-        ApiError::new("not-found", format!("{} has no {} here", attachment.container_id, attachment.ifname))
-            .hint("add it first")
-    })?;
-    if !device_is_there(&core, endpoint).await {
-        let text = format!("its device {} is gone", endpoint.host_ifname);
-        return Err(ApiError::new("internal", text).hint("delete the container and add it again"));
-    }
-    match core.rows.endpoints.state(&endpoint.id).as_deref() {
-        Some("done") => Ok(endpoint.id),
-        state => Err(ApiError::new("internal", format!("its state is {}", state.unwrap_or("unknown")))),
-    }
+    outcome
 }
 
 /// The identity of a pod's labels, allocated if need be. Not under the lock: the store may be slow.
@@ -140,90 +153,62 @@ async fn number_labels(shared: &Arc<Shared>, namespace: &str, pod: &str) -> Resu
     Ok(identity)
 }
 
-/// Takes number, slot and addresses.
-fn reserve(
+/// Takes number, slot, name and addresses.
+async fn reserve(
     core: &mut Core,
-    asked: &EndpointAdd,
-    attachment: &Attachment,
+    wanted: &Wanted,
+    netns_cookie: u64,
     identity: Identity,
-    mac: [u8; 6],
 ) -> Result<Endpoint, ApiError> {
-    let exhausted = |what: &str| ApiError::new("exhausted", format!("no {what} left on this node"));
-    let mut addresses = Vec::new();
-    let (mut v4, mut v6) = (None, None);
-    for index in 0..core.pools.len() {
-        match core.pools[index].allocate() {
-            Ok(IpAddr::V4(ip)) => v4 = Some(ip),
-            Ok(IpAddr::V6(ip)) => v6 = Some(ip),
-            Err(error) => {
-                release(core, &addresses);
-                return Err(ApiError::new("exhausted", error));
-            }
-        }
-        addresses = v4.map(IpAddr::V4).into_iter().chain(v6.map(IpAddr::V6)).collect();
-    }
+    let attachment = &wanted.attachment;
+    let mac = wanted.choose_mac(core)?;
+    let host_ifname = devices::free_name(core, attachment).await?;
+    let addresses = wanted.take_addresses(core)?;
     let slot = core.ruleset_slots.take(&identity.id);
     let id = core.endpoint_ids.take(attachment);
     let (Some(ruleset), Some(id)) = (slot, id) else {
         core.endpoint_ids.release(attachment);
-        release(core, &addresses);
-        return Err(exhausted(if slot.is_none() { "slot for a rule set" } else { "endpoint number" }));
+        core.release(&addresses);
+        let what = if slot.is_none() { "slot for a rule set" } else { "endpoint number" };
+        return Err(ApiError::new("exhausted", format!("no {what} left on this node")));
     };
     let labels = core.view.identities.labels(identity).map(ToString::to_string).unwrap_or_default();
     Ok(Endpoint {
         id,
         attachment: attachment.clone(),
-        netns: asked.netns.clone(),
-        netns_cookie: 0,
-        namespace: asked.namespace.clone(),
-        pod: asked.pod.clone(),
+        netns: wanted.netns.clone(),
+        netns_cookie,
+        namespace: wanted.namespace.clone(),
+        pod: wanted.pod.clone(),
         identity: identity.id,
         labels,
         mac,
-        v4,
-        v6,
-        host_ifname: workload::host_ifname(attachment),
+        v4: addresses.iter().find_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }),
+        v6: addresses.iter().find_map(|ip| if let IpAddr::V6(v6) = ip { Some(*v6) } else { None }),
+        host_ifname,
         ifindex: 0,
+        mtu: core.node.mtu,
+        has_default: HasDefault { v4: false, v6: false },
+        gc: wanted.gc,
         ruleset,
         ready_ms: 0.0,
     })
 }
 
-fn release(core: &mut Core, addresses: &[IpAddr]) {
-    for ip in addresses {
-        for pool in &mut core.pools {
-            pool.release(*ip);
-        }
-    }
-}
-
 /// Makes the device and puts the rules in force. The inside comes up last.
-async fn create(core: &mut Core, endpoint: &mut Endpoint, started: Instant) -> Result<(), ApiError> {
+async fn create(
+    core: &mut Core,
+    endpoint: &mut Endpoint,
+    inside: &Namespace,
+    started: Instant,
+) -> Result<(), ApiError> {
     let internal = |error: NetError| ApiError::new("internal", error);
-    let inside = Namespace::open(&endpoint.netns).map_err(|error| {
-        ApiError::new("bad-request", error).hint("the runtime must create the network namespace before ADD")
-    })?;
-    endpoint.netns_cookie = inside.cookie().map_err(internal)?;
     // Noted before anything is made, so that a crash leaves nothing that nobody knows of.
     core.endpoints.insert(endpoint.id, endpoint.clone());
     save(core, endpoint)?;
 
-    let (net, mtu) = (core.net.clone(), core.node.mtu);
-    // A device of that name is left over from a crash, or the note above would have named it.
-    net.delete_link(&endpoint.host_ifname).await.map_err(internal)?;
-    let outer = VethEnd { name: endpoint.host_ifname.clone(), mac: Some(GATEWAY_MAC), mtu: Some(mtu), namespace: None };
-    let inner = VethEnd {
-        name: endpoint.attachment.ifname.clone(),
-        mac: Some(endpoint.mac),
-        mtu: Some(mtu),
-        namespace: Some(inside.clone()),
-    };
-    net.create_veth(&outer, &inner).await.map_err(internal)?;
-    let device = net.link(&endpoint.host_ifname).await.map_err(|error| {
-        let text = format!("no device made: {error}; is there a {} inside already?", endpoint.attachment.ifname);
-        ApiError::new("internal", text)
-    })?;
-    endpoint.ifindex = device.index;
+    let net = core.net.clone();
+    endpoint.ifindex = devices::create(&net, endpoint, inside).await?;
     // Not a packet may pass before: whoever is inside already can bring the other end up at any time.
     core.datapath
         .attach_workload(&endpoint.host_ifname)
@@ -238,11 +223,12 @@ async fn create(core: &mut Core, endpoint: &mut Endpoint, started: Instant) -> R
     core.reconcile(Instant::now()).await;
     in_force(core, endpoint)?;
 
-    set_up_inside(endpoint, inside).await.map_err(internal)?;
+    inside::set_up(endpoint, inside.clone()).await.map_err(internal)?;
     endpoint.ready_ms = started.elapsed().as_secs_f64() * 1000.0;
-    // Labels may have changed the identity meanwhile: only the time is ours to write.
+    // Labels may have changed the identity meanwhile: only this is ours to write.
     if let Some(kept) = core.endpoints.get_mut(&endpoint.id) {
         kept.ready_ms = endpoint.ready_ms;
+        kept.has_default = endpoint.has_default;
         *endpoint = kept.clone();
     }
     save(core, endpoint)
@@ -277,39 +263,18 @@ fn in_force(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
     }
 }
 
-async fn set_up_inside(endpoint: &Endpoint, inside: Namespace) -> Result<(), NetError> {
-    let net = Net::of(inside)?;
-    let name = &endpoint.attachment.ifname;
-    let device = net.link(name).await?.index;
-    if endpoint.v6.is_some() {
-        net.set_sysctl(&format!("ipv6/conf/{name}/disable_ipv6"), "0")?;
-        net.set_sysctl(&format!("ipv6/conf/{name}/accept_dad"), "0")?;
-        net.set_sysctl(&format!("ipv6/conf/{name}/accept_ra"), "0")?;
-    }
-    net.set_up("lo").await?;
-    net.set_up(name).await?;
-    for ip in endpoint.addresses() {
-        let prefix = if ip.is_ipv4() { 32 } else { 128 };
-        net.add_address(&net::Address { ip, prefix, device }).await?;
-    }
-    if endpoint.v4.is_some() {
-        let gateway = IpAddr::from(GATEWAY_V4);
-        net.put_route(&Route::host(gateway, device, None)).await?;
-        net.put_route(&Route::default_via(gateway, device)).await?;
-    }
-    if endpoint.v6.is_some() {
-        net.put_route(&Route::default_via(GATEWAY_V6.into(), device)).await?;
-    }
-    Ok(())
-}
-
 /// Takes a workload away: its device first, so that nothing flows, then all that was known of it.
-async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiError> {
-    let name = workload::host_ifname(attachment);
-    core.net.delete_link(&name).await.map_err(|error| ApiError::new("internal", error))?;
-    let id = core.endpoint_ids.release(attachment);
-    let Some(endpoint) = id.and_then(|id| core.endpoints.remove(&id)) else { return Ok(false) };
-    release(core, &endpoint.addresses().collect::<Vec<_>>());
+pub async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiError> {
+    let internal = |error: NetError| ApiError::new("internal", error);
+    let Some(endpoint) = core.endpoint_of(attachment).cloned() else {
+        workload::delete_devices(&core.net, attachment).await.map_err(internal)?;
+        return Ok(false);
+    };
+    devices::delete(&core.net, &endpoint).await.map_err(internal)?;
+    core.endpoint_ids.release(&endpoint.attachment);
+    core.endpoints.remove(&endpoint.id);
+    core.release(&endpoint.addresses().collect::<Vec<_>>());
+    leave(core, &endpoint).await;
     core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));
     core.touch();
     core.desire();
@@ -324,12 +289,40 @@ async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiErr
     Ok(true)
 }
 
+/// Leaves the container as one without this attachment: without its rules, and with the default route by
+/// another attachment if it has one. Mostly there is no container any more.
+pub async fn leave(core: &mut Core, gone: &Endpoint) {
+    let inside = match Namespace::open(&gone.netns) {
+        Ok(inside) if inside.cookie().is_ok_and(|cookie| cookie == gone.netns_cookie) => inside,
+        _ => return,
+    };
+    if let Err(error) = inside::clear(gone, inside.clone()).await {
+        tracing::warn!(endpoint = gone.id, %error, "rules of its addresses stay in the container");
+    }
+    let others: Vec<u16> =
+        core.endpoints.values().filter(|other| other.netns_cookie == gone.netns_cookie).map(|other| other.id).collect();
+    for id in others {
+        let Some(endpoint) = core.endpoints.get_mut(&id) else { continue };
+        match inside::take_default(endpoint, inside.clone()).await {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::info!(endpoint = id, device = endpoint.attachment.ifname, "has the default route now");
+                if let Err(error) = endpoint.save(&core.config.state_dir.0) {
+                    tracing::warn!(endpoint = id, %error, "its file is behind");
+                }
+            }
+            Err(error) => tracing::warn!(endpoint = id, %error, "the container may have no default route"),
+        }
+    }
+}
+
 async fn device_is_there(core: &Core, endpoint: &Endpoint) -> bool {
     let device = core.net.find_link(&endpoint.host_ifname).await;
     device.is_ok_and(|device| device.is_some_and(|device| device.index == endpoint.ifindex))
 }
 
-fn answer(core: &Core, endpoint: &Endpoint) -> EndpointAdded {
+/// What ADD answers for a workload.
+pub fn answer(core: &Core, endpoint: &Endpoint) -> EndpointAdded {
     let prefix = |ip: &IpAddr| if ip.is_ipv4() { 32 } else { 128 };
     EndpointAdded {
         id: endpoint.id,
@@ -337,10 +330,12 @@ fn answer(core: &Core, endpoint: &Endpoint) -> EndpointAdded {
         host_ifname: endpoint.host_ifname.clone(),
         host_mac: workload::mac_text(GATEWAY_MAC),
         mac: workload::mac_text(endpoint.mac),
-        mtu: core.node.mtu,
+        mtu: if endpoint.mtu == 0 { core.node.mtu } else { endpoint.mtu },
         addresses: endpoint.addresses().map(|ip| Address { ip, prefix: prefix(&ip) }).collect(),
         gateway_v4: endpoint.v4.map(|_| GATEWAY_V4.into()),
         gateway_v6: endpoint.v6.map(|_| GATEWAY_V6.into()),
+        default_v4: endpoint.v4.is_some() && endpoint.has_default.v4,
+        default_v6: endpoint.v6.is_some() && endpoint.has_default.v6,
         ready_ms: endpoint.ready_ms,
     }
 }

@@ -3,7 +3,7 @@
 use cirri_loader::Datapath;
 use cirri_loader::net::Net;
 
-use super::{endpoint, node, start};
+use super::{devices, endpoint, node, start};
 use crate::config::Config;
 use crate::exit::{Because, Failure, Result};
 use crate::files;
@@ -14,7 +14,7 @@ pub async fn cleanup(config: &Config) -> Result<()> {
     let net = Net::here().because(Failure::Failed)?;
     let state_dir = &config.state_dir.0;
     for endpoint in endpoint::load_all(state_dir).because(Failure::Failed)? {
-        net.delete_link(&endpoint.host_ifname).await.because(Failure::Failed)?;
+        devices::delete(&net, &endpoint).await.because(Failure::Failed)?;
         endpoint.forget(state_dir).because(Failure::Failed)?;
     }
     net.delete_link(node::OVERLAY).await.because(Failure::Failed)?;

@@ -191,7 +191,7 @@ impl Core {
     pub fn place(&mut self, named: &Named) {
         let (namespace, name) = named;
         let here = |endpoint: &&Endpoint| endpoint.namespace == *namespace && endpoint.pod == *name;
-        let mut addresses: Vec<IpAddr> = self.endpoints.values().filter(here).flat_map(Endpoint::addresses).collect();
+        let mut addresses: Vec<IpAddr> = self.endpoints.values().filter(here).flat_map(|it| self.main_of(it)).collect();
         let mut node = (!addresses.is_empty()).then(|| self.node.name.clone());
         // What this node published is known here already, and perhaps out of date in the store.
         for record in self.view.records_of(named).filter(|record| record.node != self.node.name) {
@@ -209,6 +209,19 @@ impl Core {
             node = Some(on.clone());
         }
         self.serving.sources.set_pod_addresses(namespace, name, &addresses, node.as_deref());
+    }
+
+    /// The addresses by which others know a workload's container: of several attachments those that have the default
+    /// route, else the first's, as Kubernetes has one address of each family for a pod.
+    fn main_of(&self, endpoint: &Endpoint) -> Vec<IpAddr> {
+        let beside = |other: &&Endpoint| {
+            other.netns_cookie == endpoint.netns_cookie && endpoint.netns_cookie != 0 && other.id != endpoint.id
+        };
+        let before = |ip: IpAddr| {
+            let rival = |other: &Endpoint| other.has_default.get(ip) || other.id < endpoint.id;
+            self.endpoints.values().filter(beside).any(rival)
+        };
+        endpoint.addresses().filter(|ip| endpoint.has_default.get(*ip) || !before(*ip)).collect()
     }
 
     /// The same for a node and the pods that have its addresses.
@@ -393,7 +406,18 @@ impl Core {
 
     /// The workload of an attachment.
     pub fn endpoint_of(&self, attachment: &Attachment) -> Option<&Endpoint> {
-        self.endpoints.get(&self.endpoint_ids.get(attachment)?)
+        // An earlier version did not ask for the network.
+        let unnamed = || self.endpoint_ids.get(&Attachment { network: String::new(), ..attachment.clone() });
+        self.endpoints.get(&self.endpoint_ids.get(attachment).or_else(unnamed)?)
+    }
+
+    /// Gives addresses back to the node's ranges.
+    pub fn release(&mut self, addresses: &[IpAddr]) {
+        for ip in addresses {
+            for pool in &mut self.pools {
+                pool.release(*ip);
+            }
+        }
     }
 }
 

@@ -39,12 +39,49 @@ pub struct Endpoint {
     pub v6: Option<Ipv6Addr>,
     /// The node's side of its device.
     pub host_ifname: String,
-    /// Index of that device.
+    /// Index of that device; 0 until it is made.
     pub ifindex: u32,
+    /// Largest packet, bytes; 0 if not known.
+    #[serde(default)]
+    pub mtu: u32,
+    /// Which of the container's default routes lead by its device.
+    #[serde(default)]
+    pub has_default: HasDefault,
+    /// Whether GC may take it away.
+    #[serde(default)]
+    pub gc: bool,
     /// Slot of its rule set.
     pub ruleset: u16,
     /// How long attaching took, milliseconds.
     pub ready_ms: f64,
+}
+
+/// Families whose default route leads by a device of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HasDefault {
+    /// IPv4.
+    pub v4: bool,
+    /// IPv6.
+    pub v6: bool,
+}
+
+impl Default for HasDefault {
+    /// As an earlier version did it.
+    fn default() -> HasDefault {
+        HasDefault { v4: true, v6: true }
+    }
+}
+
+impl HasDefault {
+    /// That of the family of an address.
+    pub fn get(self, of: IpAddr) -> bool {
+        if of.is_ipv4() { self.v4 } else { self.v6 }
+    }
+
+    /// The same, to be changed.
+    pub fn set(&mut self, of: IpAddr, has: bool) {
+        *(if of.is_ipv4() { &mut self.v4 } else { &mut self.v6 }) = has;
+    }
 }
 
 impl Endpoint {
@@ -115,11 +152,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_file_of_an_earlier_version_is_read() {
+        let text = r#"{"id":3,"container_id":"c","ifname":"eth0","netns":"/run/netns/x","namespace":"shop","pod":"web",
+            "identity":300,"labels":"k8s:app=web","mac":[2,0,0,0,0,1],"v4":"10.244.0.5","v6":null,
+            "host_ifname":"lxc1","ifindex":9,"ruleset":1,"ready_ms":1.5}"#;
+        let endpoint: Endpoint = serde_json::from_str(text).unwrap();
+        assert_eq!(endpoint.attachment.network, "", "of no network that GC could be asked for");
+        assert!(endpoint.has_default.v4 && !endpoint.gc);
+    }
+
+    #[test]
     fn an_endpoint_survives_in_its_file_and_a_broken_file_harms_nobody() {
         let dir = std::env::temp_dir().join(format!("cirri-endpoints-{}", std::process::id()));
         let endpoint = Endpoint {
             id: 3,
-            attachment: Attachment { container_id: "c".into(), ifname: "eth0".into() },
+            attachment: Attachment { network: "n".into(), container_id: "c".into(), ifname: "eth0".into() },
             netns: "/run/netns/x".into(),
             netns_cookie: 77,
             namespace: "shop".into(),
@@ -131,6 +178,9 @@ mod tests {
             v6: None,
             host_ifname: "lxc1".into(),
             ifindex: 9,
+            mtu: 1450,
+            has_default: HasDefault { v4: true, v6: false },
+            gc: true,
             ruleset: 1,
             ready_ms: 1.5,
         };

@@ -5,12 +5,16 @@
 
 mod allocate;
 mod attach;
+mod check;
 mod cleanup;
 mod core;
+mod deletions;
 mod desired;
+mod devices;
 mod dump;
 mod endpoint;
 mod flows;
+mod inside;
 mod latency;
 mod mirror;
 mod node;
@@ -28,6 +32,7 @@ mod table;
 mod tasks;
 mod view;
 mod wait;
+mod wanted;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -44,7 +49,6 @@ use tokio::task::LocalSet;
 
 use self::core::Core;
 use crate::api::{ConfigValue, StoreStatus};
-use crate::cni;
 use crate::config::Loaded;
 use crate::exit::{Because, Failure, Result};
 
@@ -127,12 +131,14 @@ async fn run_local(loaded: Loaded) -> Result<()> {
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     }
+    // First what was asked for while the agent was away: a new ADD may be for the same container.
+    deletions::carry_out(&shared).await;
     let socket = config.socket();
     let listener = crate::listener::listen(&socket)
         .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
         .because(Failure::Failed)?;
     spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));
-    delete_queued(&shared).await;
+    spawn(Box::pin(deletions::follow(Arc::clone(&shared))));
     start::notify("READY=1");
     tracing::info!(socket = %socket.display(), "ready");
 
@@ -143,24 +149,6 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     start::notify("STOPPING=1");
     tracing::info!("stopping; the packet path stays at work");
     crate::files::remove(&socket).because(Failure::Failed)
-}
-
-/// Carries out deletions that came while the agent was down.
-async fn delete_queued(shared: &Arc<Shared>) {
-    let state_dir = shared.core.lock().await.config.state_dir.0.clone();
-    let queued = match cni::pending_deletions(&state_dir) {
-        Ok(queued) => queued,
-        Err(error) => return tracing::error!(%error, "queued deletions cannot be read"),
-    };
-    for deletion in queued {
-        let done = match attach::delete(shared, &deletion.attachment).await {
-            Ok(_) => crate::files::remove(&deletion.path).map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(error) = done {
-            tracing::error!(container = deletion.attachment.container_id, error, "deletion stays queued");
-        }
-    }
 }
 
 impl Shared {

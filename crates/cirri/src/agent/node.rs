@@ -83,18 +83,23 @@ pub async fn addresses(net: &Net) -> Result<Vec<IpAddr>, NetError> {
     Ok(all)
 }
 
-/// Settings of a device of ours: no reverse-path filter, no address of its own by router, no wait
-/// before an address is used.
+/// Makes a device of ours have its [`quiet_settings`].
 ///
 /// # Errors
 /// A setting cannot be written.
 pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
-    net.set_sysctl(&format!("ipv4/conf/{device}/rp_filter"), "0")?;
+    quiet_settings(net, device).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
+}
+
+/// Settings of a device of ours: no reverse-path filter, no address of its own by router, no wait
+/// before an address is used.
+pub fn quiet_settings(net: &Net, device: &str) -> Vec<(String, &'static str)> {
+    let mut settings = vec![(format!("ipv4/conf/{device}/rp_filter"), "0")];
     if has_ipv6(net) {
-        net.set_sysctl(&format!("ipv6/conf/{device}/accept_dad"), "0")?;
-        net.set_sysctl(&format!("ipv6/conf/{device}/accept_ra"), "0")?;
+        settings.push((format!("ipv6/conf/{device}/accept_dad"), "0"));
+        settings.push((format!("ipv6/conf/{device}/accept_ra"), "0"));
     }
-    Ok(())
+    settings
 }
 
 /// Whether the namespace has IPv6 at all.

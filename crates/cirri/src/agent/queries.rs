@@ -35,6 +35,7 @@ impl Core {
             host_ifname: endpoint.host_ifname.clone(),
             ifindex: endpoint.ifindex,
             mac: workload::mac_text(endpoint.mac),
+            network: endpoint.attachment.network.clone(),
             container_id: endpoint.attachment.container_id.clone(),
             ifname: endpoint.attachment.ifname.clone(),
             netns: endpoint.netns.clone(),

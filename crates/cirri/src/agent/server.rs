@@ -9,10 +9,10 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Shared, attach, dump, services, wait};
+use super::{Shared, attach, check, dump, services, wait};
 use crate::api::{
-    Answer, ApiError, Attachment, BackendInfo, EndpointAdd, EndpointGc, EndpointGet, MapDump, Observe, PolicyExplain,
-    PolicyGet, Removed, Request, ServiceGet, ServiceInfo, Wait,
+    Answer, ApiError, Attachment, BackendInfo, EndpointAdd, EndpointGet, MapDump, Observe, PolicyExplain, PolicyGet,
+    Removed, Request, ServiceGet, ServiceInfo, Wait,
 };
 use crate::listener;
 
@@ -118,19 +118,16 @@ async fn once(shared: &Arc<Shared>, method: &str, client: &mut Client) -> Result
             let EndpointGet { id } = client.params()?;
             endpoint(shared, id).await
         }
-        "endpoint.add" => json(&attach::add(shared, &client.params::<EndpointAdd>()?).await?),
+        "endpoint.add" => {
+            let asked: EndpointAdd = client.params()?;
+            json(&attach::add(shared, &asked, || listener::is_there(client.writer.as_ref())).await?)
+        }
         "endpoint.delete" => {
             let removed = attach::delete(shared, &client.params::<Attachment>()?).await?;
             json(&Removed { removed: usize::from(removed) })
         }
-        "endpoint.check" => {
-            let id = attach::check(shared, &client.params::<Attachment>()?).await?;
-            endpoint(shared, id).await
-        }
-        "endpoint.gc" => {
-            let EndpointGc { valid } = client.params()?;
-            json(&Removed { removed: attach::collect(shared, &valid).await? })
-        }
+        "endpoint.check" => json(&check::check(shared, &client.params()?).await?),
+        "endpoint.gc" => json(&Removed { removed: attach::collect(shared, &client.params()?).await? }),
         "identity.list" => json(&shared.core.lock().await.identity_infos()),
         "policy.get" => json(&shared.core.lock().await.policy_infos(&client.params::<PolicyGet>()?)),
         "policy.explain" => json(&shared.core.lock().await.explain(&client.params::<PolicyExplain>()?)?),

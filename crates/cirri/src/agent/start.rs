@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
 use super::endpoint::{self, Endpoint};
-use super::{Shared, flows, node};
+use super::{Shared, attach, devices, flows, node};
 use crate::api::StoreStatus;
 use crate::config::{Config, Loaded, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
@@ -170,13 +170,15 @@ async fn restore(core: &mut Core) -> Result<()> {
     let endpoints = endpoint::load_all(&state_dir)
         .map_err(|error| format!("cannot read {}: {error}", state_dir.display()))
         .because(Failure::Failed)?;
+    let mut lost = Vec::new();
     for mut endpoint in endpoints {
         if !is_there(core, &endpoint).await? {
             tracing::info!(endpoint = endpoint.id, pod = endpoint.pod, "its device is gone");
-            core.net.delete_link(&endpoint.host_ifname).await.because(Failure::Failed)?;
+            devices::delete(&core.net, &endpoint).await.because(Failure::Failed)?;
             if let Err(error) = endpoint.forget(&state_dir) {
                 tracing::warn!(endpoint = endpoint.id, %error, "its file stays");
             }
+            lost.push(endpoint);
             continue;
         }
         if !core.endpoint_ids.adopt(endpoint.attachment.clone(), endpoint.id) {
@@ -195,12 +197,18 @@ async fn restore(core: &mut Core) -> Result<()> {
         core.endpoints.insert(endpoint.id, endpoint);
         core.place(&named);
     }
+    for endpoint in lost {
+        attach::leave(core, &endpoint).await;
+    }
     Ok(())
 }
 
 async fn is_there(core: &Core, endpoint: &Endpoint) -> Result<bool> {
-    let device = core.net.find_link(&endpoint.host_ifname).await.because(Failure::Failed)?;
-    Ok(endpoint.ifindex != 0 && device.is_some_and(|device| device.index == endpoint.ifindex))
+    if endpoint.ifindex == 0 {
+        return Ok(false);
+    }
+    let device = core.net.find_link_by_index(endpoint.ifindex).await.because(Failure::Failed)?;
+    Ok(device.is_some_and(|device| devices::is_of(&device, endpoint)))
 }
 
 /// When the monotonic clock started, nanoseconds since 1970.

@@ -1,24 +1,24 @@
 //! The CNI plugin: translates a runtime's call to the agent's socket and back.
 //!
-//! It decides nothing. The one thing it does by itself is DEL while the agent is down: the device
-//! goes at once, and a note in the state directory tells the agent to free the rest when it is back.
+//! It decides nothing. The one thing it does by itself is DEL when the agent does not do it: the device
+//! goes at once, and a note in the state directory tells the agent to free the rest.
 
 mod queue;
 mod spec;
 
 use std::io::{self, Read, Write};
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::api::{ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointGc, Removed, Status};
+use crate::api::{ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointCheck, EndpointGc, Removed, Status};
 use crate::client::{self, CallError};
+use crate::workload;
 use spec::{CniError, NetConf, code};
 
-pub use queue::pending_deletions;
+pub use queue::{deletions_directory, note_of, pending_deletions};
 
 /// For `cirri cni --help`.
 pub const ABOUT: &str = "\
@@ -32,7 +32,8 @@ plugin directory. Keys of its own: `socket` (the agent's, default /run/cirri/age
   {\"cniVersion\": \"1.1.0\", \"name\": \"cirri\", \"type\": \"cirri-cni\"}
 
 The pod is named by K8S_POD_NAMESPACE and K8S_POD_NAME in CNI_ARGS; without them it is
-`default/` and the start of the container's id.";
+`default/` and the start of the container's id. Addresses may be asked for by the capabilities `ips` and
+`mac`, by `args.cni`, or by IP and MAC in CNI_ARGS.";
 
 /// Most characters of a pod's name.
 const LONGEST_NAME: usize = 63;
@@ -105,12 +106,20 @@ fn dispatch(
     if conf.name.is_empty() {
         return Err(CniError::new(code::INVALID_CONFIG, "the network configuration has no `name`", "add one"));
     }
+    if !spec::is_plain(&conf.name) {
+        return Err(CniError::new(
+            code::INVALID_CONFIG,
+            "the `name` of the network is not valid",
+            "letters, digits, `_`, `.` and `-`, the first a letter or digit",
+        ));
+    }
+    let since = |first: &str| conf.is_at_least(first, &command);
     match command.as_str() {
         "ADD" => add(&conf, env).map(Some),
         "DEL" => del(&conf, env).map(|()| None),
-        "CHECK" => check(&conf, env).map(|()| None),
-        "GC" => gc(&conf).map(|()| None),
-        "STATUS" => status(&conf).map(|()| None),
+        "CHECK" => since("0.4.0").and_then(|()| check(&conf, env)).map(|()| None),
+        "GC" => since("1.1.0").and_then(|()| gc(&conf)).map(|()| None),
+        "STATUS" => since("1.1.0").and_then(|()| status(&conf)).map(|()| None),
         other => Err(CniError::new(
             code::INVALID_ENVIRONMENT,
             format!("CNI_COMMAND is `{other}`"),
@@ -120,64 +129,63 @@ fn dispatch(
 }
 
 fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, CniError> {
-    let attachment = attachment(env)?;
+    let attachment = attachment(conf, env)?;
     let netns = need(env, "CNI_NETNS")?;
-    let args = spec::parse_args(&env("CNI_ARGS").unwrap_or_default())?;
-    let pod = args.get("K8S_POD_NAME").cloned();
+    let mut args = spec::Arguments::parse(&env("CNI_ARGS").unwrap_or_default())?;
+    let (namespace, pod) = (args.take("K8S_POD_NAMESPACE"), args.take("K8S_POD_NAME"));
     let params = EndpointAdd {
-        namespace: args.get("K8S_POD_NAMESPACE").cloned().unwrap_or_else(|| "default".to_owned()),
+        // Runtimes that are not Kubernetes' have names too, but no pods.
+        pod_named: namespace.is_some() && pod.is_some(),
+        namespace: namespace.unwrap_or_else(|| "default".to_owned()),
         pod: pod.unwrap_or_else(|| attachment.container_id.chars().take(LONGEST_NAME).collect()),
-        mac: [conf.runtime_config.mac.as_ref(), conf.args.cni.mac.as_ref(), args.get("MAC")]
-            .into_iter()
-            .flatten()
-            .next()
-            .cloned(),
+        mac: conf.mac(&mut args),
+        addresses: conf.addresses(&mut args)?,
+        network: attachment.network,
         container_id: attachment.container_id,
         ifname: attachment.ifname,
         netns: netns.clone(),
+        gc: conf.is_at_least("1.1.0", "GC").is_ok(),
     };
     let added: EndpointAdded = client::call(&conf.socket, "endpoint.add", &params, PATIENCE)
         .map_err(|error| from_call(error, code::REFUSED))?;
     Ok(spec::added(&conf.cni_version, &params.ifname, &netns, &added))
 }
 
+/// Succeeds, or leaves its note and succeeds: a runtime that is refused keeps the whole container, and what
+/// the agent could not do now it will do when it can.
 fn del(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniError> {
-    let attachment = attachment(env)?;
-    match client::call::<Removed>(&conf.socket, "endpoint.delete", &attachment, PATIENCE) {
-        Ok(_) => Ok(()),
-        Err(CallError::NoAgent { .. } | CallError::Broken(_)) => {
-            let state_dir = state_dir(conf);
-            queue::queue(&state_dir, &attachment).map_err(|error| {
-                CniError::new(
-                    code::IO,
-                    format!("the agent is down and the deletion cannot be noted in {}: {error}", state_dir.display()),
-                    "start the agent or free the disk, then delete again",
-                )
-            })
-        }
-        Err(error) => Err(from_call(error, code::REFUSED)),
-    }
+    let attachment = attachment(conf, env)?;
+    let Err(why) = client::call::<Removed>(&conf.socket, "endpoint.delete", &attachment, PATIENCE) else {
+        return Ok(());
+    };
+    let state_dir = state_dir(conf);
+    queue::queue(&state_dir, &attachment).map_err(|error| {
+        CniError::new(
+            code::IO,
+            format!("{why}, and the deletion cannot be noted in {}: {error}", state_dir.display()),
+            "start the agent or free the disk, then delete again",
+        )
+    })
 }
 
 fn check(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniError> {
-    let attachment = attachment(env)?;
+    let attachment = attachment(conf, env)?;
+    let netns = need(env, "CNI_NETNS")?;
     let previous = conf.prev_result.as_ref().ok_or_else(|| {
         CniError::new(code::INVALID_CONFIG, "CHECK needs `prevResult`", "the runtime must pass what ADD answered")
     })?;
-    let endpoint: crate::api::EndpointInfo = client::call(&conf.socket, "endpoint.check", &attachment, PATIENCE)
+    let ifname = attachment.ifname.clone();
+    let params = EndpointCheck { attachment, netns: netns.clone() };
+    let now: EndpointAdded = client::call(&conf.socket, "endpoint.check", &params, PATIENCE)
         .map_err(|error| from_call(error, code::CHECK_FAILED))?;
-    for ip in previous["ips"].as_array().into_iter().flatten() {
-        let text = ip["address"].as_str().unwrap_or_default();
-        let address: Option<IpAddr> = text.split('/').next().and_then(|text| text.parse().ok());
-        if !address.is_some_and(|address| endpoint.addresses.contains(&address)) {
-            return Err(CniError::new(
-                code::CHECK_FAILED,
-                format!("{text} is no address of endpoint {}", endpoint.id),
-                "delete the container and add it again",
-            ));
+    let now = spec::added(&conf.cni_version, &ifname, &netns, &now);
+    match spec::differences(&now, previous).as_slice() {
+        [] => Ok(()),
+        found => {
+            let text = format!("prevResult is not what there is: {}", found.join("; "));
+            Err(CniError::new(code::CHECK_FAILED, text, "delete the container and add it again"))
         }
     }
-    Ok(())
 }
 
 fn gc(conf: &NetConf) -> Result<(), CniError> {
@@ -188,7 +196,7 @@ fn gc(conf: &NetConf) -> Result<(), CniError> {
             "without it everything would be removed; pass an empty list if that is meant",
         )
     })?;
-    let params = EndpointGc { valid: valid.into_iter().map(Attachment::from).collect() };
+    let params = EndpointGc { network: conf.name.clone(), valid };
     client::call::<Removed>(&conf.socket, "endpoint.gc", &params, PATIENCE)
         .map(drop)
         .map_err(|error| from_call(error, code::REFUSED))
@@ -202,40 +210,65 @@ fn status(conf: &NetConf) -> Result<(), CniError> {
             "see `cirri status`: the store must be reachable once",
         ),
         Ok(_) => Ok(()),
-        Err(error) => unavailable(error.to_string(), "start the agent"),
+        Err(error) => {
+            let advice = advice(&error);
+            unavailable(error.to_string(), advice)
+        }
     }
 }
 
 fn from_call(error: CallError, refused: u32) -> CniError {
+    let advice = advice(&error);
     match error {
-        CallError::NoAgent { .. } => CniError::new(code::TRY_AGAIN_LATER, error, "start the agent"),
-        CallError::Broken(_) => CniError::new(code::TRY_AGAIN_LATER, error, "the agent stopped while it was at work"),
         CallError::Refused(ApiError { code, message, hint }) => {
             let number = match code.as_str() {
                 "not-found" => code::UNKNOWN_CONTAINER,
                 "bad-request" => code::INVALID_ENVIRONMENT,
+                "bad-netns" => code::INVALID_NETNS,
                 "unavailable" | "timeout" => code::TRY_AGAIN_LATER,
                 _ => refused,
             };
             CniError::new(number, message, hint)
         }
-        other => CniError::new(refused, other, ""),
+        CallError::NoAgent { .. } | CallError::Stopped | CallError::Busy(_) | CallError::Broken(_) => {
+            CniError::new(code::TRY_AGAIN_LATER, error, advice)
+        }
+        other => CniError::new(refused, other, advice),
     }
 }
 
-fn attachment(env: &dyn Fn(&str) -> Option<String>) -> Result<Attachment, CniError> {
-    let attachment = Attachment { container_id: need(env, "CNI_CONTAINERID")?, ifname: need(env, "CNI_IFNAME")? };
+/// What to do when the agent cannot be asked.
+fn advice(error: &CallError) -> &'static str {
+    match error {
+        CallError::NoAgent { .. } => "start the agent",
+        CallError::Stopped | CallError::Broken(_) => "try again when the agent is back",
+        CallError::Busy(_) => "try again; see `cirri status` for what keeps the agent busy",
+        _ => "",
+    }
+}
+
+fn attachment(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Attachment, CniError> {
+    let attachment = Attachment {
+        network: conf.name.clone(),
+        container_id: need(env, "CNI_CONTAINERID")?,
+        ifname: need(env, "CNI_IFNAME")?,
+    };
     let wrong =
         |what: &str, rule: &str| Err(CniError::new(code::INVALID_ENVIRONMENT, format!("{what} is not valid"), rule));
-    let simple = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-    let id = &attachment.container_id;
-    if !id.starts_with(|c: char| c.is_ascii_alphanumeric()) || !id.chars().all(simple) || id.len() > 200 {
+    if !spec::is_plain(&attachment.container_id) {
         return wrong("CNI_CONTAINERID", "letters, digits, `_`, `.` and `-`, the first a letter or digit");
     }
     let ifname = &attachment.ifname;
-    let forbidden = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
-    if ifname.len() > 15 || [".", ".."].contains(&ifname.as_str()) || ifname.contains(forbidden) {
-        return wrong("CNI_IFNAME", "at most 15 characters, no slash, colon or blank");
+    // The kernel numbers names with `%`, and has settings called `all` and `default`.
+    let forbidden = |c: char| "/:%".contains(c) || c.is_whitespace() || c.is_control();
+    if ifname.len() > 15 || [".", "..", "all", "default"].contains(&ifname.as_str()) || ifname.contains(forbidden) {
+        return wrong(
+            "CNI_IFNAME",
+            "at most 15 characters, no slash, colon, percent sign or blank; not `all`, `default`",
+        );
+    }
+    if workload::owner(&attachment).len() > workload::LONGEST_OWNER {
+        return wrong("CNI_CONTAINERID", "with the network's name it must have 230 characters at most");
     }
     Ok(attachment)
 }
@@ -305,7 +338,8 @@ mod tests {
         }
         let queued = pending_deletions(&dir).unwrap();
         assert_eq!(queued.len(), 1);
-        assert_eq!(queued[0].attachment, Attachment { container_id: "c1".into(), ifname: "eth0".into() });
+        let attachment = Attachment { network: "n".into(), container_id: "c1".into(), ifname: "eth0".into() };
+        assert_eq!(queued[0].attachment, attachment);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -1,11 +1,10 @@
-//! Deletions that came while the agent was down.
+//! Deletions that the agent did not carry out when it was asked.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::api::Attachment;
-use crate::files;
-use crate::workload::host_ifname;
+use crate::{files, workload};
 
 /// A deletion that waits for the agent.
 #[derive(Clone, Debug)]
@@ -21,13 +20,12 @@ pub struct Queued {
 /// # Errors
 /// The note cannot be written. A device that is already gone is no error.
 pub fn queue(state_dir: &Path, attachment: &Attachment) -> io::Result<()> {
-    let name = host_ifname(attachment);
     let text = serde_json::to_vec(attachment)?;
-    files::write_atomic(&directory(state_dir).join(format!("{name}.json")), &text)?;
-    // The kernel removes both ends and the programs on them. If it cannot be done now, the agent
-    // does it when it reads the note.
-    if let Err(error) = delete_device(&name) {
-        eprintln!("cirri-cni: {name} stays until the agent is back: {error}");
+    files::write_atomic(&note_of(state_dir, attachment), &text)?;
+    // The kernel removes both ends and the programs on them. If it cannot be done now, or the device is one
+    // that says nothing of its owner, the agent does it when it reads the note.
+    if let Err(error) = delete_devices(attachment) {
+        eprintln!("cirri-cni: the device stays until the agent is back: {error}");
     }
     Ok(())
 }
@@ -38,7 +36,7 @@ pub fn queue(state_dir: &Path, attachment: &Attachment) -> io::Result<()> {
 /// The directory cannot be read, unless it does not exist.
 pub fn pending_deletions(state_dir: &Path) -> io::Result<Vec<Queued>> {
     let mut queued = Vec::new();
-    for (path, text) in files::read_all(&directory(state_dir))? {
+    for (path, text) in files::read_all(&deletions_directory(state_dir))? {
         match serde_json::from_slice(&text) {
             Ok(attachment) => queued.push(Queued { attachment, path }),
             Err(error) => tracing::warn!(path = %path.display(), %error, "a queued deletion cannot be read"),
@@ -47,14 +45,20 @@ pub fn pending_deletions(state_dir: &Path) -> io::Result<Vec<Queued>> {
     Ok(queued)
 }
 
-fn directory(state_dir: &Path) -> PathBuf {
+/// Where the notes are.
+pub fn deletions_directory(state_dir: &Path) -> PathBuf {
     state_dir.join("deletions")
 }
 
-fn delete_device(name: &str) -> io::Result<()> {
+/// The note of an attachment, if its deletion waits.
+pub fn note_of(state_dir: &Path, attachment: &Attachment) -> PathBuf {
+    deletions_directory(state_dir).join(format!("{:016x}.json", workload::digest_of(attachment)))
+}
+
+fn delete_devices(attachment: &Attachment) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let net = cirri_loader::net::Net::here().map_err(io::Error::other)?;
-        net.delete_link(name).await.map(drop).map_err(io::Error::other)
+        workload::delete_devices(&net, attachment).await.map_err(io::Error::other)
     })
 }

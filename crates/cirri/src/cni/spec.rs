@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use cirri_control::cut::cut_message;
@@ -9,7 +10,7 @@ use cirri_control::cut::cut_message;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::api::{Attachment, EndpointAdded};
+use crate::api::{EndpointAdded, ValidAttachment};
 
 /// Versions of the specification that are spoken, oldest first.
 pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
@@ -50,6 +51,9 @@ pub struct RuntimeConfig {
     /// Ethernet address wanted inside.
     #[serde(default)]
     pub mac: Option<String>,
+    /// Addresses wanted, with or without a prefix.
+    #[serde(default)]
+    pub ips: Vec<String>,
 }
 
 /// The `args` convention.
@@ -58,22 +62,6 @@ pub struct Args {
     /// For every plugin.
     #[serde(default)]
     pub cni: RuntimeConfig,
-}
-
-/// One attachment that still exists.
-#[derive(Clone, Debug, Deserialize)]
-pub struct ValidAttachment {
-    /// The container.
-    #[serde(rename = "containerID")]
-    pub container_id: String,
-    /// The device inside.
-    pub ifname: String,
-}
-
-impl From<ValidAttachment> for Attachment {
-    fn from(valid: ValidAttachment) -> Attachment {
-        Attachment { container_id: valid.container_id, ifname: valid.ifname }
-    }
 }
 
 /// An error as the specification wants it: on standard output, with a code.
@@ -101,6 +89,8 @@ pub mod code {
     pub const DECODE: u32 = 6;
     /// The network configuration is wrong.
     pub const INVALID_CONFIG: u32 = 7;
+    /// The network namespace is none, or not one that a container can have (`ErrInvalidNetNS` of libcni).
+    pub const INVALID_NETNS: u32 = 8;
     /// Not now; the runtime should try again.
     pub const TRY_AGAIN_LATER: u32 = 11;
     /// STATUS: ADD would not work now.
@@ -109,6 +99,57 @@ pub mod code {
     pub const REFUSED: u32 = 100;
     /// Ours: CHECK found something wrong.
     pub const CHECK_FAILED: u32 = 101;
+}
+
+impl NetConf {
+    /// Whether the version of the configuration has a command.
+    ///
+    /// # Errors
+    /// It is older than the first that has it.
+    pub fn is_at_least(&self, first: &str, command: &str) -> Result<(), CniError> {
+        let age = |version: &str| VERSIONS.iter().position(|known| *known == version);
+        if age(&self.cni_version) >= age(first) {
+            return Ok(());
+        }
+        Err(CniError::new(
+            code::INCOMPATIBLE_VERSION,
+            format!("cniVersion {} has no {command}", self.cni_version),
+            format!("{command} is there from {first} on"),
+        ))
+    }
+
+    /// The Ethernet address that the runtime asks for: of the ways to say it the newest that it used.
+    pub fn mac(&self, args: &mut Arguments) -> Option<String> {
+        let old = args.take("MAC");
+        [&self.runtime_config.mac, &self.args.cni.mac, &old].into_iter().flatten().next().cloned()
+    }
+
+    /// The addresses that the runtime asks for, by the same rule.
+    ///
+    /// # Errors
+    /// One is no address.
+    pub fn addresses(&self, args: &mut Arguments) -> Result<Vec<IpAddr>, CniError> {
+        let old: Vec<String> = args.take("IP").into_iter().collect();
+        let ways = [
+            ("runtimeConfig.ips", code::INVALID_CONFIG, &self.runtime_config.ips),
+            ("args.cni.ips", code::INVALID_CONFIG, &self.args.cni.ips),
+            ("CNI_ARGS: IP", code::INVALID_ENVIRONMENT, &old),
+        ];
+        let Some((way, number, texts)) = ways.into_iter().find(|(_, _, texts)| !texts.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let address = |text: &String| {
+            let (ip, prefix) = text.split_once('/').unwrap_or((text, "0"));
+            let ip: IpAddr = ip.parse().ok()?;
+            let longest = if ip.is_ipv4() { 32 } else { 128 };
+            prefix.parse::<u8>().is_ok_and(|prefix| prefix <= longest).then_some(ip.to_canonical())
+        };
+        let wrong = |text: &String| {
+            let text: String = text.chars().take(100).collect();
+            CniError::new(number, format!("{way}: `{text}` is no address"), "write 10.1.2.3, or 10.1.2.3/24")
+        };
+        texts.iter().map(|text| address(text).ok_or_else(|| wrong(text))).collect()
+    }
 }
 
 impl CniError {
@@ -135,43 +176,148 @@ pub fn added(version: &str, ifname: &str, netns: &str, added: &EndpointAdded) ->
     let mut ips = Vec::new();
     let mut routes = Vec::new();
     for address in &added.addresses {
-        let (gateway, everything, family) =
-            if address.ip.is_ipv4() { (added.gateway_v4, "0.0.0.0/0", "4") } else { (added.gateway_v6, "::/0", "6") };
+        let (gateway, is_default, everything, family) = match address.ip {
+            IpAddr::V4(_) => (added.gateway_v4, added.default_v4, "0.0.0.0/0", "4"),
+            IpAddr::V6(_) => (added.gateway_v6, added.default_v6, "::/0", "6"),
+        };
         let mut ip = json!({ "interface": 1, "address": format!("{}/{}", address.ip, address.prefix) });
         if let Some(gateway) = gateway {
             ip["gateway"] = json!(gateway);
-            routes.push(json!({ "dst": everything, "gw": gateway }));
+            // A second attachment's route is for its own address alone, in a table of its own: runtimes would
+            // take it for the container's default route.
+            if is_default {
+                routes.push(json!({ "dst": everything, "gw": gateway }));
+            }
         }
         if with_family {
             ip["version"] = json!(family);
         }
         ips.push(ip);
     }
-    json!({
-        "cniVersion": version,
-        "interfaces": [
-            { "name": added.host_ifname, "mac": added.host_mac },
-            { "name": ifname, "mac": added.mac, "sandbox": netns },
-        ],
-        "ips": ips,
-        "routes": routes,
-        "dns": {},
-    })
+    let mut interfaces = [
+        json!({ "name": added.host_ifname, "mac": added.host_mac }),
+        json!({ "name": ifname, "mac": added.mac, "sandbox": netns }),
+    ];
+    if version == VERSIONS[VERSIONS.len() - 1] {
+        for interface in &mut interfaces {
+            interface["mtu"] = json!(added.mtu);
+        }
+    }
+    json!({ "cniVersion": version, "interfaces": interfaces, "ips": ips, "routes": routes, "dns": {} })
 }
 
-/// `K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web` as a map.
-///
-/// # Errors
-/// A part without `=`.
-pub fn parse_args(text: &str) -> Result<BTreeMap<String, String>, CniError> {
-    let mut args = BTreeMap::new();
-    for part in text.split(';').filter(|part| !part.is_empty()) {
-        let (key, value) = part.split_once('=').ok_or_else(|| {
-            CniError::new(code::INVALID_ENVIRONMENT, format!("CNI_ARGS: `{part}` is no KEY=VALUE"), "separate with ;")
-        })?;
-        args.insert(key.to_owned(), value.to_owned());
+/// What an earlier result says of this attachment and is not so any more. What other plugins of a chain added
+/// to it is theirs.
+pub fn differences(now: &Value, previous: &Value) -> Vec<String> {
+    let list = |result: &Value, key: &str| result[key].as_array().cloned().unwrap_or_default();
+    let mut found = Vec::new();
+    let interfaces = list(previous, "interfaces");
+    for ours in list(now, "interfaces") {
+        // The path of the namespace is another question: it was answered by what it leads to.
+        let is_it =
+            |it: &&Value| it["name"] == ours["name"] && it["sandbox"].is_string() == ours["sandbox"].is_string();
+        match interfaces.iter().find(is_it) {
+            None => found.push(format!("it has no interface {}", text(&ours["name"]))),
+            Some(theirs) => {
+                for key in ["mac", "mtu"] {
+                    let said = &theirs[key];
+                    let same = match (said.as_str(), ours[key].as_str()) {
+                        (Some(said), Some(now)) => said.eq_ignore_ascii_case(now),
+                        _ => said.is_null() || ours[key].is_null() || *said == ours[key],
+                    };
+                    if !same {
+                        let name = text(&ours["name"]);
+                        found.push(format!("the {key} of {name} is {}, not {}", text(&ours[key]), text(said)));
+                    }
+                }
+            }
+        }
     }
-    Ok(args)
+    let ours = interfaces.iter().position(|it| it["name"] == now["interfaces"][1]["name"] && it["sandbox"].is_string());
+    let of_us = |ip: &Value| ip["interface"].is_null() || ip["interface"].as_u64() == ours.map(|index| index as u64);
+    let addresses = |result: &Value| list(result, "ips").into_iter().map(|ip| text(&ip["address"]));
+    let (has, said): (Vec<String>, Vec<Value>) = (addresses(now).collect(), list(previous, "ips"));
+    for ip in said.iter().filter(|ip| of_us(ip)) {
+        let address = text(&ip["address"]);
+        if !has.contains(&address) {
+            found.push(format!("{address} is not its address"));
+        }
+    }
+    for address in has.iter().filter(|address| !said.iter().any(|ip| text(&ip["address"]) == **address)) {
+        found.push(format!("its address {address} is missing"));
+    }
+    let gateways: Vec<Value> = list(now, "ips").iter().map(|ip| ip["gateway"].clone()).collect();
+    let routes = list(now, "routes");
+    for route in list(previous, "routes").iter().filter(|route| gateways.contains(&route["gw"])) {
+        if !routes.iter().any(|has| has["dst"] == route["dst"] && has["gw"] == route["gw"]) {
+            found.push(format!("its route to {} is gone", text(&route["dst"])));
+        }
+    }
+    found
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// Whether a text can be the name of a network or a container's id.
+pub fn is_plain(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(|c: char| c.is_ascii_alphanumeric() || "_.-".contains(c))
+}
+
+/// What `CNI_ARGS` says: `K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web`.
+#[derive(Clone, Debug)]
+pub struct Arguments(BTreeMap<String, String>);
+
+impl Arguments {
+    /// Those that this plugin knows.
+    const KNOWN: [&str; 7] = [
+        "IgnoreUnknown",
+        "K8S_POD_NAMESPACE",
+        "K8S_POD_NAME",
+        "K8S_POD_INFRA_CONTAINER_ID",
+        "K8S_POD_UID",
+        "IP",
+        "MAC",
+    ];
+
+    /// Reads them as libcni does.
+    ///
+    /// # Errors
+    /// A part that is no `KEY=VALUE`; a key with two values; an unknown key, unless `IgnoreUnknown` is true.
+    pub fn parse(text: &str) -> Result<Arguments, CniError> {
+        let wrong = |message: String, advice: &str| {
+            let message: String = message.chars().take(200).collect();
+            CniError::new(code::INVALID_ENVIRONMENT, format!("CNI_ARGS: {message}"), advice)
+        };
+        let mut args = BTreeMap::new();
+        for part in text.split(';').filter(|part| !part.is_empty()) {
+            let pair = part.split_once('=').filter(|(key, value)| !key.is_empty() && !value.contains('='));
+            let (key, value) = pair.ok_or_else(|| wrong(format!("`{part}` is no KEY=VALUE"), "separate with ;"))?;
+            match args.insert(key.to_owned(), value.to_owned()) {
+                Some(other) if other != value => {
+                    return Err(wrong(format!("{key} is both `{other}` and `{value}`"), "say it once"));
+                }
+                _ => {}
+            }
+        }
+        let ignore = match args.get("IgnoreUnknown").map(|value| value.to_ascii_lowercase()) {
+            None => false,
+            Some(value) if ["0", "false"].contains(&value.as_str()) => false,
+            Some(value) if ["1", "true"].contains(&value.as_str()) => true,
+            Some(value) => return Err(wrong(format!("IgnoreUnknown is `{value}`"), "use 1 or 0")),
+        };
+        match args.keys().find(|key| !Self::KNOWN.contains(&key.as_str())) {
+            Some(key) if !ignore => Err(wrong(format!("`{key}` is not known"), "leave it out, or add IgnoreUnknown=1")),
+            _ => Ok(Arguments(args)),
+        }
+    }
+
+    /// The value of a key, which is then used up.
+    pub fn take(&mut self, key: &str) -> Option<String> {
+        self.0.remove(key)
+    }
 }
 
 fn oldest() -> String {
@@ -201,19 +347,86 @@ mod tests {
             ],
             gateway_v4: Some([169, 254, 1, 1].into()),
             gateway_v6: Some("fe80::1".parse().unwrap()),
+            default_v4: true,
+            default_v6: true,
             ready_ms: 1.0,
         }
     }
 
+    fn conf(text: &str) -> NetConf {
+        serde_json::from_str(text).unwrap()
+    }
+
     #[test]
-    fn a_result_names_the_container_side_with_mac_and_sandbox() {
+    fn a_result_names_the_container_side_with_mac_mtu_and_sandbox() {
         let result = added("1.1.0", "eth0", "/run/netns/x", &answer());
         assert_eq!(
             result["interfaces"][1],
-            json!({ "name": "eth0", "mac": "02:00:00:00:00:01", "sandbox": "/run/netns/x" })
+            json!({ "name": "eth0", "mac": "02:00:00:00:00:01", "sandbox": "/run/netns/x", "mtu": 1450 })
         );
         assert_eq!(result["ips"][0], json!({ "interface": 1, "address": "10.244.0.5/32", "gateway": "169.254.1.1" }));
         assert_eq!(result["routes"][1], json!({ "dst": "::/0", "gw": "fe80::1" }));
+        assert_eq!(added("1.0.0", "eth0", "/x", &answer())["interfaces"][1]["mtu"], Value::Null, "since 1.1.0");
+    }
+
+    #[test]
+    fn a_second_attachment_says_its_gateway_and_no_default_route() {
+        let second = EndpointAdded { default_v4: false, ..answer() };
+        let result = added("1.1.0", "net1", "/run/netns/x", &second);
+        assert_eq!(result["ips"][0]["gateway"], "169.254.1.1");
+        assert_eq!(result["routes"], json!([{ "dst": "::/0", "gw": "fe80::1" }]));
+    }
+
+    #[test]
+    fn what_an_earlier_result_says_is_compared_and_what_others_added_is_theirs() {
+        let now = added("1.1.0", "eth0", "/run/netns/x", &answer());
+        assert_eq!(differences(&now, &now), Vec::<String>::new());
+        let mut chained = now.clone();
+        chained["interfaces"].as_array_mut().unwrap().push(json!({ "name": "net7", "sandbox": "/run/netns/x" }));
+        chained["ips"].as_array_mut().unwrap().push(json!({ "interface": 2, "address": "192.0.2.1/24" }));
+        chained["routes"].as_array_mut().unwrap().push(json!({ "dst": "192.0.2.0/24", "gw": "192.0.2.254" }));
+        chained["interfaces"][1]["mac"] = json!("02:00:00:00:00:01".to_uppercase());
+        assert_eq!(differences(&now, &chained), Vec::<String>::new());
+        type Change = fn(&mut Value);
+        let changes: [Change; 7] = [
+            |it| it["ips"][0]["address"] = json!("10.9.9.9/32"),
+            |it| it["ips"][0]["address"] = json!("10.244.0.5/24"),
+            |it| it["ips"] = json!([it["ips"][0]]),
+            |it| it["interfaces"][1]["mac"] = json!("02:00:00:00:00:02"),
+            |it| it["interfaces"][0]["name"] = json!("lxcother"),
+            |it| it["interfaces"][1]["mtu"] = json!(9000),
+            |it| it["routes"][0]["dst"] = json!("10.0.0.0/8"),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut previous = now.clone();
+            change(&mut previous);
+            assert!(!differences(&now, &previous).is_empty(), "change {number}: {previous}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_read_from_the_newest_way_that_a_runtime_used() {
+        let of = |json: &str, args: &str| conf(json).addresses(&mut Arguments::parse(args).unwrap());
+        let all = r#"{"runtimeConfig":{"ips":["10.1.2.3/24","fd00::5"]},"args":{"cni":{"ips":["10.9.9.9"]}}}"#;
+        assert_eq!(of(all, "IP=10.8.8.8"), Ok(vec!["10.1.2.3".parse().unwrap(), "fd00::5".parse().unwrap()]));
+        let older = r#"{"args":{"cni":{"ips":["10.9.9.9"]}}}"#;
+        assert_eq!(of(older, "IP=10.8.8.8"), Ok(vec!["10.9.9.9".parse().unwrap()]));
+        assert_eq!(of("{}", "IP=10.8.8.8"), Ok(vec!["10.8.8.8".parse().unwrap()]));
+        assert_eq!(of("{}", ""), Ok(Vec::new()));
+        assert_eq!(of("{}", "IP=10.8.8").unwrap_err().code, code::INVALID_ENVIRONMENT);
+        for bad in ["10.1.2.3/33", "10.1.2.3/", "web", "", "fd00::1/129"] {
+            let text = json!({ "runtimeConfig": { "ips": [bad] } }).to_string();
+            assert_eq!(of(&text, "").unwrap_err().code, code::INVALID_CONFIG, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_version_has_what_came_with_it_or_before() {
+        let has = |version: &str, first: &str| {
+            conf(&json!({ "cniVersion": version }).to_string()).is_at_least(first, "GC").is_ok()
+        };
+        assert!(has("1.1.0", "1.1.0") && has("1.0.0", "0.4.0") && has("0.4.0", "0.4.0"));
+        assert!(!has("1.0.0", "1.1.0") && !has("0.3.1", "0.4.0"));
     }
 
     #[test]
@@ -223,10 +436,14 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_read_and_nonsense_is_refused() {
-        let args = parse_args("IgnoreUnknown=1;K8S_POD_NAME=web").unwrap();
-        assert_eq!(args["K8S_POD_NAME"], "web");
-        assert_eq!(parse_args("x").unwrap_err().code, code::INVALID_ENVIRONMENT);
+    fn arguments_are_read_as_libcni_reads_them() {
+        let mut args = Arguments::parse("IgnoreUnknown=1;K8S_POD_NAME=web;X=y;;IgnoreUnknown=1").unwrap();
+        assert_eq!(args.take("K8S_POD_NAME").as_deref(), Some("web"));
+        assert!(Arguments::parse("").is_ok() && Arguments::parse("IgnoreUnknown=True;X=").is_ok());
+        for bad in ["x", "=x", "A=b=c", "X=y", "IgnoreUnknown=0;X=y", "IgnoreUnknown=maybe", "IP=10.0.0.1;IP=10.0.0.2"]
+        {
+            assert_eq!(Arguments::parse(bad).unwrap_err().code, code::INVALID_ENVIRONMENT, "{bad}");
+        }
     }
 
     #[test]

@@ -413,7 +413,7 @@ impl<'a> Play<'a> {
         });
         match outcome {
             Ok(()) | Err(CallError::Stop(_)) => {}
-            Err(CallError::Broken(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(CallError::Busy(_)) => {}
             Err(error) => return Err(error).with_context(|| format!("the agent of {node}")),
         }
         self.may_go_on()?;

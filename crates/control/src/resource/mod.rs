@@ -34,6 +34,7 @@ pub use service::{
     ClusterIps, IpFamily, IpFamilyPolicy, LoadBalancerIngress, LoadBalancerStatus, SERVICE_PROXY_NAME_LABEL, Service,
     ServicePortSpec, ServiceSpec, ServiceStatus, ServiceType, TrafficPolicy,
 };
+pub use syntax::{dns_label, dns_subdomain};
 
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};

@@ -29,6 +29,8 @@ pub struct Link {
     pub controller: Option<u32>,
     /// The device at its other end (veth), by its number there.
     pub peer: Option<u32>,
+    /// What somebody wrote on it (`ip link set DEVICE alias TEXT`); empty for nothing.
+    pub alias: String,
 }
 
 /// One end of a pair of virtual Ethernet devices.
@@ -148,6 +150,14 @@ impl Net {
         self.change(name, "set the address", LinkUnspec::new_with_index(link.index).address(mac.to_vec())).await
     }
 
+    /// Writes on a device whose it is: up to 255 bytes, which `ip link` shows.
+    pub async fn set_alias(&self, index: u32, alias: &str) -> Result<(), NetError> {
+        let mut message = LinkUnspec::new_with_index(index).build();
+        message.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
+        let changed = self.handle.link().change(message).execute().await;
+        self.checked(|| format!("device {index}"), "write the alias of", changed)
+    }
+
     /// Gives a device another name. It must be down on kernels before 6.2.
     pub async fn rename(&self, name: &str, to: &str) -> Result<(), NetError> {
         let link = self.link(name).await?;
@@ -170,8 +180,13 @@ impl Net {
     /// Removes a device, and with a veth its other end; whether there was one.
     pub async fn delete_link(&self, name: &str) -> Result<bool, NetError> {
         let Some(link) = self.find_link(name).await? else { return Ok(false) };
-        absent_is_false(self.handle.link().del(link.index).execute().await)
-            .map_err(|error| self.failed(format!("device {name}"), "delete", error))
+        self.delete_link_by_index(link.index).await
+    }
+
+    /// The same for one that is known by its number: a name may be another's by now.
+    pub async fn delete_link_by_index(&self, index: u32) -> Result<bool, NetError> {
+        absent_is_false(self.handle.link().del(index).execute().await)
+            .map_err(|error| self.failed(format!("device {index}"), "delete", error))
     }
 
     async fn find(&self, what: &str, request: rtnetlink::LinkGetRequest) -> Result<Option<Link>, NetError> {
@@ -213,6 +228,7 @@ fn described(message: &LinkMessage) -> Link {
         kind: String::new(),
         controller: None,
         peer: None,
+        alias: String::new(),
     };
     for attribute in &message.attributes {
         match attribute {
@@ -221,6 +237,7 @@ fn described(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Controller(index) => link.controller = Some(*index),
             LinkAttribute::Link(index) => link.peer = Some(*index),
+            LinkAttribute::IfAlias(alias) => link.alias.clone_from(alias),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

@@ -6,6 +6,7 @@
 mod link;
 mod namespace;
 mod route;
+mod rule;
 pub mod sockets;
 mod watch;
 mod wire;
@@ -16,6 +17,7 @@ use std::{io, net::IpAddr, path::PathBuf};
 pub use link::{Link, VethEnd};
 pub use namespace::{Namespace, in_netns};
 pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
+pub use rule::SourceRoute;
 pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};
 pub(crate) use xdp::xdp_on;
 

@@ -3,14 +3,14 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
 
 use rustix::{
-    fs::fstatfs,
+    fs::{Mode, OFlags, fstat, fstatfs, open},
     mount::{UnmountFlags, mount_bind, unmount},
     net::{AddressFamily, SocketType},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
@@ -38,15 +38,38 @@ impl Namespace {
         Namespace::open("/proc/thread-self/ns/net")
     }
 
+    /// That of the machine's first process (as far as `/proc` shows it): its own network, whatever
+    /// namespace the caller is in.
+    pub fn of_init() -> Result<Namespace, NetError> {
+        Namespace::open("/proc/1/ns/net")
+    }
+
     /// One that a file stands for: `/run/netns/NAME`, `/proc/PID/ns/net`.
+    ///
+    /// The path may be anybody's choice: whatever it is, opening it waits for nothing and touches nothing.
     pub fn open(path: impl AsRef<Path>) -> Result<Namespace, NetError> {
         let path = path.as_ref();
         let failed = |error| NetError::Namespace { path: path.into(), action: "open", error };
-        let file = File::open(path).map_err(failed)?;
-        if !is_namespace(&file) {
-            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is no namespace")));
+        let other = || failed(io::Error::new(io::ErrorKind::InvalidInput, "it is no network namespace"));
+        // A pipe would wait for its writer, a device might act: only what is a namespace is really opened.
+        let place = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|error| failed(error.into()))?;
+        if !is_namespace(&place) {
+            return Err(other());
+        }
+        let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd())).map_err(failed)?;
+        if !sys::is_network_namespace(file.as_fd()).map_err(failed)? {
+            return Err(other());
         }
         Ok(Namespace { file: Arc::new(file), path: path.into() })
+    }
+
+    /// Whether both are one namespace, however they were found: by the kernel's object, not by the path.
+    pub fn is_same(&self, other: &Namespace) -> Result<bool, NetError> {
+        let identity = |namespace: &Namespace| {
+            let stat = fstat(&namespace.file).map_err(|error| namespace.failed("look at", error.into()))?;
+            Ok((stat.st_dev, stat.st_ino))
+        };
+        Ok(identity(self)? == identity(other)?)
     }
 
     /// The path of a named namespace.
@@ -183,8 +206,7 @@ fn on_own_thread<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-fn is_namespace(file: &File) -> bool {
+fn is_namespace(file: impl AsFd) -> bool {
     const NSFS: u32 = 0x6e73_6673;
-    const PROC: u32 = 0x9fa0;
-    fstatfs(file).is_ok_and(|fs| [NSFS, PROC].contains(&(fs.f_type as u32)))
+    fstatfs(file).is_ok_and(|fs| fs.f_type as u32 == NSFS)
 }

@@ -225,8 +225,19 @@ impl Net {
         Ok(all.iter().filter(|message| wanted(message.header.state)).filter_map(described).collect())
     }
 
-    /// All routes of the main tables.
+    /// All routes of the main tables, whoever made them, as far as they lead somewhere or are unreachable.
+    pub async fn main_routes(&self) -> Result<Vec<Route>, NetError> {
+        Ok(self.route_messages().await?.iter().filter_map(described).collect())
+    }
+
     async fn route_messages(&self) -> Result<Vec<RouteMessage>, NetError> {
+        let mut all = self.all_route_messages().await?;
+        all.retain(|route| table(route) == u32::from(RouteHeader::RT_TABLE_MAIN));
+        Ok(all)
+    }
+
+    /// All routes of all tables.
+    pub(super) async fn all_route_messages(&self) -> Result<Vec<RouteMessage>, NetError> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
@@ -239,11 +250,10 @@ impl Net {
                 Err(error) => return Err(self.failed("routes", "list", error)),
             }
         }
-        all.retain(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
         Ok(all)
     }
 
-    fn message(&self, route: &Route) -> Result<RouteMessage, NetError> {
+    pub(super) fn message(&self, route: &Route) -> Result<RouteMessage, NetError> {
         let refuse = |error: String| self.failed(shown(route), "describe", std::io::Error::other(error));
         let on_link = route.via.is_none() && route.to.is_ipv4() && !route.is_unreachable();
         let mut builder = RouteMessageBuilder::<IpAddr>::new()
@@ -268,7 +278,16 @@ impl Net {
     }
 }
 
-fn described(message: &RouteMessage) -> Option<Route> {
+/// The number of its table.
+pub(super) fn table(message: &RouteMessage) -> u32 {
+    let wide = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    wide.unwrap_or_else(|| message.header.table.into())
+}
+
+pub(super) fn described(message: &RouteMessage) -> Option<Route> {
     let unspecified = match message.header.address_family {
         AddressFamily::Inet => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
         AddressFamily::Inet6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
@@ -306,7 +325,7 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-fn family(ip: IpAddr) -> AddressFamily {
+pub(super) fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 

@@ -1,0 +1,120 @@
+//! CHECK: whether everything that ADD made is still as it made it.
+
+use std::sync::Arc;
+
+use cirri_abi::{Addr, GATEWAY_MAC};
+use cirri_loader::MapError;
+use cirri_loader::net::{Link, Namespace, NetError};
+
+use super::core::Core;
+use super::endpoint::Endpoint;
+use super::rows::ipcache_key;
+use super::{Shared, attach, devices, inside, node};
+use crate::api::{ApiError, EndpointAdded, EndpointCheck};
+
+/// What ADD answered, if all of it still holds.
+///
+/// # Errors
+/// `not-found`: there is no such attachment. `internal`: everything that is not as it was made, in one line.
+pub async fn check(shared: &Arc<Shared>, asked: &EndpointCheck) -> Result<EndpointAdded, ApiError> {
+    let core = shared.core.lock().await;
+    let attachment = &asked.attachment;
+    let endpoint = core.endpoint_of(attachment).ok_or_else(|| {
+        ApiError::new("not-found", format!("{} has no {} here", attachment.container_id, attachment.ifname))
+            .hint("add it first")
+    })?;
+    let found = differences(&core, endpoint, &asked.netns).await?;
+    if found.is_empty() {
+        return Ok(attach::answer(&core, endpoint));
+    }
+    Err(ApiError::new("internal", found.join("; ")).hint("delete the container and add it again"))
+}
+
+async fn differences(core: &Core, endpoint: &Endpoint, netns: &str) -> Result<Vec<String>, ApiError> {
+    let internal = |error: NetError| ApiError::new("internal", error);
+    let inside = Namespace::open(netns).map_err(internal)?;
+    if inside.cookie().map_err(internal)? != endpoint.netns_cookie {
+        let text = format!("{netns} is another network namespace than the one that was attached ({})", endpoint.netns);
+        return Ok(vec![text]);
+    }
+    let (inner, mut found) = inside::differences(endpoint, inside).await.map_err(internal)?;
+    match core.net.find_link_by_index(endpoint.ifindex).await.map_err(internal)? {
+        Some(outer) if devices::is_of(&outer, endpoint) => found.extend(of_device(core, endpoint, &outer, inner)),
+        _ => found.push(format!("its device {} is gone from the node", endpoint.host_ifname)),
+    }
+    found.extend(of_stack(core, endpoint).await.map_err(internal)?);
+    found.extend(of_tables(core, endpoint).map_err(|error| ApiError::new("internal", error))?);
+    Ok(found)
+}
+
+/// The node's side of the device.
+fn of_device(core: &Core, endpoint: &Endpoint, outer: &Link, inner: Option<u32>) -> Vec<String> {
+    let name = &endpoint.host_ifname;
+    let mut found = Vec::new();
+    let mut expect = |is_so: bool, text: String| {
+        if !is_so {
+            found.push(text);
+        }
+    };
+    expect(outer.name == *name, format!("its device {name} is called {} now", outer.name));
+    expect(outer.up, format!("its device {name} is down"));
+    expect(outer.mac == Some(GATEWAY_MAC), format!("its device {name} has another Ethernet address"));
+    let mtu = endpoint.mtu;
+    expect(mtu == 0 || outer.mtu == mtu, format!("its device {name} has the MTU {}, not {mtu}", outer.mtu));
+    expect(inner.is_none() || outer.peer == inner, format!("its device {name} leads to another device"));
+    expect(outer.controller.is_none(), format!("its device {name} is a port of another"));
+    for (setting, value) in node::quiet_settings(&core.net, &outer.name) {
+        let now = core.net.sysctl(&setting).unwrap_or_else(|_| "gone".to_owned());
+        expect(now == value, format!("the node's setting {setting} is {now}, not {value}"));
+    }
+    match core.datapath.is_workload_attached(&outer.name) {
+        Ok(attached) => expect(attached, format!("its programs are not on {name}")),
+        Err(error) => expect(false, format!("its programs cannot be looked at: {error}")),
+    }
+    found
+}
+
+/// What the node's stack knows of its addresses.
+async fn of_stack(core: &Core, endpoint: &Endpoint) -> Result<Vec<String>, NetError> {
+    let (routes, neighbours) = (core.net.routes().await?, core.net.neighbours().await?);
+    let mut found = Vec::new();
+    for ip in endpoint.addresses() {
+        let Some(wanted) = core.rows.routes.desired(&ip.into()) else { continue };
+        if !routes.contains(&wanted.route) {
+            found.push(format!("the node has no route to {ip} by {}", endpoint.host_ifname));
+        }
+        let knows = |mac| {
+            let is_it = |known: &&cirri_loader::net::Neighbour| {
+                (known.ip, known.device, known.mac) == (ip, wanted.route.device, mac)
+            };
+            neighbours.iter().any(|known| is_it(&known))
+        };
+        if !wanted.neighbour.is_none_or(knows) {
+            found.push(format!("the node does not know the Ethernet address of {ip}"));
+        }
+    }
+    Ok(found)
+}
+
+/// What the packet path knows of it.
+fn of_tables(core: &Core, endpoint: &Endpoint) -> Result<Vec<String>, MapError> {
+    let mut found = Vec::new();
+    let row = endpoint.row();
+    if core.tables.devices.get(&row.ifindex)? != Some(row) {
+        found.push("the packet path does not know its device".to_owned());
+    }
+    for ip in endpoint.addresses() {
+        if core.tables.endpoints.get(&Addr::from(ip))? != Some(row) {
+            found.push(format!("the packet path does not know {ip} as its address"));
+        }
+        let wanted = core.rows.ipcache.desired(&ip.into());
+        if core.tables.ipcache.get(&ipcache_key(ip.into()))?.as_ref() != wanted {
+            found.push(format!("the packet path does not know who is at {ip}"));
+        }
+    }
+    let state = core.rows.rulesets.state(&endpoint.ruleset);
+    if state.as_deref() != Some("done") {
+        found.push(format!("its rule set is not in force: {}", state.as_deref().unwrap_or("missing")));
+    }
+    Ok(found)
+}
