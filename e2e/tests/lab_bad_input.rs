@@ -101,6 +101,45 @@ fn a_file_of_the_folder_that_breaks_keeps_its_last_good_content() {
 }
 
 #[test]
+fn one_document_that_cannot_be_used_takes_no_other_with_it_and_opens_nothing() {
+    let lab = Lab::up("documents", 1, &[]).unwrap();
+    lab.apply(PODS).unwrap();
+    let file = PathBuf::from(format!("/run/cirri/lab/{}/nodes/node1/manifests/mine.yaml", lab.name()));
+    let problems = || {
+        let status: Value = lab.ask("node1", &["status"]).unwrap();
+        status["problems"].to_string()
+    };
+    let foreign = "---\napiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web, namespace: shop}\n";
+    let not_yaml = "---\nkind: [half\n";
+    fs::write(&file, [foreign, DENY, not_yaml].concat()).unwrap();
+    eventually("the policy is taken", PATIENCE, || !policies(&lab).is_empty());
+    assert_denied(&lab, "beside a document of another kind and one that is no YAML");
+    let problems_now = problems();
+    for said in ["mine.yaml:3:", "Deployment", "mine.yaml:12:"] {
+        assert!(problems_now.contains(said), "{said}: {problems_now}");
+    }
+    let output = lab::output(["--socket", &lab.socket("node1"), "status", "--check"]).unwrap();
+    assert_eq!(output.status.code(), Some(FAILED), "status --check says that all is well: {output:?}");
+    let output = lab::output(["policy", "check", file.to_str().unwrap()]).unwrap();
+    said(&output, BAD_INPUT, &["mine.yaml:3:", "Deployment", "mine.yaml:12:"]);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("NetworkPolicy"), "{output:?}");
+
+    fs::write(&file, "").unwrap();
+    eventually("the policy is gone", PATIENCE, || policies(&lab).is_empty() && problems() == "[]");
+    assert_allowed(&lab, "when the file asks for nothing");
+    // Its first version has a mistake in what it allows; whom it selects is clear.
+    fs::write(&file, DENY.replace("policyTypes: [Ingress]", "ingress: [{ports: [{port: 0}]}]")).unwrap();
+    eventually("a stand-in is taken", PATIENCE, || !policies(&lab).is_empty());
+    assert_denied(&lab, "while nothing but the selector can be read");
+    assert!(problems().contains("NetworkPolicy shop/web: spec.ingress[0].ports[0].port"), "{}", problems());
+    fs::write(&file, DENY.replace("policyTypes: [Ingress]", "ingress: [{ports: [{port: 80}]}]")).unwrap();
+    eventually("the mended policy is taken", PATIENCE, || problems() == "[]");
+    eventually("it is in force", PATIENCE, || {
+        lab.verdicts("shop/client", "shop/web", 80).is_ok_and(|all| all.values().all(|it| it == "allowed"))
+    });
+}
+
+#[test]
 fn etcd_may_be_killed_traffic_and_rules_stay_and_the_next_change_is_enforced_when_it_is_back() {
     let lab = Lab::up("etcd", 2, &[]).unwrap();
     let pods = PODS.replace("spec: {containers", "spec: {nodeName: node2, containers");

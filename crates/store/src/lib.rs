@@ -13,10 +13,12 @@ mod embedded;
 mod error;
 mod etcd;
 pub mod folder;
+mod paths;
 
 pub use embedded::{Embedded, SetAside};
 pub use error::StoreError;
 pub use etcd::{Etcd, EtcdOptions};
+pub use paths::{News, Paths};
 
 use std::time::Duration;
 

@@ -23,7 +23,7 @@ fn names(change: &Change) -> Vec<&str> {
 }
 
 fn start(dir: &Path) -> BoxStream<'static, Change> {
-    watch(dir).expect("watch")
+    watch(dir, writers).expect("watch")
 }
 
 #[tokio::test]
@@ -132,7 +132,188 @@ async fn a_mounted_volume_that_swaps_all_files_at_once_is_followed() {
 #[tokio::test]
 async fn a_folder_that_is_none_is_an_error_that_says_what_to_do() {
     let dir = tempfile::tempdir().expect("a directory");
-    let error = watch(dir.path().join("missing")).err().expect("nothing there");
+    let error = watch(dir.path().join("missing"), writers).err().expect("nothing there");
     assert!(matches!(error, StoreError::Folder { .. }));
     assert!(error.to_string().contains("Create the directory"), "{error}");
+}
+
+/// Whether this process writes a file: what the agent asks of the kernel with a lease.
+fn writers(file: &fs::File) -> Option<bool> {
+    use std::os::unix::fs::MetadataExt;
+
+    let same =
+        |other: &fs::Metadata| file.metadata().is_ok_and(|file| (file.dev(), file.ino()) == (other.dev(), other.ino()));
+    for fd in fs::read_dir("/proc/self/fd").ok()?.flatten() {
+        if !fs::metadata(fd.path()).is_ok_and(|other| same(&other)) {
+            continue;
+        }
+        let info = fs::read_to_string(Path::new("/proc/self/fdinfo").join(fd.file_name())).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).map(str::trim);
+        if flags.and_then(|flags| u32::from_str_radix(flags, 8).ok()).is_some_and(|flags| flags & 3 != 0) {
+            return Some(true);
+        }
+    }
+    Some(false)
+}
+
+/// Puts a link in place of another at once, as git-sync and Kubernetes do.
+fn swap(link: &Path, target: &str) {
+    let next = link.with_extension("next");
+    std::os::unix::fs::symlink(target, &next).expect("link");
+    fs::rename(&next, link).expect("rename");
+}
+
+fn label(change: &Change) -> String {
+    let labels = change.upserted.iter().filter_map(|it| it.metadata().labels.get("is").cloned());
+    labels.collect::<Vec<_>>().join(",")
+}
+
+#[tokio::test]
+async fn a_folder_that_is_a_link_is_followed_when_it_is_swapped() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    for version in ["v1", "v2", "v3"] {
+        fs::create_dir(at(version)).expect("create");
+        fs::write(at(version).join("a.yaml"), namespace("one", version)).expect("write");
+    }
+    fs::write(at("v1").join("b.yaml"), namespace("two", "v1")).expect("write");
+    swap(&at("current"), "v1");
+    swap(&at("manifests"), "current");
+    let mut changes = start(&at("manifests"));
+    assert_eq!(label(&next(&mut changes).await), "v1,v1");
+    // The link behind the link, then the first.
+    swap(&at("current"), "v2");
+    let change = next(&mut changes).await;
+    assert_eq!((label(&change).as_str(), change.removed.len(), change.errors.len()), ("v2", 1, 0));
+    swap(&at("manifests"), "v3");
+    assert_eq!(label(&next(&mut changes).await), "v3");
+    // The new one is watched, and the old ones are not.
+    fs::write(at("v1").join("a.yaml"), namespace("one", "old")).expect("write");
+    fs::write(at("v3").join("a.yaml"), namespace("one", "new")).expect("write");
+    assert_eq!(label(&next(&mut changes).await), "new");
+    // A link to nothing keeps what there was.
+    swap(&at("manifests"), "nowhere");
+    let change = next(&mut changes).await;
+    assert_eq!((change.removed.len(), change.errors.len()), (0, 1), "{change:?}");
+    swap(&at("manifests"), "v2");
+    let change = next(&mut changes).await;
+    assert_eq!((label(&change).as_str(), change.errors.len()), ("v2", 0));
+}
+
+#[tokio::test]
+async fn links_of_files_are_followed_wherever_they_lead() {
+    use std::os::unix::fs::symlink;
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    for folder in ["manifests", "v1", "v2"] {
+        fs::create_dir(at(folder)).expect("create");
+    }
+    for version in ["v1", "v2"] {
+        fs::write(at(version).join("a.yaml"), namespace("one", version)).expect("write");
+    }
+    swap(&at("current"), "v1");
+    symlink("../current/a.yaml", at("manifests").join("a.yaml")).expect("link");
+    let mut changes = start(&at("manifests"));
+    assert_eq!(label(&next(&mut changes).await), "v1");
+    swap(&at("current"), "v2");
+    assert_eq!(label(&next(&mut changes).await), "v2");
+    fs::write(at("v2").join("a.yaml"), namespace("one", "written")).expect("write");
+    assert_eq!(label(&next(&mut changes).await), "written");
+    fs::write(at("v2").join("next"), namespace("one", "renamed")).expect("write");
+    fs::rename(at("v2").join("next"), at("v2").join("a.yaml")).expect("rename");
+    assert_eq!(label(&next(&mut changes).await), "renamed");
+    // What the link leads to is gone for a while: the link still says that there is something.
+    fs::rename(at("v2"), at("away")).expect("rename");
+    let change = next(&mut changes).await;
+    assert_eq!((change.removed.len(), change.errors.len()), (0, 1), "{change:?}");
+    assert!(change.errors[0].message.contains("a link to nothing"), "{change:?}");
+    fs::rename(at("away"), at("v2")).expect("rename");
+    assert_eq!(next(&mut changes).await, Change::default());
+    fs::remove_file(at("manifests").join("a.yaml")).expect("remove");
+    assert_eq!(next(&mut changes).await.removed.len(), 1);
+}
+
+#[tokio::test]
+async fn a_folder_whose_parents_go_away_is_read_again_when_they_are_back() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (parent, away) = (dir.path().join("etc"), dir.path().join("away"));
+    let manifests = parent.join("cirri/manifests");
+    fs::create_dir_all(&manifests).expect("create");
+    fs::write(manifests.join("a.yaml"), namespace("one", "x")).expect("write");
+    let mut changes = start(&manifests);
+    next(&mut changes).await;
+    fs::rename(&parent, &away).expect("rename");
+    let change = next(&mut changes).await;
+    assert_eq!((change.removed.len(), change.errors.len()), (0, 1), "{change:?}");
+    // Another of the same name, not filled yet: as a volume leaves it that is unmounted.
+    fs::create_dir_all(&manifests).expect("create");
+    let change = next(&mut changes).await;
+    assert_eq!((change.removed.len(), change.errors.len()), (0, 1), "{change:?}");
+    assert!(change.errors[0].message.contains("empty"), "{change:?}");
+    fs::write(manifests.join("b.yaml"), namespace("two", "y")).expect("write");
+    let change = next(&mut changes).await;
+    assert_eq!((names(&change), change.removed.len(), change.errors.len()), (vec!["two"], 1, 0));
+}
+
+#[tokio::test]
+async fn a_file_that_is_being_written_is_not_read_half() {
+    use std::io::Write;
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    let text = format!("{}---\n{}", namespace("one", "x"), namespace("two", "x"));
+    let half = text.find("---").expect("two documents");
+    // At the start.
+    let mut file = fs::File::create(at("a.yaml")).expect("create");
+    file.write_all(&text.as_bytes()[..half]).expect("write");
+    let mut changes = start(dir.path());
+    let change = next(&mut changes).await;
+    assert!(change.upserted.is_empty() && change.opaque, "{change:?}");
+    assert!(change.errors[0].message.contains("is being written"), "{change:?}");
+    file.write_all(&text.as_bytes()[half..]).expect("write");
+    drop(file);
+    let change = next(&mut changes).await;
+    assert_eq!((names(&change), change.errors.len()), (vec!["one", "two"], 0));
+
+    // Emptied and written again, while something else has everything looked at.
+    let mut file = fs::File::create(at("a.yaml")).expect("truncate");
+    fs::write(at("b.yaml"), namespace("three", "x")).expect("write");
+    fs::rename(at("b.yaml"), at("c.yaml")).expect("rename");
+    let mut change = next(&mut changes).await;
+    while change.upserted.is_empty() {
+        change = next(&mut changes).await;
+    }
+    assert_eq!((names(&change), change.removed.len()), (vec!["three"], 0), "{change:?}");
+    // A second writer is done; the first is not.
+    fs::File::options().append(true).open(at("a.yaml")).expect("open").write_all(b"# two\n").expect("write");
+    fs::write(at("d.yaml"), namespace("four", "x")).expect("write");
+    let change = next(&mut changes).await;
+    assert_eq!((names(&change), change.removed.len()), (vec!["four"], 0), "{change:?}");
+    // It is renamed meanwhile.
+    fs::rename(at("a.yaml"), at("e.yaml")).expect("rename");
+    fs::write(at("f.yaml"), namespace("five", "x")).expect("write");
+    let mut change = next(&mut changes).await;
+    while change.upserted.is_empty() {
+        assert!(change.removed.is_empty(), "{change:?}");
+        change = next(&mut changes).await;
+    }
+    assert!(change.removed.is_empty(), "{change:?}");
+    file.write_all(text.replace("is: x", "is: y").as_bytes()).expect("write");
+    drop(file);
+    let mut labels = String::new();
+    while labels.is_empty() {
+        labels = label(&next(&mut changes).await);
+    }
+    assert_eq!(labels, "y,y");
+}
+
+#[tokio::test]
+async fn a_manifest_that_is_no_file_is_named_and_nobody_waits_for_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::os::unix::fs::symlink("/dev/zero", dir.path().join("a.yaml")).expect("link");
+    fs::write(dir.path().join("b.yaml"), namespace("one", "x")).expect("write");
+    let change = next(&mut start(dir.path())).await;
+    assert_eq!(names(&change), ["one"]);
+    assert!(change.errors[0].message.contains("no regular file"), "{change:?}");
 }

@@ -157,7 +157,8 @@ async fn open_store(config: &Config) -> Result<Sources> {
             Ok((Arc::new(store), None))
         }
         StoreKind::Folder => {
-            let changes = folder::watch(&config.store.folder).because(Failure::BadInput)?;
+            let changes =
+                folder::watch(&config.store.folder, cirri_loader::is_being_written).because(Failure::BadInput)?;
             let store = Embedded::open(config.state_dir.0.join("store.redb")).await.because(Failure::Failed)?;
             Ok((Arc::new(store), Some(changes)))
         }

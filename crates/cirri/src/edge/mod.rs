@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 use cirri_abi::epoch_slot;
 use cirri_loader::gc::{self, Collector};
 use cirri_loader::net::{ForeignRoutes, NeighbourChange, Neighbours, Net};
-use cirri_loader::{Datapath, Events, LoadOptions};
+use cirri_loader::{Datapath, Events, LoadOptions, is_being_written};
 use futures::FutureExt;
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
@@ -217,6 +217,10 @@ async fn start(file: PathBuf, plan: Plan) -> Result<Started> {
 async fn reload(shared: Arc<Shared>, mut watch: Watch) {
     loop {
         watch.changed().await;
+        // Its writer's end is news again.
+        if File::open(&shared.file).is_ok_and(|file| is_being_written(&file) == Some(true)) {
+            continue;
+        }
         let outcome = load(&shared).await;
         let mut config = shared.config.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {

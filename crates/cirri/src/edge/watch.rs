@@ -1,22 +1,25 @@
 //! News of the file: the kernel tells (inotify), and SIGHUP asks for a look.
 //!
-//! The file is read when its writer closes it or when it is renamed into place, so that half a file is
-//! not taken for a whole one; also when the directory it stands in is a link that is swapped, as with a
-//! volume of Kubernetes.
+//! The file is followed wherever its path leads: through links that are swapped, as with a volume of Kubernetes or
+//! git-sync, and directories that go away and come back.
 
-use std::ffi::OsString;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use futures::{FutureExt, StreamExt};
-use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchMask};
+use cirri_store::Paths;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// How often what could not be watched is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// Tells when the file is to be read again.
 pub struct Watch {
-    events: EventStream<Vec<u8>>,
-    name: OsString,
+    paths: Paths,
+    file: PathBuf,
     hangup: Signal,
+    /// Not everything on the way could be watched.
+    failed: bool,
 }
 
 impl Watch {
@@ -26,68 +29,74 @@ impl Watch {
     /// Its directory cannot be watched.
     pub fn new(file: &Path) -> io::Result<Watch> {
         let file = std::path::absolute(file)?;
-        let directory = file.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        let inotify = Inotify::init()?;
-        let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE;
-        inotify.watches().add(directory, mask)?;
-        Ok(Watch {
-            events: inotify.into_event_stream(vec![0; 4096])?,
-            name: file.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned(),
-            hangup: signal(SignalKind::hangup())?,
-        })
+        let hangup = signal(SignalKind::hangup())?;
+        let mut watch = Watch { paths: Paths::new()?, file, hangup, failed: false };
+        watch.follow()?;
+        Ok(watch)
     }
 
     /// Waits until there is a reason to read the file. Cancel-safe.
     pub async fn changed(&mut self) {
-        loop {
-            tokio::select! {
-                event = self.events.next() => {
-                    let mut concerned = self.concerns(event);
-                    // Everything that has happened by now is one change.
-                    while let Some(more) = self.events.next().now_or_never() {
-                        concerned |= self.concerns(more);
-                    }
-                    if concerned {
-                        return;
-                    }
-                }
-                _ = self.hangup.recv() => return,
-            }
+        tokio::select! {
+            _ = self.paths.next() => {}
+            _ = self.hangup.recv() => {}
+            () = tokio::time::sleep(AGAIN), if self.failed => {}
         }
+        // Before the file is read: what changes from now on is news again.
+        self.failed = self.follow().is_err();
     }
 
-    fn concerns(&self, event: Option<io::Result<EventOwned>>) -> bool {
-        // Whatever was lost, a look makes up for it.
-        let Some(Ok(event)) = event else { return true };
-        if event.mask.contains(EventMask::Q_OVERFLOW) {
-            return true;
-        }
-        let swapped = event.name.as_ref().is_some_and(|name| name.as_encoded_bytes().starts_with(b".."));
-        // Created: its writer has yet to close it, unless it is a link to what was there before.
-        let whole = !event.mask.contains(EventMask::CREATE);
-        swapped || whole && event.name.as_ref() == Some(&self.name)
+    fn follow(&mut self) -> io::Result<()> {
+        self.paths.follow(None, std::slice::from_ref(&self.file)).map(drop)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use std::fs;
+    use std::os::unix::fs::symlink;
 
     #[tokio::test]
     async fn a_file_that_is_written_or_renamed_into_place_is_news_and_its_neighbours_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("lb.yaml");
         let mut watch = Watch::new(&file).unwrap();
-        std::fs::write(dir.path().join("other.yaml"), "x").unwrap();
+        fs::write(dir.path().join("other.yaml"), "x").unwrap();
         let quiet = tokio::time::timeout(Duration::from_millis(50), watch.changed()).await;
         assert!(quiet.is_err(), "another file is no news");
-        std::fs::write(&file, "a").unwrap();
+        fs::write(&file, "a").unwrap();
         watch.changed().await;
-        std::fs::write(dir.path().join("next"), "b").unwrap();
-        std::fs::rename(dir.path().join("next"), &file).unwrap();
+        fs::write(dir.path().join("next"), "b").unwrap();
+        fs::rename(dir.path().join("next"), &file).unwrap();
         watch.changed().await;
-        std::os::unix::fs::symlink(&file, dir.path().join("..data")).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_file_behind_links_is_followed_when_they_are_swapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for version in ["..v1", "..v2"] {
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("lb.yaml"), version).unwrap();
+        }
+        symlink("..v1", at("..data")).unwrap();
+        symlink("..data/lb.yaml", at("lb.yaml")).unwrap();
+        symlink(dir.path(), at("here")).unwrap();
+        let file = at("here").join("lb.yaml");
+        let mut watch = Watch::new(&file).unwrap();
+        symlink("..v2", at("..tmp")).unwrap();
+        fs::rename(at("..tmp"), at("..data")).unwrap();
         watch.changed().await;
+        // Where it leads now is watched.
+        fs::write(at("..v2/lb.yaml"), "written").unwrap();
+        watch.changed().await;
+        fs::remove_dir_all(at("..v2")).unwrap();
+        watch.changed().await;
+        fs::create_dir(at("..v2")).unwrap();
+        fs::write(at("..v2/lb.yaml"), "back").unwrap();
+        while fs::read_to_string(&file).ok().as_deref() != Some("back") {
+            watch.changed().await;
+        }
     }
 }

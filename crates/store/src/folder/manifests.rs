@@ -30,6 +30,8 @@ struct File {
     opaque: bool,
     /// It was not so when the last change was handed out.
     newly_opaque: bool,
+    /// It is not there, but may be back in a moment.
+    leaving: bool,
     errors: Vec<String>,
 }
 
@@ -67,10 +69,26 @@ impl Manifests {
         let was_opaque = before.opaque && !before.newly_opaque;
         let mut file = match content {
             Ok(bytes) => File::read(name, bytes, before),
-            Err(message) => File { opaque: true, errors: vec![message], ..before },
+            Err(message) => File { opaque: true, leaving: false, errors: vec![message], ..before },
         };
         file.newly_opaque = file.opaque && !was_opaque;
         self.files.insert(name.to_owned(), file);
+    }
+
+    /// The file is not there. What it says counts until it is removed, unless another file says it. `false`: nothing
+    /// is known of it.
+    pub(super) fn leave(&mut self, name: &str) -> bool {
+        let Some(file) = self.files.get_mut(name) else { return false };
+        file.leaving = true;
+        file.errors.clear();
+        true
+    }
+
+    /// The file is there, and its content is as it was. `false`: nothing is known of it.
+    pub(super) fn stay(&mut self, name: &str) -> bool {
+        let Some(file) = self.files.get_mut(name) else { return false };
+        file.leaving = false;
+        true
     }
 
     pub(super) fn remove(&mut self, name: &str) {
@@ -120,17 +138,19 @@ impl Manifests {
                 file.resources.insert(key, resource);
             }
         }
-        for file in self.files.values_mut() {
-            file.newly_opaque = false;
+        // What leaves now may be what it is.
+        if !self.files.values().any(|file| file.leaving) {
+            self.files.values_mut().for_each(|file| file.newly_opaque = false);
         }
     }
 
     /// One definition for each object, who gave it, and all that is wrong.
     fn agree(&self) -> (Whole, BTreeMap<String, String>, Vec<FileError>) {
         let mut owners: BTreeMap<String, String> = BTreeMap::new();
-        for (name, file) in &self.files {
+        let (leaving, staying): (Vec<_>, Vec<_>) = self.files.iter().partition(|(_, file)| file.leaving);
+        for (name, file) in staying.into_iter().chain(leaving) {
             for key in file.resources.keys() {
-                let had_it = self.owners.get(key) == Some(name);
+                let had_it = !file.leaving && self.owners.get(key) == Some(name);
                 if had_it || !owners.contains_key(key) {
                     owners.insert(key.clone(), name.clone());
                 }
@@ -145,7 +165,7 @@ impl Manifests {
                 let owner = &owners[key];
                 if owner == name {
                     whole.resources.insert(key.clone(), resource.clone());
-                } else {
+                } else if !file.leaving {
                     errors.push(error(twice(name, owner, resource)));
                 }
             }
@@ -354,6 +374,24 @@ mod tests {
             manifests.remove("c.yaml");
             assert_eq!(manifests.settle().expect("gone").removed, [format!("{KEY}p")], "{broken}");
         }
+    }
+
+    #[test]
+    fn what_leaves_stays_until_it_is_removed_and_another_may_take_over() {
+        let mut manifests = Manifests::default();
+        manifests.set("a.yaml", Ok(&many(&[policy("p1", "a", "80"), policy("p2", "a", "80")])));
+        manifests.settle();
+        assert!(manifests.leave("a.yaml") && !manifests.leave("b.yaml"));
+        assert!(manifests.settle().is_none());
+        manifests.set("b.yaml", Ok(policy("p1", "b", "80").as_bytes()));
+        let change = manifests.settle().expect("new");
+        assert_eq!((change.upserted.len(), change.errors.len()), (1, 0), "{change:?}");
+        manifests.set("c.yaml", Ok(b"kind: ["));
+        manifests.settle();
+        manifests.remove("a.yaml");
+        assert!(manifests.settle().is_none(), "the broken one may be the other");
+        manifests.remove("c.yaml");
+        assert_eq!(manifests.settle().expect("gone").removed, [format!("{KEY}p2")]);
     }
 
     #[test]

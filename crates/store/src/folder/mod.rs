@@ -1,33 +1,39 @@
 //! A directory of manifests as a source of resources.
 //!
 //! Every `*.yaml`, `*.yml` and `*.json` directly in the directory counts; names that start with a
-//! dot do not. The kernel reports changes (inotify), nothing is polled. A file is read when its
-//! writer closes it or when it is renamed into place, so that half a file is not read for a whole
-//! one. Each document of a file stands for itself: what is understood is handed out, and one that cannot
-//! be read keeps its last good version, and is reported.
+//! dot do not. The kernel reports changes (inotify), also of the links that lead to the directory or from it,
+//! and everything is looked at now and then, for what no kernel reports: a volume mounted over it, a file
+//! written elsewhere. A file that is being written is not read until its writer closes it. Each document of a
+//! file stands for itself: what is understood is handed out, and one that cannot be read keeps its last good
+//! version, and is reported.
 
 mod manifests;
 mod read;
 
-pub use read::{read_bounded, read_file};
+pub use read::{Writers, read_bounded, read_file};
 
 use std::{
-    collections::BTreeSet,
-    ffi::OsString,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use cirri_control::resource::Resource;
-use futures::{
-    FutureExt as _, StreamExt as _,
-    stream::{self, BoxStream},
-};
-use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask, Watches};
+use futures::stream::{self, BoxStream};
+use inotify::EventMask;
 
 use crate::StoreError;
+use crate::paths::{News, Paths};
 use manifests::Manifests;
+use read::{Found, Stamp};
+
+/// How often everything is looked at, for what is not reported.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// A file is gone when it is gone for so long: editors and version control take one away before they put the next
+/// in its place, and what it protects must not lie open in between.
+const GONE_AFTER: Duration = Duration::from_millis(500);
 
 /// What changed since the last one. The first one holds everything.
 ///
@@ -61,12 +67,13 @@ pub struct FileError {
 }
 
 /// Watches `dir`. Must be called within a tokio runtime. The stream never ends; dropping it ends
-/// the watch. Should the directory go away, its last content stays in force until it is back.
+/// the watch. Should the directory go away, its last content stays in force until it is back. `writers` says
+/// whether a file is being written.
 ///
 /// # Errors
 /// [`StoreError::Folder`] if `dir` is not a directory that can be watched.
-pub fn watch(dir: impl AsRef<Path>) -> Result<BoxStream<'static, Change>, StoreError> {
-    let folder = Folder::open(dir.as_ref())?;
+pub fn watch(dir: impl AsRef<Path>, writers: Writers) -> Result<BoxStream<'static, Change>, StoreError> {
+    let folder = Folder::open(dir.as_ref(), writers)?;
     Ok(Box::pin(stream::unfold(folder, |mut folder| async move {
         let change = folder.next().await;
         Some((change, folder))
@@ -75,98 +82,98 @@ pub fn watch(dir: impl AsRef<Path>) -> Result<BoxStream<'static, Change>, StoreE
 
 struct Folder {
     dir: PathBuf,
-    /// Its name in the parent directory, where its return shows.
-    name: OsString,
-    events: EventStream<Vec<u8>>,
-    /// None while the directory is gone.
-    watched: Option<WatchDescriptor>,
+    paths: Paths,
+    writers: Writers,
+    /// Device and inode of the directory that was read last.
+    read: Option<(u64, u64)>,
+    /// The directory cannot be read, or is not to be believed.
+    failed: bool,
+    /// The files as they were when they were read.
+    seen: BTreeMap<String, Stamp>,
     manifests: Manifests,
+    /// Files that are not there, and when that counts.
+    leaving: BTreeMap<String, Instant>,
     /// The first change has been handed out.
     started: bool,
 }
 
-/// Which files to read again.
-enum Stale {
-    These(BTreeSet<String>),
-    All,
+/// Why everything is looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Occasion {
+    /// Something was reported.
+    News,
+    /// The start, or just to be sure. What is being written for so long is reported.
+    Time,
+}
+
+/// What the directory holds.
+struct Survey {
+    identity: (u64, u64),
+    /// Manifests, with how they look now; `None`: it cannot be told.
+    files: BTreeMap<String, Option<Stamp>>,
+    /// Those that are links.
+    links: Vec<PathBuf>,
 }
 
 impl Folder {
-    fn open(dir: &Path) -> Result<Self, StoreError> {
+    fn open(dir: &Path, writers: Writers) -> Result<Self, StoreError> {
         let failed = |source: io::Error| StoreError::Folder { path: dir.to_owned(), hint: hint(&source), source };
         let dir = std::path::absolute(dir).map_err(failed)?;
-        let inotify = Inotify::init().map_err(failed)?;
-        let mut watches = inotify.watches();
-        let watched = watches.add(&dir, inside()).map_err(failed)?;
-        if let Some(parent) = dir.parent() {
-            watches.add(parent, beside()).map_err(failed)?;
-        }
+        std::fs::read_dir(&dir).map_err(failed)?;
+        let mut paths = Paths::new().map_err(failed)?;
+        paths.follow(Some(&dir), &[]).map_err(failed)?;
         Ok(Folder {
-            name: dir.file_name().unwrap_or_default().to_owned(),
-            events: inotify.into_event_stream(vec![0; 16 << 10]).map_err(failed)?,
             dir,
-            watched: Some(watched),
+            paths,
+            writers,
+            read: None,
+            failed: false,
+            seen: BTreeMap::new(),
             manifests: Manifests::default(),
+            leaving: BTreeMap::new(),
             started: false,
         })
     }
 
     async fn next(&mut self) -> Change {
         if !self.started {
-            self.read(Stale::All).await;
+            self.look(Occasion::Time, BTreeSet::new()).await;
             self.started = true;
             return self.manifests.settle().unwrap_or_default();
         }
         loop {
-            let mut stale = Stale::These(BTreeSet::new());
-            let first = self.events.next().await;
-            self.note(first, &mut stale);
-            // Everything that has happened by now is one change.
-            while let Some(more) = self.events.next().now_or_never() {
-                self.note(more, &mut stale);
+            let until = self.leaving.values().min().copied();
+            let wait = until.map_or(LOOK_EVERY, |until| until.saturating_duration_since(Instant::now()));
+            match tokio::time::timeout(wait, self.paths.next()).await {
+                Ok(news) => self.take(news).await,
+                Err(_) if until.is_some() => self.let_go(),
+                Err(_) => self.look(Occasion::Time, BTreeSet::new()).await,
             }
-            self.read(stale).await;
             if let Some(change) = self.manifests.settle() {
                 return change;
             }
         }
     }
 
-    fn note(&mut self, event: Option<io::Result<EventOwned>>, stale: &mut Stale) {
-        let Some(Ok(event)) = event else {
-            // Whatever was lost, a look at everything makes up for it.
-            *stale = Stale::All;
-            return;
-        };
-        if event.mask.contains(EventMask::Q_OVERFLOW) {
-            *stale = Stale::All;
-        } else if Some(&event.wd) == self.watched.as_ref() {
-            self.note_inside(&event, stale);
-        } else if event.name.as_ref() == Some(&self.name) && self.watched.is_none() {
-            self.come_back(stale);
+    async fn take(&mut self, news: Vec<News>) {
+        let (mut stale, mut all) = (BTreeSet::new(), self.failed);
+        for one in news {
+            match one {
+                News::Way | News::Written => all = true,
+                News::Inside(name, mask) => {
+                    let Some(name) = name.to_str().filter(|name| is_manifest(name)) else { continue };
+                    // What was renamed within the folder is seen under both names at once, so that what it holds is
+                    // not gone between them; and a link has a way of its own.
+                    all |= mask.contains(EventMask::MOVED_FROM) || self.dir.join(name).is_symlink();
+                    if self.is_complete(name, mask) {
+                        stale.insert(self.path_of(name));
+                    }
+                }
+            }
         }
-    }
-
-    fn note_inside(&mut self, event: &EventOwned, stale: &mut Stale) {
-        let gone = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::UNMOUNT;
-        if event.mask.intersects(gone | EventMask::IGNORED) {
-            self.go_away();
-            // It may be back already.
-            self.come_back(stale);
-            return;
-        }
-        let Some(name) = event.name.as_ref().and_then(|name| name.to_str()) else {
-            return;
-        };
-        if name.starts_with("..") || event.mask.contains(EventMask::MOVED_FROM) {
-            // A Kubernetes volume's files are links through one that is swapped. What was renamed within the
-            // folder is seen under both names at once, so that what it holds is not gone between them.
-            *stale = Stale::All;
-        } else if is_manifest(name)
-            && self.is_complete(name, event.mask)
-            && let Stale::These(names) = stale
-        {
-            names.insert(self.path_of(name));
+        match all {
+            true => self.look(Occasion::News, stale).await,
+            false => self.read(stale, Occasion::News).await,
         }
     }
 
@@ -183,70 +190,109 @@ impl Folder {
         true
     }
 
-    fn go_away(&mut self) {
-        if let Some(watched) = self.watched.take() {
-            // Fails if the kernel has removed it by itself.
-            let _ = self.events.watches().remove(watched);
-        }
-        self.manifests.set_folder_error(Some(FileError {
-            file: self.dir.display().to_string(),
-            message: format!(
-                "{} is gone; its last content stays in force. Create it again, or change \
-                 store.folder",
-                self.dir.display()
-            ),
-        }));
-    }
-
-    fn come_back(&mut self, stale: &mut Stale) {
-        if let Ok(watched) = Watches::add(&mut self.events.watches(), &self.dir, inside()) {
-            self.watched = Some(watched);
-            self.manifests.set_folder_error(None);
-            *stale = Stale::All;
-        }
-    }
-
-    async fn read(&mut self, stale: Stale) {
-        let names = match stale {
-            Stale::These(names) => names,
-            Stale::All if self.watched.is_none() => return,
-            Stale::All => match self.present().await {
-                Ok(present) => &present | &self.manifests.files(),
-                Err(error) => {
-                    self.manifests.set_folder_error(Some(FileError {
-                        file: self.dir.display().to_string(),
-                        message: format!(
-                            "cannot list {}: {error}; its last content stays in force",
-                            self.dir.display()
-                        ),
-                    }));
-                    return;
-                }
-            },
+    /// Goes the ways again and reads what is not as it was, and `stale` in any case.
+    async fn look(&mut self, occasion: Occasion, mut stale: BTreeSet<String>) {
+        // The first time for the links, whose ways are watched before what is at their ends counts.
+        let links = self.survey().await.map(|survey| survey.links).unwrap_or_default();
+        let followed = self.paths.follow(Some(&self.dir), &links);
+        let survey = match self.survey().await {
+            Ok(survey) => survey,
+            Err(error) => {
+                let what = "its last content stays in force. Create it again, or change store.folder";
+                return self.fail(format!("cannot be read: {error}; {what}"));
+            }
         };
-        for name in names {
-            let path = PathBuf::from(&name);
-            let content = tokio::task::spawn_blocking(move || read(&path)).await;
-            match content.unwrap_or_else(|error| Found::Unreadable(error.to_string())) {
-                Found::Content(bytes) => self.manifests.set(&name, Ok(&bytes)),
-                Found::Nothing => self.manifests.remove(&name),
-                Found::Unreadable(why) => {
-                    self.manifests
-                        .set(&name, Err(format!("{name}: cannot be read: {why}; its last content stays in force")));
-                }
+        if survey.files.is_empty() && self.read.is_some_and(|before| before != survey.identity) && !self.seen.is_empty()
+        {
+            // As a volume leaves it that is unmounted, or whoever is about to fill it.
+            return self.fail(
+                "is another directory now and empty; its last content stays in force until there is a manifest".into(),
+            );
+        }
+        self.failed = false;
+        match followed {
+            Ok(_) => self.manifests.set_folder_error(None),
+            Err(error) => {
+                let every = LOOK_EVERY.as_secs();
+                self.report(format!("cannot be watched ({error}), and is looked at every {every} s. {}", hint(&error)));
             }
+        }
+        let swapped = self.read.replace(survey.identity).is_some_and(|before| before != survey.identity);
+        for (name, stamp) in &survey.files {
+            if stamp.is_none() || self.seen.get(name) != stamp.as_ref() {
+                stale.insert(name.clone());
+            }
+        }
+        stale.extend(self.manifests.files().into_iter().filter(|name| !survey.files.contains_key(name)));
+        self.read(stale, occasion).await;
+        if swapped {
+            // Another directory was put in place whole: what it lacks is gone, not on its way back.
+            self.leaving.values_mut().for_each(|at| *at = Instant::now());
+            self.let_go();
         }
     }
 
-    async fn present(&self) -> io::Result<BTreeSet<String>> {
-        let mut listing = tokio::fs::read_dir(&self.dir).await?;
-        let mut names = BTreeSet::new();
-        while let Some(item) = listing.next_entry().await? {
-            if let Some(name) = item.file_name().to_str().filter(|name| is_manifest(name)) {
-                names.insert(self.path_of(name));
+    /// Files that did not come back are gone.
+    fn let_go(&mut self) {
+        let now = Instant::now();
+        let due: Vec<String> =
+            self.leaving.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
+        for name in due {
+            self.leaving.remove(&name);
+            self.manifests.remove(&name);
+        }
+    }
+
+    async fn survey(&self) -> io::Result<Survey> {
+        let dir = self.dir.clone();
+        tokio::task::spawn_blocking(move || survey(&dir)).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+    }
+
+    /// Something is wrong with the folder as a whole: what it held stays, also what seemed to leave it just now.
+    fn fail(&mut self, why: String) {
+        for name in std::mem::take(&mut self.leaving).into_keys() {
+            self.manifests.stay(&name);
+        }
+        self.failed = true;
+        self.report(why);
+    }
+
+    fn report(&mut self, why: String) {
+        let file = self.dir.display().to_string();
+        self.manifests.set_folder_error(Some(FileError { message: format!("{file}: {why}"), file }));
+    }
+
+    async fn read(&mut self, names: BTreeSet<String>, occasion: Occasion) {
+        for name in names {
+            let (path, writers) = (PathBuf::from(&name), self.writers);
+            let found = tokio::task::spawn_blocking(move || read::fetch(&path, writers)).await;
+            self.seen.remove(&name);
+            let found = found.unwrap_or_else(|error| Found::Unreadable(error.to_string()));
+            if !matches!(found, Found::Nothing) {
+                self.leaving.remove(&name);
+            }
+            match found {
+                Found::Content(bytes, stamp) => {
+                    self.manifests.set(&name, Ok(&bytes));
+                    self.seen.insert(name, stamp);
+                }
+                Found::Nothing => {
+                    if self.manifests.leave(&name) {
+                        self.leaving.entry(name).or_insert_with(|| Instant::now() + GONE_AFTER);
+                    }
+                }
+                // Its writer's end is reported, and then it is read.
+                Found::BeingWritten if occasion == Occasion::News && self.manifests.stay(&name) => {}
+                Found::BeingWritten => {
+                    let why = "is being written; its last content stays in force until its writer closes it";
+                    self.manifests.set(&name, Err(format!("{name}: {why}")));
+                }
+                Found::Unreadable(why) => {
+                    let why = format!("{name}: cannot be read: {why}; its last content stays in force");
+                    self.manifests.set(&name, Err(why));
+                }
             }
         }
-        Ok(names)
     }
 
     fn path_of(&self, name: &str) -> String {
@@ -254,44 +300,28 @@ impl Folder {
     }
 }
 
-/// What stands at a path.
-enum Found {
-    Content(Vec<u8>),
-    Nothing,
-    Unreadable(String),
-}
-
-fn read(path: &Path) -> Found {
-    match read_file(path) {
-        Ok(bytes) => Found::Content(bytes),
-        Err(_) if path.is_dir() => Found::Nothing,
-        Err(error) => match path.symlink_metadata() {
-            Err(gone) if gone.kind() == io::ErrorKind::NotFound => Found::Nothing,
-            // A link is there, and says that there is something: what, it will say when its target is back.
-            Ok(_) if error.kind() == io::ErrorKind::NotFound => Found::Unreadable("it is a link to nothing".to_owned()),
-            _ => Found::Unreadable(error.to_string()),
-        },
+fn survey(dir: &Path) -> io::Result<Survey> {
+    let metadata = std::fs::metadata(dir)?;
+    let mut survey = Survey { identity: (metadata.dev(), metadata.ino()), files: BTreeMap::new(), links: Vec::new() };
+    for item in std::fs::read_dir(dir)? {
+        let item = item?;
+        if !item.file_name().to_str().is_some_and(is_manifest) {
+            continue;
+        }
+        // As `path_of` has it: below the path that was configured, wherever that leads now.
+        let path = item.path();
+        if item.file_type().is_ok_and(|kind| kind.is_symlink()) {
+            survey.links.push(path.clone());
+        }
+        let stamp = std::fs::metadata(&path).ok().as_ref().map(Stamp::of);
+        survey.files.insert(path.display().to_string(), stamp);
     }
+    Ok(survey)
 }
 
 fn is_manifest(name: &str) -> bool {
     let kind = Path::new(name).extension().and_then(|kind| kind.to_str());
     !name.starts_with('.') && matches!(kind, Some("yaml" | "yml" | "json"))
-}
-
-fn inside() -> WatchMask {
-    WatchMask::CLOSE_WRITE
-        | WatchMask::CREATE
-        | WatchMask::DELETE
-        | WatchMask::MOVE
-        | WatchMask::ATTRIB
-        | WatchMask::DELETE_SELF
-        | WatchMask::MOVE_SELF
-        | WatchMask::ONLYDIR
-}
-
-fn beside() -> WatchMask {
-    WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::ONLYDIR
 }
 
 fn hint(error: &io::Error) -> &'static str {
