@@ -1,5 +1,6 @@
 //! One change: the books move on, and the writes come out in order.
 
+use super::audit::digest;
 use super::wanted::Wanted;
 use super::{Installed, Live, Made, Set, Tables, Write, epoch_of, slots_of};
 use crate::service::ServicePort;
@@ -74,9 +75,10 @@ impl Tables {
                 Planned::New(count) => {
                     let (first, members) = (places[at], &wanted.sets[at]);
                     let backends = slots_of(wanted, members, |index| numbers[index]);
+                    let digest = digest(&backends);
                     writes.push(Write::Slots { first, backends });
                     let numbered = members.iter().map(|(index, weight)| (numbers[*index], *weight)).collect();
-                    Some(Set { first, count: *count, made: Made::Of(wanted.make, numbered) })
+                    Some(Set { first, count: *count, made: Made::Of(wanted.make, numbered), digest })
                 }
             };
         }

@@ -9,6 +9,7 @@
 //! to is never written again; ranges and numbers that were given back are reused as late as possible.
 //! The epoch moves last.
 
+mod audit;
 mod change;
 mod error;
 mod numbers;
@@ -18,6 +19,7 @@ mod rows;
 mod tests;
 mod wanted;
 
+pub use audit::Difference;
 pub use error::TableError;
 pub use restore::Restored;
 
@@ -159,6 +161,8 @@ struct Set {
     first: u32,
     count: u32,
     made: Made,
+    /// Of its slots, so that what stands in the kernel can be compared without making them again.
+    digest: u64,
 }
 
 /// What tells whether a set is the wanted one.
@@ -417,7 +421,7 @@ impl Tables {
             });
             if let Some(set) = same {
                 let made = Made::Of(wanted.make, numbered);
-                return Planned::Kept(Set { first: set.first, count: set.count, made });
+                return Planned::Kept(Set { first: set.first, count: set.count, made, digest: set.digest });
             }
         }
         let weights: Vec<u16> = members.iter().map(|(_, weight)| *weight).collect();

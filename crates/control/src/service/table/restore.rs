@@ -1,5 +1,6 @@
 //! What a process before this one left in the tables: the same things keep their numbers.
 
+use super::audit::digest;
 use super::{Live, Made, NodePorts, Numbers, Owner, Ranges, Refusal, Set, Tables, Write, is_own};
 use cirri_abi::{RangeKey, Service, ServiceKey};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -132,8 +133,9 @@ fn sets(rows: &[(ServiceKey, Service)], slots: &[u32], ranges: &mut Ranges) -> V
             }
             if ranges.reserve(first, count) {
                 let content = slots.get(first as usize..first as usize + count as usize);
+                let digest = digest(content.unwrap_or_default());
                 let made = Made::Found(content.map(<[u32]>::to_vec).unwrap_or_default());
-                sets.push(Set { first, count, made });
+                sets.push(Set { first, count, made, digest });
             }
         }
     }

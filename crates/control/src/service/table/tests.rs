@@ -1,6 +1,7 @@
 //! Writes are carried out on a model of the kernel's tables that checks every single step.
 
 mod addresses;
+mod audit;
 
 use super::*;
 use crate::service::{Frontend, FrontendKind};
