@@ -18,7 +18,8 @@ use crate::{
     edge,
     error::LoadError,
     features::Hooking,
-    pins::at,
+    net::filter_on,
+    pins::{Pins, at},
     sys::{self, LinkInfo},
 };
 
@@ -31,17 +32,22 @@ pub struct Attachment {
     pub ifindex: u32,
 }
 
-const WORKLOAD: &[(&str, TcAttachType)] =
+pub(crate) const WORKLOAD: &[(&str, TcAttachType)] =
     &[("from_workload", TcAttachType::Ingress), ("to_workload", TcAttachType::Egress)];
-const NETWORK: &[(&str, TcAttachType)] =
+pub(crate) const NETWORK: &[(&str, TcAttachType)] =
     &[("from_network", TcAttachType::Ingress), ("to_network", TcAttachType::Egress)];
-const OVERLAY: &[(&str, TcAttachType)] =
+pub(crate) const OVERLAY: &[(&str, TcAttachType)] =
     &[("from_overlay", TcAttachType::Ingress), ("to_overlay", TcAttachType::Egress)];
-const UNWRAP: &[(&str, TcAttachType)] = &[("unwrap", TcAttachType::Ingress)];
+pub(crate) const UNWRAP: &[(&str, TcAttachType)] = &[("unwrap", TcAttachType::Ingress)];
 
 /// The names of the programs that are attached here.
 pub(crate) fn programs() -> impl Iterator<Item = &'static str> {
     [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten().map(|(name, _)| *name)
+}
+
+/// The names of these programs.
+pub(crate) fn names(programs: &[(&'static str, TcAttachType)]) -> Vec<&'static str> {
+    programs.iter().map(|(name, _)| *name).collect()
 }
 
 /// Our place among the filters of a clsact qdisc: first, and a handle that nobody else picks.
@@ -116,9 +122,7 @@ impl Datapath {
 
     /// Everything that is attached by a pinned link, device gone or not.
     pub fn attachments(&self) -> Result<Vec<Attachment>, LoadError> {
-        let mut all: Vec<_> = self.pins.links_now()?.iter().filter_map(|(path, _)| attachment(path)).collect();
-        all.sort();
-        Ok(all)
+        pinned_of(&self.pins)
     }
 
     /// Removes the links whose device or cgroup is gone.
@@ -152,6 +156,7 @@ impl Datapath {
                 self.pins.drop_link(&path)?;
             }
         }
+        self.hold()?;
         Ok(ifindex)
     }
 }
@@ -207,6 +212,43 @@ fn attach_clsact(
     Ok(())
 }
 
+/// What is attached by pinned links, device gone or not.
+pub(crate) fn pinned_of(pins: &Pins) -> Result<Vec<Attachment>, LoadError> {
+    if !pins.links().exists() {
+        return Ok(Vec::new());
+    }
+    let mut all: Vec<_> = pins.links_now()?.iter().filter_map(|(path, _)| attachment(path)).collect();
+    all.sort();
+    Ok(all)
+}
+
+/// The workloads' devices of an instance that are in the calling thread's namespace.
+pub(crate) fn workloads(pins: &Pins) -> Result<Vec<String>, LoadError> {
+    let mut devices = Vec::new();
+    if !pins.links().exists() {
+        return Ok(devices);
+    }
+    for (path, info) in pins.links_now()? {
+        let ingress = attachment(&path).is_some_and(|it| it.program == WORKLOAD[0].0);
+        let Some(device) = device_name(info.ifindex()).ok().filter(|_| ingress) else { continue };
+        // The number alone does not name a device: another namespace may have it too.
+        let (_, here) =
+            SchedClassifier::query_tcx(&device, WORKLOAD[0].1).map_err(attaching(WORKLOAD[0].0, &device))?;
+        if here.iter().any(|program| program.id() == info.program) {
+            devices.push(device);
+        }
+    }
+    Ok(devices)
+}
+
+/// Whether our filter is on a device in the direction of this program, without tcx.
+pub(crate) fn has_filter(ifindex: u32, program: &str) -> bool {
+    let direction = [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten().find(|(name, _)| *name == program);
+    let ingress = direction.is_none_or(|(_, direction)| matches!(direction, TcAttachType::Ingress));
+    // What cannot be asked is not called gone.
+    filter_on(ifindex, ingress, FILTER.priority, FILTER.handle.into()).unwrap_or(true)
+}
+
 /// The pinned link, if it is on this device. One that is not is of a device that is gone: its pin is
 /// removed.
 pub(crate) fn pinned_on(pin: &Path, ifindex: u32) -> Result<Option<(OwnedFd, LinkInfo)>, LoadError> {
@@ -237,7 +279,7 @@ pub(crate) fn attaching<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     move |error| LoadError::Attach { program, device, error: error.into() }
 }
 
-fn attachment(pin: &Path) -> Option<Attachment> {
+pub(crate) fn attachment(pin: &Path) -> Option<Attachment> {
     let (program, ifindex) = pin.file_name()?.to_str()?.rsplit_once('-')?;
     Some(Attachment { program: program.to_owned(), ifindex: ifindex.parse().ok()? })
 }

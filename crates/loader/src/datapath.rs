@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     num::NonZero,
     panic::resume_unwind,
     path::{Path, PathBuf},
@@ -17,6 +18,7 @@ use cirri_abi::map;
 
 use crate::{
     attach::{self, Attachment},
+    audit::Held,
     edge,
     error::{LoadError, MapError, VerifierLog, telling_lines},
     events::Events,
@@ -41,6 +43,8 @@ pub struct Datapath {
     pub(crate) ebpf: Ebpf,
     pub(crate) pins: Pins,
     pub(crate) hooking: Hooking,
+    /// Links that outlive their pins.
+    pub(crate) held: Held,
     tables: Tables,
     /// Whether the maps, and with them all flows, came from an earlier run.
     resumed: bool,
@@ -82,14 +86,12 @@ pub struct Retired {
     pub links: Vec<Attachment>,
 }
 
+/// Where pins are unless something else is asked for.
+pub(crate) const PIN_ROOT: &str = "/sys/fs/bpf/cirri";
+
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions {
-            pin_root: "/sys/fs/bpf/cirri".into(),
-            instance: "default".into(),
-            sizes: BTreeMap::new(),
-            hooking: None,
-        }
+        LoadOptions { pin_root: PIN_ROOT.into(), instance: "default".into(), sizes: BTreeMap::new(), hooking: None }
     }
 }
 
@@ -120,7 +122,27 @@ impl Datapath {
                 pins.abandon();
             }
         })?;
-        Ok(Datapath { ebpf, pins, hooking: options.hooking.unwrap_or(best), tables, resumed, warnings })
+        Ok(Datapath {
+            ebpf,
+            pins,
+            hooking: options.hooking.unwrap_or(best),
+            held: Held::new(),
+            tables,
+            resumed,
+            warnings,
+        })
+    }
+
+    /// Says that nobody else may use or remove an instance as long as the answer is kept.
+    pub fn claim(pin_root: &Path, instance: &str) -> Result<File, LoadError> {
+        features::bpffs(pin_root)?;
+        Pins::open(pin_root, instance)?.claim()
+    }
+
+    /// Whether pins below `pin_root` end with the mount namespace of this process, as under `ip netns exec`, which
+    /// hides the machine's BPF file system: the packet path ends with the process then.
+    pub fn pins_end_with_us(pin_root: &Path) -> bool {
+        features::ends_with_us(pin_root)
     }
 
     /// The tables.
@@ -162,6 +184,20 @@ impl Datapath {
     /// uninstalling; the agent must not be running.
     pub fn purge(pin_root: &Path, instance: &str) -> Result<(), LoadError> {
         Pins::purge(pin_root, instance)
+    }
+
+    /// What is attached by a pinned link of an instance, device gone or not.
+    pub fn pinned(pin_root: &Path, instance: &str) -> Result<Vec<Attachment>, LoadError> {
+        Pins::at(pin_root, instance).map_or(Ok(Vec::new()), |pins| attach::pinned_of(&pins))
+    }
+
+    /// The names of the workloads' devices of an instance in the calling thread's namespace, as far as links tell;
+    /// none with clsact. Nobody may use the instance.
+    pub fn workload_devices(pin_root: &Path, instance: &str) -> Result<Vec<String>, LoadError> {
+        Pins::at(pin_root, instance).map_or(Ok(Vec::new()), |pins| {
+            let _claim = pins.claim()?;
+            attach::workloads(&pins)
+        })
     }
 
     // === Programs ===

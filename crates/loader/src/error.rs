@@ -75,6 +75,12 @@ pub enum LoadError {
         /// What is wrong.
         problem: String,
     },
+    /// Somebody uses the instance.
+    #[error("{path} is in use: stop the agent or load balancer of this instance first, or take another bpf.instance")]
+    Busy {
+        /// The directory of its pins.
+        path: PathBuf,
+    },
     /// Another agent uses the same instance name in another network namespace.
     #[error(
         "{path} holds a link of another network namespace's device {ifindex}: two agents share one instance name; \

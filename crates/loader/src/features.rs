@@ -1,6 +1,6 @@
 //! What the kernel must have, asked before anything is loaded: one clear line each.
 
-use std::path::Path;
+use std::{os::unix::fs::MetadataExt as _, path::Path};
 
 use aya::{maps::MapType, util::KernelVersion};
 use rustix::{
@@ -76,7 +76,7 @@ fn privileges() -> Result<(), LoadError> {
 }
 
 /// Mounts the BPF file system in its usual place if nobody has.
-fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
+pub(crate) fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
     const USUAL: &str = "/sys/fs/bpf";
     if is_bpffs(pin_root) {
         return Ok(());
@@ -94,6 +94,18 @@ fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
         what: format!("{} is not on a BPF file system", pin_root.display()),
         hint: "run `mount -t bpf bpf /sys/fs/bpf` and set bpf.pinRoot below it",
     })
+}
+
+/// Whether pins in this directory end with the mount namespace of this process: the file system is mounted there
+/// alone, and not where the machine's first process sees it.
+pub(crate) fn ends_with_us(pin_root: &Path) -> bool {
+    let Some(there) = pin_root.ancestors().find(|ancestor| ancestor.exists()) else { return false };
+    let outside = Path::new("/proc/1/root").join(there.strip_prefix("/").unwrap_or(there));
+    match (std::fs::metadata(there), std::fs::metadata(outside)) {
+        (Ok(ours), Ok(machines)) => ours.dev() != machines.dev(),
+        (Ok(_), Err(error)) => error.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
 }
 
 fn is_bpffs(path: &Path) -> bool {

@@ -11,6 +11,7 @@
 #![deny(missing_docs)]
 
 mod attach;
+mod audit;
 mod bill;
 mod datapath;
 mod edge;
@@ -32,6 +33,7 @@ pub mod trial;
 mod warnings;
 
 pub use attach::Attachment;
+pub use audit::{Audit, Found, Misplaced, Place};
 pub use bill::Bill;
 pub use datapath::{Datapath, LoadOptions, ProgramStatus, Retired};
 pub use edge::{EdgeMode, EdgeStatus, EdgeWanted};

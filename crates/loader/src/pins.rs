@@ -19,6 +19,7 @@ use std::{
 };
 
 use cirri_abi::{ABI_HASH, map};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     error::{LoadError, MapError},
@@ -58,6 +59,22 @@ impl Pins {
         let pins = Pins { dir: root.join(instance) };
         create(&pins.links())?;
         Ok(pins)
+    }
+
+    /// The directory, if it is there.
+    pub fn at(root: &Path, instance: &str) -> Option<Pins> {
+        let pins = Pins { dir: root.join(instance) };
+        pins.dir.exists().then_some(pins)
+    }
+
+    /// See [`crate::Datapath::claim`].
+    pub fn claim(&self) -> Result<fs::File, LoadError> {
+        let dir = fs::File::open(&self.dir).map_err(at(&self.dir, "open"))?;
+        match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(dir),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(LoadError::Busy { path: self.dir.clone() }),
+            Err(error) => Err(at(&self.dir, "lock")(error.into())),
+        }
     }
 
     /// The maps in use.
@@ -166,15 +183,21 @@ impl Pins {
         fs::remove_file(pin).map_err(at(pin, "unpin"))
     }
 
-    /// Removes everything of the instance; links that were pinned are detached.
+    /// Removes everything of the instance, which nobody may use; links that were pinned are detached.
     pub fn purge(root: &Path, instance: &str) -> Result<(), LoadError> {
-        let pins = Pins { dir: root.join(instance) };
+        let Some(pins) = Pins::at(root, instance) else { return Ok(()) };
+        let _claim = pins.claim()?;
         if pins.links().exists() {
             for (link, _) in pins.links_now()? {
                 pins.drop_link(&link)?;
             }
         }
-        remove(&pins.dir)
+        remove(&pins.dir)?;
+        // Not if others have pins there; another root is the administrator's.
+        if root == Path::new(crate::datapath::PIN_ROOT) {
+            let _ = fs::remove_dir(root);
+        }
+        Ok(())
     }
 }
 
@@ -204,7 +227,8 @@ pub(crate) fn at(path: &Path, action: &'static str) -> impl FnOnce(io::Error) ->
 }
 
 fn create(dir: &Path) -> Result<(), LoadError> {
-    fs::create_dir_all(dir).map_err(at(dir, "create"))
+    // Another instance that goes may take the root with it while we are about to use it.
+    fs::create_dir_all(dir).or_else(|_| fs::create_dir_all(dir)).map_err(at(dir, "create"))
 }
 
 fn remove(dir: &Path) -> Result<(), LoadError> {

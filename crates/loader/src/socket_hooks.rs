@@ -33,7 +33,7 @@ pub(crate) const PROGRAMS: [&str; 10] = [
 ];
 
 /// In the place of a device's number in the names of pins.
-const CGROUP: u32 = 0;
+pub(crate) const CGROUP: u32 = 0;
 
 impl Datapath {
     /// Puts the programs on the sockets of every process in a cgroup (of version 2) and below it,

@@ -81,6 +81,12 @@ pub(crate) struct RawBatch {
     pub next: Option<Position>,
 }
 
+impl AsFd for RawMap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl RawMap {
     /// A map from its descriptor.
     pub fn new(fd: OwnedFd) -> io::Result<RawMap> {
@@ -276,6 +282,13 @@ pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = LinkInfo::default();
     object_info(fd, &mut info)?;
     Ok(info)
+}
+
+/// The kernel's number of a program.
+pub(crate) fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut info = ProgramInfo::default();
+    object_info(fd, &mut info)?;
+    Ok(info.id)
 }
 
 /// Attaches an XDP program to a device, the flags saying how (`XDP_FLAGS_*`).

@@ -123,6 +123,11 @@ impl Tables {
         Ok(Tables::new(maps)?)
     }
 
+    /// A map by its name.
+    pub(crate) fn raw(&self, name: &str) -> Option<&RawMap> {
+        self.all.get(name).map(AsRef::as_ref)
+    }
+
     // === The node and its epochs ===
 
     /// What the programs know about their node.
@@ -230,6 +235,18 @@ impl Tables {
             true
         })?;
         Ok(Some(entries))
+    }
+
+    /// The kernel's number of the rule set that is live, `None` if there is none. A rule set that is live never
+    /// changes: the number tells whether it is another's.
+    pub fn ruleset_id(&self, slot: RulesetSlot) -> Result<Option<u32>, MapError> {
+        check_slot(slot)?;
+        let mut id = [0; 4];
+        let there = self
+            .rulesets
+            .lookup(bytes(&u32::from(slot)), &mut id)
+            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "lookup", error))?;
+        Ok(there.then(|| u32::from_ne_bytes(id)))
     }
 
     /// The slots that hold a rule set.

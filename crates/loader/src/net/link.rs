@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use futures::TryStreamExt;
 use rtnetlink::{
     LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
-    packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    packet_route::link::{InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
 };
 
 use super::{Namespace, Net, NetError, absent_is_false, kernel};
@@ -31,6 +31,17 @@ pub struct Link {
     pub peer: Option<u32>,
     /// What somebody wrote on it (`ip link set DEVICE alias TEXT`); empty for nothing.
     pub alias: String,
+    /// Of an overlay device: how it is made.
+    pub vxlan: Option<Vxlan>,
+}
+
+/// How an overlay device is made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Vxlan {
+    /// Its UDP port.
+    pub port: u16,
+    /// Whether it takes peer and VNI from each packet's metadata.
+    pub collect_metadata: bool,
 }
 
 /// One end of a pair of virtual Ethernet devices.
@@ -177,6 +188,12 @@ impl Net {
         self.change(name, "make it a port", LinkUnspec::new_with_index(link.index).controller(bridge.index)).await
     }
 
+    /// Makes a device no bridge's port any more.
+    pub async fn unset_controller(&self, name: &str) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        self.change(name, "take it out of its bridge", LinkUnspec::new_with_index(link.index).nocontroller()).await
+    }
+
     /// Removes a device, and with a veth its other end; whether there was one.
     pub async fn delete_link(&self, name: &str) -> Result<bool, NetError> {
         let Some(link) = self.find_link(name).await? else { return Ok(false) };
@@ -229,6 +246,7 @@ fn described(message: &LinkMessage) -> Link {
         controller: None,
         peer: None,
         alias: String::new(),
+        vxlan: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -240,8 +258,10 @@ fn described(message: &LinkMessage) -> Link {
             LinkAttribute::IfAlias(alias) => link.alias.clone_from(alias),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
-                    if let LinkInfo::Kind(kind) = info {
-                        link.kind = kind.to_string();
+                    match info {
+                        LinkInfo::Kind(kind) => link.kind = kind.to_string(),
+                        LinkInfo::Data(InfoData::Vxlan(parts)) => link.vxlan = Some(vxlan(parts)),
+                        _ => {}
                     }
                 }
             }
@@ -249,4 +269,16 @@ fn described(message: &LinkMessage) -> Link {
         }
     }
     link
+}
+
+fn vxlan(parts: &[InfoVxlan]) -> Vxlan {
+    let mut all = Vxlan::default();
+    for part in parts {
+        match part {
+            InfoVxlan::Port(port) => all.port = *port,
+            InfoVxlan::CollectMetadata(on) => all.collect_metadata = *on,
+            _ => {}
+        }
+    }
+    all
 }

@@ -3,8 +3,11 @@
 //! Every operation is idempotent: what is there already as it should be is left alone, what is gone
 //! already is no error. Errors name the object and the namespace.
 
+mod filter;
 mod link;
+mod lookup;
 mod namespace;
+mod news;
 mod route;
 mod rule;
 pub mod sockets;
@@ -14,8 +17,11 @@ mod xdp;
 
 use std::{io, net::IpAddr, path::PathBuf};
 
-pub use link::{Link, VethEnd};
+pub(crate) use filter::filter_on;
+pub use link::{Link, VethEnd, Vxlan};
+pub use lookup::{Lookup, has_main_rule, lookup};
 pub use namespace::{Namespace, in_netns};
+pub use news::{Changed, NetworkChange, NetworkNews};
 pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
 pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};
@@ -127,6 +133,41 @@ impl Net {
         read.map(|value| value.trim().to_owned()).map_err(|error| self.failed(format!("setting {name}"), "read", error))
     }
 
+    /// Reads many of them at once; `None` for one that is not there.
+    pub fn sysctls<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Vec<Option<String>>, NetError> {
+        let paths: Vec<String> = names.into_iter().map(|name| format!("/proc/sys/net/{name}")).collect();
+        let read = |path: &String| std::fs::read_to_string(path).ok().map(|value| value.trim().to_owned());
+        self.namespace.run(|| paths.iter().map(read).collect())
+    }
+
+    /// The settings of one name of every device (and of `all` and `default`): `ipv4/conf/*/forwarding`.
+    pub fn sysctl_names(&self, directory: &str, name: &str) -> Result<Vec<String>, NetError> {
+        let path = format!("/proc/sys/net/{directory}");
+        let listed = self.namespace.run(|| {
+            let entries = std::fs::read_dir(&path)?;
+            Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>())
+        })?;
+        let mut devices = listed.map_err(|error| self.failed(format!("settings {directory}"), "list", error))?;
+        devices.sort();
+        Ok(devices.into_iter().map(|device| format!("{directory}/{device}/{name}")).collect())
+    }
+
+    /// The number of a device.
+    pub fn device_number(&self, device: &str) -> Result<u32, NetError> {
+        let asked = self.namespace.run(|| Ok(rustix::net::netdevice::name_to_index(probe()?, device)?))?;
+        asked.map_err(|error| self.failed(format!("device {device}"), "look up", error))
+    }
+
+    /// The name of a device, `None` if there is no such device.
+    pub fn device_name(&self, index: u32) -> Result<Option<String>, NetError> {
+        let asked = self.namespace.run(|| Ok(rustix::net::netdevice::index_to_name(probe()?, index)?))?;
+        match asked {
+            Ok(name) => Ok(Some(name)),
+            Err(error) if [libc::ENODEV, libc::ENXIO].map(Some).contains(&io::Error::raw_os_error(&error)) => Ok(None),
+            Err(error) => Err(self.failed(format!("device {index}"), "look up", error)),
+        }
+    }
+
     fn failed(&self, object: impl Into<String>, action: &'static str, error: io::Error) -> NetError {
         NetError::Kernel { namespace: self.namespace.path().into(), object: object.into(), action, error }
     }
@@ -140,6 +181,11 @@ impl Net {
     ) -> Result<T, NetError> {
         result.map_err(|error| self.failed(object(), action, kernel(error)))
     }
+}
+
+/// A socket to ask about devices by.
+fn probe() -> io::Result<std::net::UdpSocket> {
+    std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))
 }
 
 /// The kernel's error number, if it is one.

@@ -1,6 +1,6 @@
 //! Addresses, routes and neighbours.
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use futures::TryStreamExt;
 use rtnetlink::{
@@ -330,10 +330,16 @@ pub(super) fn family(ip: IpAddr) -> AddressFamily {
 }
 
 fn shown(route: &Route) -> String {
-    let Route { to, prefix, via, device, .. } = route;
-    match via {
-        None if route.is_unreachable() => format!("unreachable route to {to}/{prefix}"),
-        Some(via) => format!("route to {to}/{prefix} via {via} by device {device}"),
-        None => format!("route to {to}/{prefix} by device {device}"),
+    route.to_string()
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Route { to, prefix, via, device, .. } = self;
+        match via {
+            None if self.is_unreachable() => write!(f, "unreachable route to {to}/{prefix}"),
+            Some(via) => write!(f, "route to {to}/{prefix} via {via} by device {device}"),
+            None => write!(f, "route to {to}/{prefix} by device {device}"),
+        }
     }
 }

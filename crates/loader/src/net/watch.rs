@@ -23,7 +23,7 @@ pub struct ForeignRoutes {
     messages: Messages,
 }
 
-type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
+pub(super) type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
 
 impl ForeignRoutes {
     /// Listens in the calling thread's namespace. Must be called on a tokio runtime.
@@ -35,12 +35,13 @@ impl ForeignRoutes {
     /// Waits for the next change. `false`: there will be none any more.
     pub async fn changed(&mut self) -> bool {
         while let Some((message, _)) = self.messages.next().await {
-            if let NetlinkPayload::InnerMessage(
-                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
-            ) = message.payload
-                && concerns(&route)
-            {
-                return true;
+            match message.payload {
+                NetlinkPayload::InnerMessage(
+                    RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
+                ) if concerns(&route) => return true,
+                // There was more than the kernel had room for: it may have been a route.
+                NetlinkPayload::Overrun(_) => return true,
+                _ => {}
             }
         }
         false
@@ -101,7 +102,7 @@ impl Neighbours {
     }
 }
 
-fn listen(groups: &[MulticastGroup], action: &'static str) -> Result<Messages, NetError> {
+pub(super) fn listen(groups: &[MulticastGroup], action: &'static str) -> Result<Messages, NetError> {
     let (connection, _, messages) = new_multicast_connection(groups).map_err(|error| match Namespace::current() {
         Ok(namespace) => NetError::Namespace { path: namespace.path().into(), action, error },
         Err(unknown) => unknown,
