@@ -327,8 +327,7 @@ struct Etcd {
 impl Etcd {
     fn of(lab: &Lab) -> Etcd {
         let listed = lab.list().unwrap();
-        let record: Value = serde_json::from_slice(&fs::read(listed.directory.join("etcd.pid")).unwrap()).unwrap();
-        let pid = i32::try_from(record["pid"].as_i64().unwrap()).unwrap();
+        let pid: i32 = fs::read_to_string(listed.directory.join("etcd.pid")).unwrap().trim().parse().unwrap();
         let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
         let argv = command.split_terminator('\0').map(str::to_string).collect();
         Etcd { pid, argv, net: cirri_loader::net::Namespace::open(listed.net).unwrap() }

@@ -483,6 +483,9 @@ pub struct Status {
     pub flows: FlowStatus,
     /// What is not well; empty if all is.
     pub problems: Vec<Problem>,
+    /// How often something in the kernel that others had changed was made right since the start, by kind.
+    #[serde(default)]
+    pub repaired: BTreeMap<ProblemKind, u64>,
     /// Packets and bytes by name: forwarded and dropped by reason and direction, and the rest.
     pub counters: BTreeMap<String, CounterInfo>,
 }

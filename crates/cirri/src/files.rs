@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
 
 /// Writes a file so that a reader finds the old text, the new text or nothing, never a part; also
 /// after a power failure. Creates its directory. Readable by the owner only.
@@ -62,6 +64,38 @@ pub fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Locks a file, which is made if it is not there, as long as the answer is kept; `None`: somebody else has it.
+///
+/// # Errors
+/// The file system's.
+pub fn lock(path: &Path) -> io::Result<Option<File>> {
+    loop {
+        let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(path)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+        // Whoever had it may have removed it meanwhile.
+        let ours = file.metadata()?.ino();
+        if fs::metadata(path).is_ok_and(|now| now.ino() == ours) {
+            return Ok(Some(file));
+        }
+    }
+}
+
+/// Removes a directory if it is there and empty.
+///
+/// # Errors
+/// The file system's, but not that it is gone or has something in it.
+pub fn remove_empty(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        other => other,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,7 +110,23 @@ mod tests {
         remove(&dir.join("a.json")).unwrap();
         remove(&dir.join("a.json")).unwrap();
         assert!(read_all(&dir).unwrap().is_empty());
+        remove_empty(&dir).unwrap();
+        assert!(dir.exists(), "half of b is still in it");
         fs::remove_dir_all(&dir).unwrap();
         assert!(read_all(&dir).unwrap().is_empty());
+        remove_empty(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_lock_is_one_owners_also_when_its_file_was_removed_under_him() {
+        let path = std::env::temp_dir().join(format!("cirri-lock-{}", std::process::id()));
+        let first = lock(&path).unwrap().expect("nobody has it");
+        assert!(lock(&path).unwrap().is_none());
+        remove(&path).unwrap();
+        let second = lock(&path).unwrap().expect("another file now");
+        drop(first);
+        assert!(lock(&path).unwrap().is_none(), "the second one has it");
+        drop(second);
+        remove(&path).unwrap();
     }
 }

@@ -15,6 +15,8 @@ mod files;
 mod lab;
 mod listener;
 mod output;
+mod pinned;
+mod settings;
 mod workload;
 
 use std::process::ExitCode;

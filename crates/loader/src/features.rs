@@ -97,15 +97,23 @@ pub(crate) fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
 }
 
 /// Whether pins in this directory end with the mount namespace of this process: the file system is mounted there
-/// alone, and not where the machine's first process sees it.
+/// alone, and not where the machine's first process is.
 pub(crate) fn ends_with_us(pin_root: &Path) -> bool {
-    let Some(there) = pin_root.ancestors().find(|ancestor| ancestor.exists()) else { return false };
-    let outside = Path::new("/proc/1/root").join(there.strip_prefix("/").unwrap_or(there));
-    match (std::fs::metadata(there), std::fs::metadata(outside)) {
-        (Ok(ours), Ok(machines)) => ours.dev() != machines.dev(),
-        (Ok(_), Err(error)) => error.kind() == std::io::ErrorKind::NotFound,
+    let there = pin_root.ancestors().find_map(|ancestor| std::fs::metadata(ancestor).ok());
+    match (there, std::fs::read_to_string("/proc/1/mountinfo")) {
+        (Some(there), Ok(mounts)) => {
+            let device = (rustix::fs::major(there.dev()), rustix::fs::minor(there.dev()));
+            !is_mounted(&mounts, device)
+        }
+        // It cannot be told.
         _ => false,
     }
+}
+
+/// Whether a file system with this device number is among the mounts.
+fn is_mounted(mounts: &str, (major, minor): (u32, u32)) -> bool {
+    let device = format!("{major}:{minor}");
+    mounts.lines().any(|line| line.split(' ').nth(2) == Some(&device))
 }
 
 fn is_bpffs(path: &Path) -> bool {
@@ -119,5 +127,17 @@ fn is_bpffs(path: &Path) -> bool {
 fn lift_memlock() {
     if let Err(error) = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None }) {
         tracing::warn!("the limit of locked memory stays as it is: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_is_found_among_the_mounts_by_its_number() {
+        let mounts = "22 1 0:21 / /sys rw - sysfs sysfs rw\n39 22 0:39 / /sys/fs/bpf rw - bpf bpf rw\n";
+        assert!(is_mounted(mounts, (0, 39)));
+        assert!(!is_mounted(mounts, (0, 3)) && !is_mounted(mounts, (0, 45)));
     }
 }

@@ -6,31 +6,36 @@ use cirri_loader::net::Net;
 use super::{devices, endpoint, node, start};
 use crate::config::Config;
 use crate::exit::{Because, Failure, Result};
-use crate::files;
+use crate::settings::Settings;
 
-/// Removes devices, routes, programs, pins and state. The agent must not be running.
+/// Removes devices, routes, programs, pins and state, and puts back settings. The agent must not be running.
+/// What is gone already, the state directory included, is no error.
 pub async fn cleanup(config: &Config) -> Result<()> {
-    let _lock = start::lock(config)?;
-    let net = Net::here().because(Failure::Failed)?;
     let state_dir = &config.state_dir.0;
+    let _lock = start::lock(config)?;
+    let (root, instance) = (&config.bpf.pin_root, &config.bpf.instance);
+    let net = Net::here().because(Failure::Failed)?;
+    let mut settings = Settings::of(&net, start::owner(config)).because(Failure::Failed)?;
+    // The programs tell of devices whose files are lost. Asked first: it fails while the instance is in use.
+    for device in Datapath::workload_devices(root, instance).because(Failure::Failed)? {
+        net.delete_link(&device).await.because(Failure::Failed)?;
+    }
     for endpoint in endpoint::load_all(state_dir).because(Failure::Failed)? {
         devices::delete(&net, &endpoint).await.because(Failure::Failed)?;
-        endpoint.forget(state_dir).because(Failure::Failed)?;
     }
-    net.delete_link(node::OVERLAY).await.because(Failure::Failed)?;
-    for route in net.routes().await.because(Failure::Failed)? {
-        net.delete_route(&route).await.because(Failure::Failed)?;
+    if !settings.is_anothers(node::CLAIM).because(Failure::Failed)? {
+        net.delete_link(node::OVERLAY).await.because(Failure::Failed)?;
+        for route in net.routes().await.because(Failure::Failed)? {
+            net.delete_route(&route).await.because(Failure::Failed)?;
+        }
     }
-    Datapath::purge(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
-    for file in ["store.redb", "agent.sock"] {
-        files::remove(&state_dir.join(file)).because(Failure::Failed)?;
+    Datapath::purge(root, instance).because(Failure::Failed)?;
+    for setting in settings.release().await.because(Failure::Failed)? {
+        crate::output::progress(&format!("put back: {setting}"));
     }
-    for deletion in crate::cni::pending_deletions(state_dir).because(Failure::Failed)? {
-        files::remove(&deletion.path).because(Failure::Failed)?;
-    }
+    start::forget(config).because(Failure::Failed)?;
     crate::output::progress(&format!(
-        "removed what instance {} made; its state was in {}",
-        config.bpf.instance,
+        "removed what instance {instance} made; its state was in {}",
         state_dir.display()
     ));
     Ok(())

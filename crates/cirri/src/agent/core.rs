@@ -19,6 +19,7 @@ use cirri_loader::{Datapath, Tables};
 use cirri_store::Event;
 use ipnet::IpNet;
 
+use super::drift::Drift;
 use super::endpoint::Endpoint;
 use super::latency::Latency;
 use super::node::Node;
@@ -30,6 +31,7 @@ use super::slots::Slots;
 use super::view::{Change, Named, View};
 use crate::api::Attachment;
 use crate::config::Config;
+use crate::settings::Settings;
 
 /// All state of the agent. Behind one lock; see the module.
 pub struct Core {
@@ -39,6 +41,8 @@ pub struct Core {
     pub node: Node,
     /// Its network.
     pub net: Net,
+    /// What was changed of its settings.
+    pub settings: Settings,
     /// The programs.
     pub datapath: Datapath,
     /// Their tables.
@@ -72,6 +76,8 @@ pub struct Core {
     pub folder_errors: Vec<String>,
     /// What is not well.
     pub problems: Problems,
+    /// How the kernel drifts.
+    pub drift: Drift,
     /// How long changes take.
     pub latency: Latency,
     /// Newest revision that everything is reconciled for.
@@ -92,7 +98,7 @@ pub struct Core {
 
 impl Core {
     /// Knows nothing yet.
-    pub fn new(config: Config, node: Node, net: Net, datapath: Datapath) -> Core {
+    pub fn new(config: Config, node: Node, net: Net, settings: Settings, datapath: Datapath) -> Core {
         let mut cluster = Cluster::default();
         for (identity, labels) in cirri_control::identity::reserved() {
             cluster.upsert_identity(identity, labels);
@@ -103,6 +109,7 @@ impl Core {
             config,
             node,
             net,
+            settings,
             datapath,
             view: View::default(),
             cluster,
@@ -117,6 +124,7 @@ impl Core {
             unnumbered: BTreeSet::new(),
             folder_errors: Vec::new(),
             problems: Problems::default(),
+            drift: Drift::default(),
             latency: Latency::default(),
             enforced_revision: 0,
             needed_revision: None,

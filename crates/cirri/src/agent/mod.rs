@@ -11,6 +11,7 @@ mod core;
 mod deletions;
 mod desired;
 mod devices;
+mod drift;
 mod dump;
 mod endpoint;
 mod flows;
@@ -41,7 +42,7 @@ use std::time::{Duration, Instant};
 
 use cirri_abi::FlowEvent;
 use cirri_flow::{Decoder, Ring};
-use cirri_loader::net::{ForeignRoutes, Neighbours};
+use cirri_loader::net::{ForeignRoutes, Neighbours, NetworkNews};
 use cirri_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
@@ -99,7 +100,9 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
     let config = loaded.config.clone();
     let _lock = start::lock(&config)?;
-    let start::Started { shared, events, folder } = start::start(loaded).await?;
+    let start::Started { shared, events, folder, instance: _instance } = start::start(loaded).await?;
+
+    let lasting = crate::pinned::check(&config.bpf.pin_root);
 
     let spawn = |task| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(tasks::watch(Arc::clone(&shared))) as std::pin::Pin<Box<dyn Future<Output = ()>>>);
@@ -108,6 +111,8 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     spawn(Box::pin(tasks::routes(Arc::clone(&shared), routes)));
     let neighbours = Neighbours::here().because(Failure::Failed)?;
     spawn(Box::pin(tasks::neighbours(Arc::clone(&shared), neighbours)));
+    let news = NetworkNews::here().because(Failure::Failed)?;
+    spawn(Box::pin(drift::watch(Arc::clone(&shared), news)));
     spawn(Box::pin(tasks::publish(Arc::clone(&shared))));
     spawn(Box::pin(tasks::number(Arc::clone(&shared))));
     spawn(Box::pin(tasks::join(Arc::clone(&shared))));
@@ -147,7 +152,7 @@ async fn run_local(loaded: Loaded) -> Result<()> {
         _ = interrupt.recv() => {}
     }
     start::notify("STOPPING=1");
-    tracing::info!("stopping; the packet path stays at work");
+    crate::pinned::tell_end(lasting);
     crate::files::remove(&socket).because(Failure::Failed)
 }
 

@@ -3,9 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cirri_abi::VXLAN_PORT;
-use cirri_loader::net::{Link, Net, NetError};
+use cirri_loader::net::{Link, Net, NetError, Vxlan};
 
 use crate::config::{Config, RoutingMode};
+use crate::settings::{Settings, SettingsError};
 
 /// Name of the overlay device.
 pub const OVERLAY: &str = "cirri_vxlan";
@@ -41,6 +42,9 @@ pub enum NodeError {
     /// The network cannot be asked or changed.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A setting cannot be recorded or changed, or another instance has the namespace.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     /// No address to be reached at.
     #[error("no IPv4 address found for this node; set node.ipv4, or node.devices to the device that has it")]
     NoAddress,
@@ -52,24 +56,45 @@ pub enum NodeError {
     NoName,
 }
 
+/// What an instance claims of a network namespace, so that there is no other beside it: its routes and devices.
+pub const CLAIM: &str = "node";
+
 /// Looks around, applies settings, makes the overlay device.
 ///
 /// # Errors
 /// See [`NodeError`].
-pub async fn prepare(config: &Config, net: &Net) -> Result<Node, NodeError> {
+pub async fn prepare(config: &Config, net: &Net, settings: &mut Settings) -> Result<Node, NodeError> {
     let mut node = discover(config, net).await?;
-    apply_settings(config, net, &node)?;
+    // Before anything is touched that another instance may have made.
+    settings.claim(CLAIM)?;
+    apply_settings(config, settings, &node)?;
     if config.routing.mode == RoutingMode::Overlay {
-        net.create_vxlan(OVERLAY, VXLAN_PORT, node.mtu).await?;
-        net.set_mtu(OVERLAY, node.mtu).await?;
-        quiet(net, OVERLAY)?;
-        net.set_up(OVERLAY).await?;
-        node.overlay = Some(net.link(OVERLAY).await?);
+        if net.find_link(OVERLAY).await?.is_some_and(|link| !is_overlay(&link)) {
+            net.delete_link(OVERLAY).await?;
+        }
+        node.overlay = Some(make_overlay(net, node.mtu).await?);
     } else {
         // What an earlier run with the overlay left.
         net.delete_link(OVERLAY).await?;
     }
     Ok(node)
+}
+
+/// Makes the overlay device, or what is there of it as it should be.
+///
+/// # Errors
+/// The kernel refuses.
+pub async fn make_overlay(net: &Net, mtu: u32) -> Result<Link, NetError> {
+    net.create_vxlan(OVERLAY, VXLAN_PORT, mtu).await?;
+    net.set_mtu(OVERLAY, mtu).await?;
+    quiet(net, OVERLAY)?;
+    net.set_up(OVERLAY).await?;
+    net.link(OVERLAY).await
+}
+
+/// Whether a device is made as the overlay's must be; what can be changed later does not matter.
+pub fn is_overlay(link: &Link) -> bool {
+    link.vxlan == Some(Vxlan { port: VXLAN_PORT, collect_metadata: true })
 }
 
 /// Every address of the node that packets may be for: not of loopback, not IPv6 link-local.
@@ -88,14 +113,14 @@ pub async fn addresses(net: &Net) -> Result<Vec<IpAddr>, NetError> {
 /// # Errors
 /// A setting cannot be written.
 pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
-    quiet_settings(net, device).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
+    quiet_settings(device, has_ipv6(net)).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
 }
 
-/// Settings of a device of ours: no reverse-path filter, no address of its own by router, no wait
-/// before an address is used.
-pub fn quiet_settings(net: &Net, device: &str) -> Vec<(String, &'static str)> {
+/// Settings of a device of ours, in a namespace with IPv6 or without: no reverse-path filter, no address of its own
+/// by router, no wait before an address is used.
+pub fn quiet_settings(device: &str, v6: bool) -> Vec<(String, &'static str)> {
     let mut settings = vec![(format!("ipv4/conf/{device}/rp_filter"), "0")];
-    if has_ipv6(net) {
+    if v6 {
         settings.push((format!("ipv6/conf/{device}/accept_dad"), "0"));
         settings.push((format!("ipv6/conf/{device}/accept_ra"), "0"));
     }
@@ -164,26 +189,25 @@ async fn discover(config: &Config, net: &Net) -> Result<Node, NodeError> {
     })
 }
 
-fn apply_settings(config: &Config, net: &Net, node: &Node) -> Result<(), NetError> {
-    net.set_sysctl("ipv4/ip_forward", "1")?;
+fn apply_settings(config: &Config, settings: &mut Settings, node: &Node) -> Result<(), SettingsError> {
+    settings.set("ipv4/ip_forward", "1")?;
     if node.v6.is_some() {
-        net.set_sysctl("ipv6/conf/all/forwarding", "1")?;
+        settings.set("ipv6/conf/all/forwarding", "1")?;
     }
     // Masqueraded connections use these source ports; the node's own sockets must not.
     if config.masquerade.ipv4 || config.masquerade.ipv6 {
-        let ours = String::from(config.masquerade.ports);
-        let reserved = net.sysctl("ipv4/ip_local_reserved_ports")?;
-        if !reserved.split(',').any(|range| range == ours) {
-            // The kernel sorts and merges; what others reserved stays reserved.
-            let all = if reserved.is_empty() { ours } else { format!("{reserved},{ours}") };
-            net.set_sysctl("ipv4/ip_local_reserved_ports", &all)?;
-        }
+        settings.reserve(config.masquerade.ports)?;
     }
     for device in &node.devices {
-        net.set_sysctl(&format!("ipv4/conf/{}/rp_filter", device.name), "0")?;
+        settings.set(&rp_filter(&device.name), "0")?;
     }
     // The kernel takes the larger of this and the device's.
-    net.set_sysctl("ipv4/conf/all/rp_filter", "0")
+    settings.set(&rp_filter("all"), "0")
+}
+
+/// The setting that makes the kernel drop what comes by another way than answers leave.
+pub fn rp_filter(device: &str) -> String {
+    format!("ipv4/conf/{device}/rp_filter")
 }
 
 fn name(config: &Config) -> Result<String, NodeError> {

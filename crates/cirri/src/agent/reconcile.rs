@@ -47,15 +47,8 @@ impl Core {
             self.rows.per_packet.adopt(cookie, value);
         }
         self.serving.adopt(&self.tables)?;
-        let neighbours = self.net.neighbours().await?;
-        for route in self.net.routes().await? {
-            if let Ok(net) = IpNet::new(route.to, route.prefix) {
-                let neighbour = neighbours
-                    .iter()
-                    .find(|neighbour| neighbour.ip == route.to && neighbour.device == route.device)
-                    .map(|neighbour| neighbour.mac);
-                self.rows.routes.adopt(net, RouteRow { route, neighbour });
-            }
+        for (net, row) in self.routes_found().await? {
+            self.rows.routes.adopt(net, row);
         }
         Ok(())
     }

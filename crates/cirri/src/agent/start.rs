@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,15 +14,15 @@ use cirri_loader::net::{Namespace, Net};
 use cirri_loader::{Datapath, Events, LoadOptions};
 use cirri_store::{Embedded, Etcd, EtcdOptions, Store, folder};
 use futures::stream::BoxStream;
-use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
 use super::endpoint::{self, Endpoint};
 use super::{Shared, attach, devices, flows, node};
 use crate::api::StoreStatus;
-use crate::config::{Config, Loaded, StoreKind};
+use crate::config::{Config, Loaded, RoutingMode, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
+use crate::settings::Settings;
 
 /// An agent whose tasks may begin.
 pub struct Started {
@@ -33,8 +32,14 @@ pub struct Started {
     pub events: Option<Events>,
     /// The folder of manifests, if there is one.
     pub folder: Option<BoxStream<'static, folder::Change>>,
+    /// Nobody else uses the instance as long as this is kept.
+    pub instance: File,
 }
 
+/// What an agent keeps in its state directory.
+const STATE_DIRECTORIES: [&str; 2] = ["endpoints", "deletions"];
+/// The lock last: until then nobody else begins.
+const STATE_FILES: [&str; 3] = ["store.redb", "agent.sock", "agent.lock"];
 /// Events that a monitor may be behind.
 const MONITOR_BACKLOG: usize = 8192;
 
@@ -48,14 +53,11 @@ pub fn lock(config: &Config) -> Result<File> {
     let state_dir = &config.state_dir.0;
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
-    let path = state_dir.join("agent.lock");
-    let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(&path);
-    let file = file.map_err(wrong).because(Failure::Failed)?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::new(Failure::Failed, format!("another agent uses {}", state_dir.display()))
-            .hint("stop it first, or give this one its own stateDir and bpf.instance")
-    })?;
-    Ok(file)
+    match crate::files::lock(&state_dir.join("agent.lock")).map_err(wrong).because(Failure::Failed)? {
+        Some(lock) => Ok(lock),
+        None => Err(Error::new(Failure::Failed, format!("another agent uses {}", state_dir.display()))
+            .hint("stop it first, or give this one its own stateDir and bpf.instance")),
+    }
 }
 
 /// Loads, looks around, and takes over what is there.
@@ -63,16 +65,32 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     let Loaded { config, values } = loaded;
     // What may be wrong with the configuration first, before anything is changed.
     let (store, folder) = open_store(&config).await?;
+    let instance = Datapath::claim(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
-    let node = node::prepare(&config, &net).await.because(Failure::BadInput)?;
-    let mut datapath = load_datapath(&config)?;
+    let mut settings = Settings::of(&net, owner(&config)).because(Failure::Failed)?;
+    let known = settings.is_known().because(Failure::Failed)?;
+    let prepared = match node::prepare(&config, &net, &mut settings).await.because(Failure::BadInput) {
+        Ok(node) => load_datapath(&config).map(|datapath| (node, datapath)),
+        Err(error) => Err(error),
+    };
+    let (node, mut datapath) = match prepared {
+        Ok(prepared) => prepared,
+        // What an earlier run left stays at work; a first one that fails leaves nothing.
+        Err(error) => {
+            if !known {
+                drop(instance);
+                undo(&config, &net, &mut settings).await;
+            }
+            return Err(error);
+        }
+    };
     let events = datapath.events().because(Failure::Failed)?;
     tracing::info!(
         node = node.name, v4 = %node.v4, v6 = ?node.v6, mtu = node.mtu, resumed = datapath.resumed(),
         "packet path loaded"
     );
 
-    let mut core = Core::new(config, node, net, datapath);
+    let mut core = Core::new(config, node, net, settings, datapath);
     if core.config.store.kind == StoreKind::Etcd {
         core.needed_revision = Some(0);
     }
@@ -106,7 +124,48 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         events_seen: AtomicU64::new(0),
         events_lost: AtomicU64::new(0),
     };
-    Ok(Started { shared: Arc::new(shared), events, folder })
+    Ok(Started { shared: Arc::new(shared), events, folder, instance })
+}
+
+/// The name that an agent's settings are recorded under.
+pub fn owner(config: &Config) -> String {
+    format!("agent {}", config.bpf.instance)
+}
+
+/// Removes what agents keep in the state directory, and the directory if nothing else is in it.
+///
+/// # Errors
+/// The file system's.
+pub fn forget(config: &Config) -> std::io::Result<()> {
+    let state_dir = &config.state_dir.0;
+    for directory in STATE_DIRECTORIES {
+        match std::fs::remove_dir_all(state_dir.join(directory)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    for file in STATE_FILES {
+        crate::files::remove(&state_dir.join(file))?;
+    }
+    crate::files::remove_empty(state_dir)
+}
+
+/// Takes back what [`node::prepare`] did.
+async fn undo(config: &Config, net: &Net, settings: &mut Settings) {
+    // Another instance's may be there.
+    let ours = !settings.is_anothers(node::CLAIM).unwrap_or(true);
+    if ours
+        && config.routing.mode == RoutingMode::Overlay
+        && let Err(error) = net.delete_link(node::OVERLAY).await
+    {
+        tracing::warn!(%error, "the overlay device stays");
+    }
+    if let Err(error) = Datapath::purge(&config.bpf.pin_root, &config.bpf.instance) {
+        tracing::warn!(%error, "pins stay");
+    }
+    if let Err(error) = settings.release().await {
+        tracing::warn!(%error, "settings stay as they are; `cirri agent --cleanup` puts them back");
+    }
 }
 
 /// Tells systemd, if it wants to know. That nobody listens is no reason to stop.

@@ -55,6 +55,7 @@ impl Shared {
                 lost: self.events_lost.load(Ordering::Relaxed),
             },
             problems: core.problems.list(),
+            repaired: core.repaired(),
             counters: core.counters()?,
         })
     }

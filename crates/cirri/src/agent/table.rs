@@ -51,6 +51,17 @@ pub struct Due<K, V> {
     pub actual: Option<V>,
 }
 
+/// A row that the world holds otherwise than it was left.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Difference<K, V> {
+    /// Its key.
+    pub key: K,
+    /// What was left there; `None`: nothing.
+    pub wanted: Option<V>,
+    /// What is there; `None`: nothing.
+    pub found: Option<V>,
+}
+
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -98,6 +109,31 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
             row.actual = None;
             row.state = State::Pending;
             self.note(key.clone());
+        }
+    }
+
+    /// Where the world, which holds exactly `found`, is not as it was left: rows that are done and differ,
+    /// and rows that nobody here knows.
+    pub fn differences(&self, found: &BTreeMap<K, V>) -> Vec<Difference<K, V>> {
+        let done = self.rows.iter().filter(|(_, row)| matches!(row.state, State::Done));
+        let differ = done.filter(|(key, row)| row.desired.as_ref() != found.get(key)).map(|(key, row)| Difference {
+            key: key.clone(),
+            wanted: row.desired.clone(),
+            found: found.get(key).cloned(),
+        });
+        let strays = found.iter().filter(|(key, _)| !self.rows.contains_key(key)).map(|(key, value)| Difference {
+            key: key.clone(),
+            wanted: None,
+            found: Some(value.clone()),
+        });
+        differ.chain(strays).collect()
+    }
+
+    /// Takes in what the world holds: the row is due, to be made as it should be.
+    pub fn found(&mut self, difference: Difference<K, V>) {
+        match difference.found {
+            Some(value) => self.adopt(difference.key, value),
+            None => self.suspect(&difference.key),
         }
     }
 
@@ -276,6 +312,25 @@ mod tests {
         assert_eq!(due(&table, now), [("stray", None, Some(1)), ("wrong", Some(2), Some(1))]);
         settle(&mut table, "stray", Ok(()), now);
         assert_eq!(table.state(&"stray"), None);
+    }
+
+    #[test]
+    fn what_somebody_else_deleted_altered_or_added_is_due_again() {
+        let now = Instant::now();
+        let mut table = Table::new("t");
+        for (key, value) in [("gone", 1), ("altered", 2), ("whole", 3), ("late", 4)] {
+            table.set(key, value);
+        }
+        for key in ["gone", "altered", "whole"] {
+            settle(&mut table, key, Ok(()), now);
+        }
+        let differences = table.differences(&BTreeMap::from([("altered", 9), ("whole", 3), ("stray", 7)]));
+        let keys: Vec<_> = differences.iter().map(|difference| difference.key).collect();
+        assert_eq!(keys, ["altered", "gone", "stray"], "what nobody wrote yet cannot be missing");
+        differences.into_iter().for_each(|difference| table.found(difference));
+        let expected =
+            [("altered", Some(2), Some(9)), ("gone", Some(1), None), ("late", Some(4), None), ("stray", None, Some(7))];
+        assert_eq!(due(&table, now), expected);
     }
 
     #[test]

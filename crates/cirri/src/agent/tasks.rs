@@ -14,8 +14,8 @@ use cirri_store::{Event, PREFIX};
 use futures::{FutureExt, StreamExt};
 use ipnet::IpNet;
 
+use super::Shared;
 use super::allocate::{self, AllocateError};
-use super::{Shared, node};
 
 /// Events taken in before the tables are filled again.
 const CHUNK: usize = 4096;
@@ -248,7 +248,7 @@ async fn ranges(shared: &Arc<Shared>, pools: &[(IpNet, u8)], name: &str) -> Resu
     Ok(ranges)
 }
 
-/// Asks the store how it is, for `cirri status`, and looks whether the node's addresses changed.
+/// Asks the store how it is, for `cirri status`.
 pub async fn health(shared: Arc<Shared>) {
     let mut pause = tokio::time::interval(HEALTH_EVERY);
     pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -263,19 +263,6 @@ pub async fn health(shared: Arc<Shared>) {
             }
             Ok(Err(error)) => note_failure(&shared, &error.to_string()),
             Err(_) => note_failure(&shared, &format!("no answer for {} s", HEALTH_PATIENCE.as_secs())),
-        }
-        let net = shared.core.lock().await.net.clone();
-        match node::addresses(&net).await {
-            Ok(addresses) => {
-                let mut core = shared.core.lock().await;
-                if core.node.addresses != addresses {
-                    tracing::info!(?addresses, "the node's addresses changed");
-                    core.set_addresses(addresses);
-                    drop(core);
-                    shared.changed().await;
-                }
-            }
-            Err(error) => tracing::warn!(%error, "the node's addresses cannot be read"),
         }
     }
 }

@@ -28,7 +28,7 @@ One of a cluster:
 pub struct AgentArgs {
     #[command(flatten)]
     source: ConfigSource,
-    /// Remove everything that this instance made (programs, pins, devices, routes), then exit
+    /// Remove everything that this instance made (programs, pins, devices, routes), put back settings, then exit
     #[arg(long)]
     cleanup: bool,
 }

@@ -104,7 +104,7 @@ to it, then remove it from the file.")]
         #[command(flatten)]
         output: OutputArgs,
     },
-    /// Remove everything that a load balancer made: programs, pins, state. It must not be running
+    /// Remove everything that a load balancer made (programs, pins, state) and put back settings. It must not be running
     Down {
         #[command(flatten)]
         file: RequiredFile,
@@ -118,7 +118,7 @@ to it, then remove it from the file.")]
         /// Give this address of a service to the host's loopback device; may be given several times
         #[arg(long = "vip", value_name = "ADDRESS")]
         vips: Vec<IpAddr>,
-        /// Take it away again: the programs of these devices, and these addresses
+        /// Take it away again: the programs of these devices, and what was set and added for them
         #[arg(long)]
         remove: bool,
         /// Directory of a BPF file system that the program is pinned under

@@ -68,6 +68,10 @@ fn table(status: &Status) -> String {
     for (name, value) in services(&status.services) {
         line(name, value);
     }
+    if !status.repaired.is_empty() {
+        let each: Vec<String> = status.repaired.iter().map(|(what, count)| format!("{count} {what}")).collect();
+        line("Repaired", each.join(", "));
+    }
     for problem in &status.problems {
         line("PROBLEM", problem.to_string());
     }

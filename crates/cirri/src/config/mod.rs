@@ -44,7 +44,7 @@ pub struct Config {
 }
 
 /// This node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Node {
     /// Its name; empty: the host name.
@@ -55,6 +55,14 @@ pub struct Node {
     pub ipv4: Option<Ipv4Addr>,
     /// Its IPv6 address; none: the first global one of the same device, if there is one.
     pub ipv6: Option<Ipv6Addr>,
+    /// Seconds until the addresses of a workload are free again whose network namespace went without DEL.
+    pub release_after_seconds: u64,
+}
+
+impl Default for Node {
+    fn default() -> Node {
+        Node { name: String::new(), devices: Vec::new(), ipv4: None, ipv6: None, release_after_seconds: 60 }
+    }
 }
 
 /// The cluster.

@@ -5,11 +5,12 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use cirri_abi::map;
-use cirri_loader::net::{Address, Net, NetError};
-use cirri_loader::{Datapath, LoadOptions};
+use cirri_loader::net::{Address, Net};
+use cirri_loader::{Attachment, Datapath, LoadOptions};
 
 use super::devices;
 use crate::exit::{Because, Error, Failure, Result};
+use crate::settings::Settings;
 
 /// What to do on a host that serves.
 #[derive(Clone, Debug)]
@@ -33,15 +34,55 @@ const UNWRAP: &str = "unwrap";
 const SETTINGS: [(&str, &str); 2] = [("arp_ignore", "1"), ("arp_announce", "2")];
 
 impl BackendHost {
-    /// Attaches the program, which stays when this process ends, and adds the addresses.
+    /// Attaches the program, which stays when this process ends, and adds the addresses. If that fails, nothing
+    /// stays of what this call brought, and all of what was there before.
     ///
     /// # Errors
     /// A device is missing, or the kernel refuses.
     pub async fn set_up(&self) -> Result<()> {
         let net = Net::here().because(Failure::Failed)?;
-        self.check(&net).await?;
+        self.check()?;
+        self.check_devices(&net).await?;
+        let instance = Datapath::claim(&self.pin_root, &self.instance).because(Failure::Failed)?;
+        let mut fresh = Vec::new();
+        for device in &self.devices {
+            if !self.settings(&net, device)?.is_known().because(Failure::Failed)? {
+                fresh.push(device.as_str());
+            }
+        }
+        let brought = self.bring(&net).await;
+        drop(instance);
+        if brought.is_err()
+            && let Err(left) = self.take_away(&net, &fresh).await
+        {
+            tracing::warn!(error = %left, "not all that was begun could be taken away; see --remove");
+        }
+        brought
+    }
+
+    /// Takes away what [`BackendHost::set_up`] brought to these devices, or all of it if they were the last. A device
+    /// may be gone.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn remove(&self) -> Result<()> {
+        let net = Net::here().because(Failure::Failed)?;
+        self.check()?;
+        let devices: Vec<&str> = self.devices.iter().map(String::as_str).collect();
+        self.take_away(&net, &devices).await?;
         for vip in &self.vips {
-            self.add(&net, *vip).await.because(Failure::Failed)?;
+            let address = host_address(*vip, net.link(LOOPBACK).await.because(Failure::Failed)?.index);
+            // Others may need it; one that nobody recorded is of an earlier version.
+            if !self.settings(&net, LOOPBACK)?.has_address(&address).because(Failure::Failed)? {
+                net.delete_address(&address).await.because(Failure::Failed)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn bring(&self, net: &Net) -> Result<()> {
+        for device in &self.devices {
+            self.add(net, device).await?;
         }
         let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
         // Only what is for this host itself is unwrapped.
@@ -54,35 +95,43 @@ impl BackendHost {
         Ok(())
     }
 
-    /// Takes away what [`BackendHost::set_up`] brought: from these devices, or all of it if they were the
-    /// last.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub async fn remove(&self) -> Result<()> {
-        let net = Net::here().because(Failure::Failed)?;
-        self.check(&net).await?;
-        for vip in &self.vips {
-            let device = net.link(LOOPBACK).await.because(Failure::Failed)?.index;
-            net.delete_address(&host_address(*vip, device)).await.because(Failure::Failed)?;
+    async fn take_away(&self, net: &Net, devices: &[&str]) -> Result<()> {
+        let unwraps = |it: &Attachment| it.program == UNWRAP;
+        let pinned = Datapath::pinned(&self.pin_root, &self.instance).because(Failure::Failed)?;
+        let mut rest = pinned.len();
+        if pinned.iter().any(unwraps) {
+            let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
+            for device in devices {
+                if let Some(link) = net.find_link(device).await.because(Failure::Failed)? {
+                    datapath.detach(link.index).because(Failure::Failed)?;
+                }
+            }
+            // Links of devices that are gone.
+            datapath.collect_links().because(Failure::Failed)?;
+            rest = datapath.attachments().because(Failure::Failed)?.into_iter().filter(unwraps).count();
         }
-        let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
-        for device in &self.devices {
-            let link = net.link(device).await.because(Failure::Failed)?;
-            datapath.detach(link.index).because(Failure::Failed)?;
-        }
-        let rest = datapath.attachments().because(Failure::Failed)?;
-        drop(datapath);
-        if !rest.iter().any(|it| it.program == UNWRAP) {
+        if rest == 0 {
             Datapath::purge(&self.pin_root, &self.instance).because(Failure::Failed)?;
+        }
+        for device in devices {
+            self.settings(net, device)?.release().await.because(Failure::Failed)?;
         }
         Ok(())
     }
 
-    async fn check(&self, net: &Net) -> Result<()> {
-        if !rustix::process::geteuid().is_root() {
-            return Err(Error::new(Failure::Failed, "programs are loaded into the kernel").hint("run it as root"));
+    /// What was changed for the sake of one device.
+    fn settings(&self, net: &Net, device: &str) -> Result<Settings> {
+        Settings::of(net, format!("lb-backend {} {device}", self.instance)).because(Failure::Failed)
+    }
+
+    fn check(&self) -> Result<()> {
+        if rustix::process::geteuid().is_root() {
+            return Ok(());
         }
+        Err(Error::new(Failure::Failed, "programs are loaded into the kernel").hint("run it as root"))
+    }
+
+    async fn check_devices(&self, net: &Net) -> Result<()> {
         for device in &self.devices {
             if net.find_link(device).await.because(Failure::Failed)?.is_none() {
                 let there: Vec<String> =
@@ -94,17 +143,21 @@ impl BackendHost {
         Ok(())
     }
 
-    /// The address is the host's, but nobody on its network may hear so: the load balancer is asked for it.
-    async fn add(&self, net: &Net, vip: IpAddr) -> std::result::Result<(), NetError> {
-        if vip.is_ipv4() {
-            for device in &self.devices {
+    /// The addresses are the host's, but nobody on its network may hear so: the load balancer is asked for them.
+    async fn add(&self, net: &Net, device: &str) -> Result<()> {
+        let mut settings = self.settings(net, device)?;
+        // Also without an address of its own the device is known from here on.
+        settings.claim(&format!("{UNWRAP} {} {device}", self.instance)).because(Failure::Failed)?;
+        for vip in &self.vips {
+            if vip.is_ipv4() {
                 for (name, value) in SETTINGS {
-                    net.set_sysctl(&format!("ipv4/conf/{device}/{name}"), value)?;
+                    settings.set(&format!("ipv4/conf/{device}/{name}"), value).because(Failure::Failed)?;
                 }
             }
+            let address = host_address(*vip, net.link(LOOPBACK).await.because(Failure::Failed)?.index);
+            settings.add_address(&address).await.because(Failure::Failed)?;
         }
-        let device = net.link(LOOPBACK).await?.index;
-        net.add_address(&host_address(vip, device)).await
+        Ok(())
     }
 
     /// One program and hardly any table: nothing is looked up here.

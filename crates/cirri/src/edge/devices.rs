@@ -9,7 +9,8 @@ use cirri_loader::{Datapath, EdgeStatus, EdgeWanted, LoadError, MapError, Tables
 
 use super::api::DeviceStatus;
 use super::plan::Plan;
-use crate::config::{Acceleration, PortRange};
+use crate::config::Acceleration;
+use crate::settings::{Settings, SettingsError};
 
 /// The devices of the plan that are there, and the addresses of the machine.
 pub struct Machine {
@@ -295,37 +296,17 @@ pub fn detach_others(machine: &Machine, datapath: &mut Datapath) -> Result<(), L
 /// kernel may be asked for routes on behalf of packets that came in by these devices.
 ///
 /// # Errors
-/// A setting cannot be written.
-pub fn apply_settings(plan: &Plan, machine: &Machine, net: &Net) -> Result<(), NetError> {
-    let reserved = net.sysctl(RESERVED)?;
-    let ours = String::from(plan.snat_ports);
-    if !reserved.split(',').any(|range| range == ours) {
-        let all = if reserved.is_empty() { ours } else { format!("{reserved},{ours}") };
-        net.set_sysctl(RESERVED, &all)?;
-    }
+/// A setting cannot be recorded or written.
+pub fn apply_settings(plan: &Plan, machine: &Machine, net: &Net, settings: &mut Settings) -> Result<(), SettingsError> {
+    settings.reserve(plan.snat_ports)?;
     for name in machine.devices.iter().filter(|(_, link)| link.is_some()).map(|(name, _)| name) {
-        net.set_sysctl(&format!("ipv4/conf/{name}/forwarding"), "1")?;
+        settings.set(&format!("ipv4/conf/{name}/forwarding"), "1")?;
         if net.sysctl("ipv6/conf/all/disable_ipv6").is_ok_and(|disabled| disabled == "0") {
-            net.set_sysctl(&format!("ipv6/conf/{name}/forwarding"), "1")?;
+            settings.set(&format!("ipv6/conf/{name}/forwarding"), "1")?;
         }
     }
     Ok(())
 }
-
-/// Takes back the reservation of ports.
-///
-/// # Errors
-/// A setting cannot be written.
-pub fn release_ports(ports: PortRange, net: &Net) -> Result<(), NetError> {
-    let ours = String::from(ports);
-    let reserved = net.sysctl(RESERVED)?;
-    let rest: Vec<&str> = reserved.split(',').filter(|range| *range != ours).collect();
-    // The kernel takes an empty line for none.
-    let rest = if rest.is_empty() { "\n".to_owned() } else { rest.join(",") };
-    net.set_sysctl(RESERVED, &rest)
-}
-
-const RESERVED: &str = "ipv4/ip_local_reserved_ports";
 
 fn wanted(acceleration: Acceleration) -> EdgeWanted {
     match acceleration {

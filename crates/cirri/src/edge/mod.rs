@@ -24,7 +24,6 @@ mod watch;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
@@ -35,7 +34,6 @@ use cirri_loader::gc::{self, Collector};
 use cirri_loader::net::{ForeignRoutes, NeighbourChange, Neighbours, Net};
 use cirri_loader::{Datapath, Events, LoadOptions, is_being_written};
 use futures::FutureExt;
-use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{Mutex, Notify};
@@ -49,6 +47,7 @@ use self::health::{Checks, Outcome};
 use self::watch::Watch;
 use crate::agent::notify;
 use crate::exit::{Because, Error, Failure, Result};
+use crate::settings::Settings;
 
 pub use self::config::STATE_DIR;
 pub use self::plan::Plan;
@@ -68,6 +67,7 @@ pub struct Shared {
 /// The machine and its devices.
 struct Here {
     net: Net,
+    settings: Settings,
     datapath: Datapath,
     machine: Machine,
     attached: Attached,
@@ -100,16 +100,28 @@ pub async fn run(file: PathBuf, plan: Plan) -> Result<()> {
     LocalSet::new().run_until(run_local(file, plan)).await
 }
 
-/// Takes everything away that the load balancer of this plan made. It must not be running.
+/// Takes everything away that the load balancer of this plan made, and puts back settings. It must not be running.
 pub async fn remove(plan: &Plan) -> Result<()> {
     let _lock = lock(&plan.state_dir)?;
-    Datapath::purge(&plan.bpf.pin_root, &plan.bpf.instance).because(Failure::Failed)?;
-    let net = Net::here().because(Failure::Failed)?;
-    devices::release_ports(plan.snat_ports, &net).because(Failure::Failed)?;
-    for name in ["lb.sock", "drained.json"] {
+    discard(plan, &Net::here().because(Failure::Failed)?).await?;
+    for name in ["lb.sock", "drained.json", "lb.lock"] {
         crate::files::remove(&plan.state_dir.join(name)).because(Failure::Failed)?;
     }
+    crate::files::remove_empty(&plan.state_dir).because(Failure::Failed)
+}
+
+/// Removes programs and pins, and puts back settings.
+async fn discard(plan: &Plan, net: &Net) -> Result<()> {
+    Datapath::purge(&plan.bpf.pin_root, &plan.bpf.instance).because(Failure::Failed)?;
+    let mut settings = Settings::of(net, owner(plan)).because(Failure::Failed)?;
+    let put_back = settings.release().await.because(Failure::Failed)?;
+    tracing::info!(?put_back, "settings are as they were");
     Ok(())
+}
+
+/// The name that a load balancer's settings are recorded under.
+fn owner(plan: &Plan) -> String {
+    format!("lb {}", plan.bpf.instance)
 }
 
 async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
@@ -121,7 +133,9 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
         .because(Failure::Failed)?;
     let routes = ForeignRoutes::here().because(Failure::Failed)?;
     let neighbours = Neighbours::here().because(Failure::Failed)?;
-    let (shared, outcomes, events) = start(file, plan).await?;
+    let pin_root = plan.bpf.pin_root.clone();
+    let (shared, outcomes, events, _instance) = begin(file, plan).await?;
+    let lasting = crate::pinned::check(&pin_root);
 
     let spawn = |task: Pin<Box<dyn Future<Output = ()>>>| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(reload(Arc::clone(&shared), watch)));
@@ -146,7 +160,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
         _ = interrupt.recv() => {}
     }
     notify("STOPPING=1");
-    tracing::info!("stopping; the packet path stays at work");
+    crate::pinned::tell_end(lasting);
     crate::files::remove(&socket).because(Failure::Failed)
 }
 
@@ -160,21 +174,35 @@ fn lock(state_dir: &Path) -> Result<File> {
     }
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
-    let path = state_dir.join("lb.lock");
-    let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(&path);
-    let file = file.map_err(wrong).because(Failure::Failed)?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::new(Failure::Failed, format!("a load balancer runs with {}", state_dir.display()))
-            .hint("stop it first, or give this one its own stateDir and bpf.instance")
-    })?;
-    Ok(file)
+    match crate::files::lock(&state_dir.join("lb.lock")).map_err(wrong).because(Failure::Failed)? {
+        Some(lock) => Ok(lock),
+        None => Err(Error::new(Failure::Failed, format!("a load balancer runs with {}", state_dir.display()))
+            .hint("stop it first, or give this one its own stateDir and bpf.instance")),
+    }
 }
 
 type Started = (Arc<Shared>, UnboundedReceiver<Outcome>, Option<Events>);
 
-/// Tables first, then programs: no packet meets a program that knows half.
-async fn start(file: PathBuf, plan: Plan) -> Result<Started> {
+/// Starts. What an earlier process left stays at work if that fails; a first one leaves nothing.
+async fn begin(file: PathBuf, plan: Plan) -> Result<(Arc<Shared>, UnboundedReceiver<Outcome>, Option<Events>, File)> {
+    let instance = Datapath::claim(&plan.bpf.pin_root, &plan.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
+    let settings = Settings::of(&net, owner(&plan)).because(Failure::Failed)?;
+    let known = settings.is_known().because(Failure::Failed)?;
+    match start(file, plan.clone(), net.clone(), settings).await {
+        Ok((shared, outcomes, events)) => Ok((shared, outcomes, events, instance)),
+        Err(error) => {
+            drop(instance);
+            if !known && let Err(left) = discard(&plan, &net).await {
+                tracing::warn!(error = %left, "not all of a failed start could be removed; see `cirri lb down`");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Tables first, then programs: no packet meets a program that knows half.
+async fn start(file: PathBuf, plan: Plan, net: Net, mut settings: Settings) -> Result<Started> {
     let machine = Machine::look(&plan, &net).await.because(Failure::BadInput)?;
     machine.check(&plan, &net).await.because(Failure::BadInput)?;
     let options = LoadOptions {
@@ -191,7 +219,7 @@ async fn start(file: PathBuf, plan: Plan) -> Result<Started> {
     tracing::info!(v4 = ?machine.v4, v6 = ?machine.v6, resumed = datapath.resumed(), "packet path loaded");
 
     let tables = datapath.tables().clone();
-    devices::apply_settings(&plan, &machine, &net).because(Failure::Failed)?;
+    devices::apply_settings(&plan, &machine, &net, &mut settings).because(Failure::Failed)?;
     machine.tell(&plan, &tables).because(Failure::Failed)?;
     let (checks, outcomes) = Checks::new();
     let mut core = Core::resume(plan.clone(), tables, checks).because(Failure::Failed)?;
@@ -203,7 +231,7 @@ async fn start(file: PathBuf, plan: Plan) -> Result<Started> {
     tracing::info!(services = plan.services.len(), ?retired, "in force");
     let shared = Shared {
         core: Mutex::new(core),
-        machine: Mutex::new(Here { net, datapath, machine, attached, trouble: None }),
+        machine: Mutex::new(Here { net, settings, datapath, machine, attached, trouble: None }),
         drops: std::sync::Mutex::default(),
         config: std::sync::Mutex::new(ConfigState { read: Instant::now(), loads: 1, error: String::new() }),
         file,
@@ -240,7 +268,7 @@ async fn reload(shared: Arc<Shared>, mut watch: Watch) {
 async fn load(shared: &Shared) -> std::result::Result<usize, String> {
     let plan = Plan::read(&shared.file).map_err(|error| error.to_string())?;
     let mut here = shared.machine.lock().await;
-    let Here { net, datapath, machine, attached, trouble } = &mut *here;
+    let Here { net, settings, datapath, machine, attached, trouble } = &mut *here;
     let mut core = shared.core.lock().await;
     let told = |error: MachineError| error.to_string();
     if plan.bpf != core.plan.bpf || plan.state_dir != core.plan.state_dir {
@@ -250,7 +278,7 @@ async fn load(shared: &Shared) -> std::result::Result<usize, String> {
     }
     let seen = Machine::look(&plan, net).await.map_err(told)?;
     seen.check(&plan, net).await.map_err(told)?;
-    devices::apply_settings(&plan, &seen, net).map_err(|error| error.to_string())?;
+    devices::apply_settings(&plan, &seen, net, settings).map_err(|error| error.to_string())?;
     // Programs may be on a device before there is anything to do for them, not the other way round.
     let applied = match attached.attach(&plan, &seen, datapath) {
         Ok(()) => core.apply(plan).map_err(|error| (matches!(error, ApplyError::Kernel(_)), error.to_string())),
@@ -294,7 +322,7 @@ async fn follow_routes(shared: Arc<Shared>, mut routes: ForeignRoutes) {
         let mut here = shared.machine.lock().await;
         let core = shared.core.lock().await;
         renew(&core);
-        let Here { net, datapath, machine, attached, trouble } = &mut *here;
+        let Here { net, datapath, machine, attached, trouble, .. } = &mut *here;
         let outcome = match Machine::look(&core.plan, net).await {
             Ok(seen) => {
                 *machine = seen;

@@ -84,6 +84,10 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
     if let Err(problem) = cgroup::remove(&group) {
         problems.push(format!("{problem:#}"));
     }
+    // What agents changed in the namespaces went with them.
+    if let Err(problem) = crate::settings::forget(&format!("agent {}", name.bpf_instance(""))) {
+        problems.push(format!("cannot remove the records of settings: {problem}"));
+    }
     // Looked up only now: an agent that had just started may have pinned until it was killed.
     for directory in pins(name).iter().map(AsRef::as_ref).chain([directory.as_path()]) {
         match fs::remove_dir_all(directory) {

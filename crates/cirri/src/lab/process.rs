@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::cgroup;
 use super::netns::{self, NsId};
@@ -21,7 +21,7 @@ use super::netns::{self, NsId};
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One process, by pid and the time it started at: the pair is never used twice while the machine is up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ProcessId {
     /// The pid.
     pub pid: i32,
@@ -35,6 +35,20 @@ impl ProcessId {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         let (state, started) = parse_stat(&stat)?;
         (!matches!(state, 'Z' | 'X')).then_some(Self { pid, started })
+    }
+
+    /// Remembers it: the pid alone in `NAME.pid`, as others read such files, and when it started in `NAME.started`.
+    ///
+    /// # Errors
+    /// The file system refused.
+    fn record(self, path: &Path) -> anyhow::Result<()> {
+        // The pid last: one without its start is believed by nobody.
+        for (path, number) in [(path.with_extension("started"), self.started), (path.to_owned(), self.pid as u64)] {
+            let text = format!("{number}\n");
+            crate::files::write_atomic(&path, text.as_bytes())
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
     }
 
     /// Whether this very process still runs.
@@ -105,7 +119,7 @@ impl Start<'_> {
             netns::within(self.netns, || command.spawn())?.with_context(|| format!("cannot start {program}"))?;
         let id = child.id().try_into().ok().and_then(ProcessId::current);
         if let Some(id) = id {
-            write_json(record, &id)?;
+            id.record(record)?;
         }
         Ok(child)
     }
@@ -187,7 +201,9 @@ pub fn inside(namespaces: &[NsId]) -> Vec<ProcessId> {
 
 /// The process remembered in `record`, if it still runs.
 pub fn recorded(record: &Path) -> Option<ProcessId> {
-    let id: ProcessId = serde_json::from_str(&fs::read_to_string(record).ok()?).ok()?;
+    let pid = fs::read_to_string(record).ok()?.trim().parse().ok()?;
+    let started = fs::read_to_string(record.with_extension("started")).ok()?.trim().parse().ok()?;
+    let id = ProcessId { pid, started };
     id.alive().then_some(id)
 }
 
@@ -265,6 +281,18 @@ mod tests {
     fn a_program_name_with_brackets_does_not_shift_the_fields() {
         let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 1 2";
         assert_eq!(parse_stat(stat), Some(('S', 987_654)));
+    }
+
+    #[test]
+    fn a_pid_file_is_a_number_and_one_of_another_start_is_nobodys() {
+        let own = ProcessId::current(std::process::id().try_into().unwrap()).unwrap();
+        let path = std::env::temp_dir().join(format!("cirri-pid-{}/agent.pid", own.pid));
+        own.record(&path).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", own.pid));
+        assert_eq!((recorded(&path), recorded_below(path.parent().unwrap())), (Some(own), vec![own]));
+        fs::write(path.with_extension("started"), "1").unwrap();
+        assert_eq!(recorded(&path), None);
+        fs::remove_dir_all(path.parent().unwrap()).unwrap();
     }
 
     #[test]

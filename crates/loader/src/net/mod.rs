@@ -118,8 +118,8 @@ impl Net {
         let path = format!("/proc/sys/net/{name}");
         let done = self.namespace.run(|| {
             // Writing some settings has effects even if the value is the same, so it is read first.
-            match std::fs::read_to_string(&path) {
-                Ok(now) if now.trim() == value => Ok(()),
+            match read_setting(&path) {
+                Ok(now) if now == value.trim() => Ok(()),
                 _ => std::fs::write(&path, value),
             }
         })?;
@@ -129,15 +129,14 @@ impl Net {
     /// Reads such a setting.
     pub fn sysctl(&self, name: &str) -> Result<String, NetError> {
         let path = format!("/proc/sys/net/{name}");
-        let read = self.namespace.run(|| std::fs::read_to_string(&path))?;
-        read.map(|value| value.trim().to_owned()).map_err(|error| self.failed(format!("setting {name}"), "read", error))
+        let read = self.namespace.run(|| read_setting(&path))?;
+        read.map_err(|error| self.failed(format!("setting {name}"), "read", error))
     }
 
     /// Reads many of them at once; `None` for one that is not there.
     pub fn sysctls<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Vec<Option<String>>, NetError> {
         let paths: Vec<String> = names.into_iter().map(|name| format!("/proc/sys/net/{name}")).collect();
-        let read = |path: &String| std::fs::read_to_string(path).ok().map(|value| value.trim().to_owned());
-        self.namespace.run(|| paths.iter().map(read).collect())
+        self.namespace.run(|| paths.iter().map(|path| read_setting(path).ok()).collect())
     }
 
     /// The settings of one name of every device (and of `all` and `default`): `ipv4/conf/*/forwarding`.
@@ -181,6 +180,21 @@ impl Net {
     ) -> Result<T, NetError> {
         result.map_err(|error| self.failed(object(), action, kernel(error)))
     }
+}
+
+/// The value of a setting. The kernel gives some of them, lists of ports, to the first `read` alone: what did not fit
+/// into its buffer is lost.
+fn read_setting(path: &str) -> io::Result<String> {
+    use std::io::Read as _;
+    for size in [4096, 1 << 20] {
+        let mut buffer = vec![0; size];
+        let length = std::fs::File::open(path)?.read(&mut buffer)?;
+        if length < size {
+            buffer.truncate(length);
+            return Ok(String::from_utf8_lossy(&buffer).trim().to_owned());
+        }
+    }
+    Err(io::Error::other("it is longer than a megabyte"))
 }
 
 /// A socket to ask about devices by.

@@ -1,9 +1,9 @@
 //! Taking over what an earlier run left in the tables of services.
 
-use cirri_control::service::table::Restored;
+use cirri_control::service::table::{Restored, Write};
 use cirri_loader::{MapError, Table, Tables};
 
-use super::Serving;
+use super::{Serving, write};
 
 impl Serving {
     /// Reads the kernel's tables. The same things keep their numbers; what differs from what is wanted is
@@ -21,6 +21,28 @@ impl Serving {
         }
         Ok(())
     }
+
+    /// Compares the kernel's tables with what was written there, once all of it was. `repair` is asked about each
+    /// entry that somebody else changed, by its name and what became of it; what it agrees to is written again.
+    ///
+    /// # Errors
+    /// A table cannot be read.
+    pub fn compare(&mut self, tables: &Tables, mut repair: impl FnMut(&str, &str) -> bool) -> Result<(), MapError> {
+        if !self.swept || !self.is_done() {
+            return Ok(());
+        }
+        let found = found_up_to(tables, self.books.last_backend())?;
+        let mut writes: Vec<Write> = Vec::new();
+        for difference in self.books.compare(&found) {
+            let epoch = matches!(difference.write, Write::Bump(_));
+            if if epoch { !writes.is_empty() } else { repair(&difference.object, difference.found) } {
+                writes.push(difference.write);
+            }
+        }
+        let sorted = write::together(writes.iter()).into_iter().map(|write| write.into_owned()).collect();
+        self.push(None, sorted, false);
+        Ok(())
+    }
 }
 
 /// What the tables of services hold.
@@ -28,9 +50,14 @@ impl Serving {
 /// # Errors
 /// A table cannot be read.
 pub fn found(tables: &Tables) -> Result<Restored, MapError> {
+    found_up_to(tables, u32::MAX)
+}
+
+/// The same, with the backends up to this number alone: most of their table is empty.
+fn found_up_to(tables: &Tables, last_backend: u32) -> Result<Restored, MapError> {
     let services = tables.services.entries()?;
-    let backends = occupied(&tables.backends)?;
-    let node_ports = occupied(&tables.node_ports)?;
+    let backends = occupied(&tables.backends, last_backend)?;
+    let node_ports = occupied(&tables.node_ports, u32::MAX)?;
     let ranges: Vec<_> = tables.source_ranges.entries()?.into_iter().map(|(key, _)| key).collect();
     let end = services
         .iter()
@@ -40,16 +67,21 @@ pub fn found(tables: &Tables) -> Result<Restored, MapError> {
     Ok(Restored { services, backends, slots, ranges, node_ports })
 }
 
-/// The entries of an array that are not zero.
-fn occupied<V: cirri_abi::Plain + Default + PartialEq>(table: &Table<u32, V>) -> Result<Vec<(u32, V)>, MapError> {
+/// The entries of an array up to `last` that are not zero.
+fn occupied<V>(table: &Table<u32, V>, last: u32) -> Result<Vec<(u32, V)>, MapError>
+where
+    V: cirri_abi::Plain + Default + PartialEq,
+{
     let mut all = Vec::new();
     let mut at = None;
+    let size = CHUNK.min(last.saturating_add(1) as usize);
     loop {
-        let chunk = table.chunk(at.as_ref(), CHUNK)?;
-        all.extend(chunk.entries.into_iter().filter(|(_, value)| *value != V::default()));
+        let chunk = table.chunk(at.as_ref(), size)?;
+        let end = chunk.entries.last().is_none_or(|(number, _)| *number >= last);
+        all.extend(chunk.entries.into_iter().filter(|(number, value)| *number <= last && *value != V::default()));
         match chunk.next {
-            Some(next) => at = Some(next),
-            None => return Ok(all),
+            Some(next) if !end => at = Some(next),
+            _ => return Ok(all),
         }
     }
 }
@@ -59,7 +91,7 @@ fn first_slots(tables: &Tables, end: u32) -> Result<Vec<u32>, MapError> {
     let mut slots = Vec::with_capacity(end as usize);
     let mut at = None;
     while slots.len() < end as usize {
-        let chunk = tables.slots.chunk(at.as_ref(), CHUNK)?;
+        let chunk = tables.slots.chunk(at.as_ref(), CHUNK.min(end as usize - slots.len()))?;
         slots.extend(chunk.entries.into_iter().map(|(_, slot)| slot.backend));
         match chunk.next {
             Some(next) => at = Some(next),

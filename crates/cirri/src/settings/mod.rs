@@ -1,0 +1,403 @@
+//! What Cirri changes of a machine's network beside its own devices and routes: settings of the kernel, addresses
+//! of its devices, reserved ports. Written down before it is changed, and put back when the last who needs it leaves.
+//!
+//! There is one file for each network namespace, [`DIRECTORY`]`/<cookie>.json`, whoever changes something there:
+//! an agent, a load balancer, a host behind one. Each is an owner with a name. Taking something twice is
+//! harmless; what somebody else changed since is left to him.
+
+mod ports;
+mod record;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use cirri_loader::net::{Address, Net, NetError};
+use rustix::fs::{FlockOperation, flock};
+
+use self::ports::Ports;
+use self::record::{Changed, Record};
+use crate::config::PortRange;
+
+/// Where the files are. What stands in them is void after a reboot.
+pub const DIRECTORY: &str = "/run/cirri-settings";
+/// Ports that the kernel gives to no socket by itself.
+const RESERVED: &str = "ipv4/ip_local_reserved_ports";
+
+/// One owner's part of the settings of a network namespace.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    net: Net,
+    directory: PathBuf,
+    file: PathBuf,
+    owner: String,
+    /// What this owner set, to compare with.
+    wanted: BTreeMap<String, String>,
+    ports: Option<PortRange>,
+}
+
+/// Settings could not be recorded, changed or put back.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The kernel.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The record.
+    #[error("{path}: {error}; nothing is changed that cannot be recorded")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Somebody else has what there can be one of.
+    #[error("{by} has this network namespace: stop it and remove what it made (`--cleanup`) first")]
+    Claimed {
+        /// Who.
+        by: String,
+    },
+}
+
+/// A setting that has another value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drifted {
+    /// Below `/proc/sys/net`.
+    pub name: String,
+    /// What it is; empty if it cannot be read.
+    pub found: String,
+    /// What it was set to.
+    pub wanted: String,
+}
+
+impl Settings {
+    /// Those of an owner in this namespace.
+    ///
+    /// # Errors
+    /// The kernel does not tell which namespace it is.
+    pub fn of(net: &Net, owner: String) -> Result<Settings, SettingsError> {
+        Settings::within(Path::new(DIRECTORY), net, owner)
+    }
+
+    fn within(directory: &Path, net: &Net, owner: String) -> Result<Settings, SettingsError> {
+        let file = directory.join(format!("{:x}.json", net.namespace().cookie()?));
+        let directory = directory.to_owned();
+        Ok(Settings { net: net.clone(), directory, file, owner, wanted: BTreeMap::new(), ports: None })
+    }
+
+    /// Says that there can be no other owner of this kind of claim here.
+    ///
+    /// # Errors
+    /// There is one.
+    pub fn claim(&mut self, what: &str) -> Result<(), SettingsError> {
+        let owner = self.owner.clone();
+        self.change(|record| match record.claims.get(what) {
+            Some(by) if *by != owner => Err(SettingsError::Claimed { by: by.clone() }),
+            _ => {
+                record.claims.insert(what.to_owned(), owner);
+                Ok(())
+            }
+        })
+    }
+
+    /// Whether somebody else has a claim.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn is_anothers(&self, what: &str) -> Result<bool, SettingsError> {
+        let _lock = self.lock()?;
+        Ok(self.read()?.claims.get(what).is_some_and(|by| *by != self.owner))
+    }
+
+    /// Whether this owner has anything here.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn is_known(&self) -> Result<bool, SettingsError> {
+        let _lock = self.lock()?;
+        Ok(self.read()?.has(&self.owner))
+    }
+
+    /// Gives a setting below `/proc/sys/net` this value.
+    ///
+    /// # Errors
+    /// It cannot be recorded, or not be written.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), SettingsError> {
+        let now = self.net.sysctl(name)?;
+        let device = self.device_of(name)?;
+        let follow = if now == value { BTreeMap::new() } else { self.followers(name)? };
+        let owner = self.owner.clone();
+        self.change(|record| {
+            record.take(&owner, name, Changed::new(now, value, device, follow));
+            Ok(())
+        })?;
+        self.net.set_sysctl(name, value)?;
+        self.wanted.insert(name.to_owned(), value.to_owned());
+        Ok(())
+    }
+
+    /// Keeps a range of ports from the sockets of the machine.
+    ///
+    /// # Errors
+    /// It cannot be recorded, or not be written.
+    pub fn reserve(&mut self, range: PortRange) -> Result<(), SettingsError> {
+        let now = self.net.sysctl(RESERVED)?;
+        let owner = self.owner.clone();
+        let mut all = Ports::parse(&now);
+        self.change(|record| {
+            all = record.reserve(&owner, range, &now);
+            Ok(())
+        })?;
+        self.ports = Some(range);
+        if all == Ports::parse(&now) { Ok(()) } else { Ok(self.net.set_sysctl(RESERVED, &all.to_string())?) }
+    }
+
+    /// Gives a device an address.
+    ///
+    /// # Errors
+    /// It cannot be recorded, or not be added.
+    pub async fn add_address(&mut self, address: &Address) -> Result<(), SettingsError> {
+        let there = self.net.addresses().await?.contains(address);
+        let owner = self.owner.clone();
+        self.change(|record| {
+            record.add_address(&owner, address, there);
+            Ok(())
+        })?;
+        Ok(self.net.add_address(address).await?)
+    }
+
+    /// Whether anybody's record has an address.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn has_address(&self, address: &Address) -> Result<bool, SettingsError> {
+        let _lock = self.lock()?;
+        Ok(self.read()?.has_address(address))
+    }
+
+    /// What is not as this owner set it.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn drifted(&self, more: &[(String, &str)]) -> Result<Vec<Drifted>, SettingsError> {
+        let own = self.wanted.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let wanted: Vec<(&str, &str)> = own.chain(more.iter().map(|(name, value)| (name.as_str(), *value))).collect();
+        let read = self.net.sysctls(wanted.iter().map(|(name, _)| *name).chain([RESERVED]))?;
+        let mut drifted = Vec::new();
+        for ((name, value), found) in wanted.iter().zip(&read) {
+            // A setting that is gone went with its device.
+            let Some(found) = found else { continue };
+            if found != value {
+                let (name, found, wanted) = ((*name).to_owned(), found.clone(), (*value).to_owned());
+                drifted.push(Drifted { name, found, wanted });
+            }
+        }
+        if let (Some(range), Some(Some(now))) = (self.ports, read.last())
+            && Ports::parse(now).with(range) != Ports::parse(now)
+        {
+            let wanted = format!("{} among them", String::from(range));
+            drifted.push(Drifted { name: RESERVED.to_owned(), found: now.clone(), wanted });
+        }
+        Ok(drifted)
+    }
+
+    /// Makes a setting right that drifted.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn restore(&self, drifted: &Drifted) -> Result<(), SettingsError> {
+        if let (RESERVED, Some(range)) = (drifted.name.as_str(), self.ports) {
+            let all = Ports::parse(&drifted.found).with(range);
+            return Ok(self.net.set_sysctl(RESERVED, &all.to_string())?);
+        }
+        Ok(self.net.set_sysctl(&drifted.name, &drifted.wanted)?)
+    }
+
+    /// This owner leaves: puts back what nobody else needs and nobody changed since. Answers what was put back.
+    ///
+    /// # Errors
+    /// What cannot be put back stays recorded.
+    pub async fn release(&mut self) -> Result<Vec<String>, SettingsError> {
+        let _lock = self.lock()?;
+        let mut record = self.read()?;
+        let left = record.leave(&self.owner);
+        let mut done = Vec::new();
+        for (name, changed) in &left.settings {
+            if let Some(value) = self.put_back(name, changed)? {
+                done.push(format!("{name}={value}"));
+            }
+        }
+        if let Some(ports) = &left.ports {
+            let there = Ports::parse(&self.net.sysctl(RESERVED)?);
+            let rest = there.without(ports);
+            if rest != there {
+                // The kernel takes an empty line for none.
+                let text = rest.to_string();
+                self.net.set_sysctl(RESERVED, if text.is_empty() { "\n" } else { &text })?;
+                done.push(format!("{RESERVED}={text}"));
+            }
+        }
+        for (ip, prefix, device) in &left.addresses {
+            let address = Address { ip: *ip, prefix: *prefix, device: *device };
+            if self.net.delete_address(&address).await? {
+                done.push(format!("{ip}/{prefix} of device {device}"));
+            }
+        }
+        self.write(&record)?;
+        (self.wanted, self.ports) = (BTreeMap::new(), None);
+        Ok(done)
+    }
+
+    /// Writes the value from before, if nobody changed it since; the value that was written.
+    fn put_back(&self, name: &str, changed: &Changed) -> Result<Option<String>, SettingsError> {
+        let Some(name) = self.name_now(name, changed.device)? else { return Ok(None) };
+        let now = self.net.sysctls([name.as_str()])?;
+        let is_ours = now.first().and_then(Option::as_deref) == Some(changed.set.as_str());
+        if !is_ours || changed.set == changed.before {
+            return Ok(None);
+        }
+        let followers: Vec<&str> = changed.follow.keys().map(String::as_str).collect();
+        let follow = self.net.sysctls(followers.iter().copied())?;
+        self.net.set_sysctl(&name, &changed.before)?;
+        for (follower, now) in followers.iter().zip(follow) {
+            // Where it still is as our change made it, it becomes what it was; else it stays as somebody wanted it.
+            let Some(now) = now else { continue };
+            let caused = caused(follower, &changed.set);
+            let value = if now == caused { changed.follow[*follower].clone() } else { now };
+            self.net.set_sysctl(follower, &value)?;
+        }
+        Ok(Some(changed.before.clone()))
+    }
+
+    /// The number of the device that a setting is of; `None`: of no single device.
+    fn device_of(&self, name: &str) -> Result<Option<u32>, SettingsError> {
+        let Some(device) = device_in(name) else { return Ok(None) };
+        Ok(Some(self.net.device_number(device)?))
+    }
+
+    /// The name of a setting now: its device may have another name. `None`: the device is gone.
+    fn name_now(&self, name: &str, device: Option<u32>) -> Result<Option<String>, SettingsError> {
+        let (Some(index), Some(old)) = (device, device_in(name)) else { return Ok(Some(name.to_owned())) };
+        let now = self.net.device_name(index)?;
+        Ok(now.map(|now| name.replacen(&format!("/{old}/"), &format!("/{now}/"), 1)))
+    }
+
+    /// What else the kernel changes with a setting, and its values now.
+    fn followers(&self, name: &str) -> Result<BTreeMap<String, String>, SettingsError> {
+        let names = match name {
+            "ipv4/ip_forward" => {
+                let mut all = self.net.sysctl_names("ipv4/conf", "forwarding")?;
+                all.push("ipv4/conf/all/accept_redirects".to_owned());
+                all
+            }
+            "ipv6/conf/all/forwarding" => self.net.sysctl_names("ipv6/conf", "forwarding")?,
+            _ => Vec::new(),
+        };
+        let names: Vec<String> = names.into_iter().filter(|follower| follower != name).collect();
+        let values = self.net.sysctls(names.iter().map(String::as_str))?;
+        Ok(names.into_iter().zip(values).filter_map(|(name, value)| Some((name, value?))).collect())
+    }
+
+    /// Reads the record, changes it, and writes it, while nobody else does.
+    fn change(&self, change: impl FnOnce(&mut Record) -> Result<(), SettingsError>) -> Result<(), SettingsError> {
+        let _lock = self.lock()?;
+        let mut record = self.read()?;
+        let before = record.clone();
+        change(&mut record)?;
+        if record == before { Ok(()) } else { self.write(&record) }
+    }
+
+    fn read(&self) -> Result<Record, SettingsError> {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
+        let fresh = Record { boot: boot.clone(), ..Record::default() };
+        match fs::read(&self.file) {
+            // One of another boot says nothing about this one.
+            Ok(text) => match serde_json::from_slice::<Record>(&text) {
+                Ok(record) if record.boot == boot => Ok(record),
+                Ok(_) => Ok(fresh),
+                Err(error) => Err(self.failed(io::Error::other(error))),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(fresh),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    fn write(&self, record: &Record) -> Result<(), SettingsError> {
+        if record.is_empty() {
+            crate::files::remove(&self.file).map_err(|error| self.failed(error))?;
+            // Not if others have files in it.
+            let _ = fs::remove_dir(&self.directory);
+            return Ok(());
+        }
+        let text = serde_json::to_vec_pretty(record).map_err(|error| self.failed(error.into()))?;
+        crate::files::write_atomic(&self.file, &text).map_err(|error| self.failed(error))
+    }
+
+    /// Nobody else reads or writes records as long as the answer is kept.
+    fn lock(&self) -> Result<File, SettingsError> {
+        loop {
+            fs::create_dir_all(&self.directory).map_err(|error| self.failed(error))?;
+            let Ok(directory) = File::open(&self.directory) else { continue };
+            flock(&directory, FlockOperation::LockExclusive).map_err(|error| self.failed(error.into()))?;
+            // Somebody may have removed it while we waited.
+            let same = |now: fs::Metadata| directory.metadata().is_ok_and(|ours| ours.ino() == now.ino());
+            if fs::metadata(&self.directory).is_ok_and(same) {
+                return Ok(directory);
+            }
+        }
+    }
+
+    fn failed(&self, error: io::Error) -> SettingsError {
+        SettingsError::File { path: self.file.clone(), error }
+    }
+}
+
+/// Removes the records of owners whose names begin so, and whose namespaces are gone with all that was set there.
+///
+/// # Errors
+/// The file system's.
+pub fn forget(owners: &str) -> io::Result<()> {
+    for (path, text) in crate::files::read_all(Path::new(DIRECTORY))? {
+        let record = serde_json::from_slice::<Record>(&text);
+        if record.is_ok_and(|record| record.owners().iter().all(|owner| owner.starts_with(owners))) {
+            crate::files::remove(&path)?;
+        }
+    }
+    let _ = fs::remove_dir(DIRECTORY);
+    Ok(())
+}
+
+/// What a follower becomes when its setting gets this value.
+fn caused(follower: &str, value: &str) -> String {
+    match follower.ends_with("/accept_redirects") {
+        true => if value == "0" { "1" } else { "0" }.to_owned(),
+        false => value.to_owned(),
+    }
+}
+
+/// The device that a setting is of.
+fn device_in(name: &str) -> Option<&str> {
+    let (_, rest) = name.split_once("/conf/")?;
+    let (device, _) = rest.split_once('/')?;
+    (device != "all" && device != "default").then_some(device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_of_a_device_is_told_from_those_of_all() {
+        assert_eq!(device_in("ipv4/conf/eth0/rp_filter"), Some("eth0"));
+        assert_eq!(device_in("ipv4/conf/eth0.100/rp_filter"), Some("eth0.100"));
+        assert_eq!(device_in("ipv4/conf/all/rp_filter"), None);
+        assert_eq!(device_in("ipv4/ip_forward"), None);
+    }
+
+    #[test]
+    fn redirects_are_the_other_way_round_than_forwarding() {
+        assert_eq!(caused("ipv4/conf/all/accept_redirects", "1"), "0");
+        assert_eq!(caused("ipv4/conf/eth0/forwarding", "1"), "1");
+    }
+}

@@ -1,0 +1,435 @@
+//! Nothing stays behind: the machine after `agent --cleanup`, `lb down`, `lb backend --remove` and `lab down` is
+//! as it was before, by what the kernel and the file system say; and who fails or leaves takes nothing away that
+//! somebody else has.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use cirri_e2e::kernel::TestNamespace;
+use cirri_e2e::lab::{self, Lab, binary, eventually, printed};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine with one device, in a network namespace of its own.
+struct Machine {
+    net: TestNamespace,
+    /// Namespace of a pod.
+    pod: TestNamespace,
+    directory: tempfile::TempDir,
+    name: String,
+}
+
+/// A process that is stopped with its guard.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Running {
+    /// Asks it to stop, and waits.
+    fn stop(mut self) {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.0.wait().unwrap();
+    }
+}
+
+impl Machine {
+    fn new(name: &str) -> Machine {
+        let machine = Machine {
+            net: TestNamespace::new(),
+            pod: TestNamespace::new(),
+            directory: tempfile::tempdir().unwrap(),
+            name: format!("{name}-{}", std::process::id()),
+        };
+        for line in [
+            "link set lo up",
+            "link add eth0 type veth peer name wire",
+            "link add eth1 type veth peer name wire1",
+            "addr add 192.0.2.1/24 dev eth0",
+            "addr add 2001:db8:2::1/64 dev eth0 nodad",
+            "link set eth0 up",
+            "link set wire up",
+            "link set eth1 up",
+            "link set wire1 up",
+            "route add default via 192.0.2.254",
+        ] {
+            machine.ip(line);
+        }
+        // What an administrator has set: none of it may be lost.
+        machine.set("ipv4/ip_local_reserved_ports", "8472,32768-32800");
+        machine.set("ipv4/conf/all/rp_filter", "2");
+        machine.set("ipv4/conf/eth0/rp_filter", "1");
+        machine.set("ipv4/ip_forward", "0");
+        machine.set("ipv4/conf/eth1/forwarding", "1");
+        machine.set("ipv4/conf/all/accept_redirects", "0");
+        fs::create_dir_all(machine.path("manifests")).unwrap();
+        machine
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn ip(&self, arguments: &str) -> String {
+        let mut argv = vec!["ip"];
+        argv.extend(arguments.split_whitespace());
+        printed(&self.net.namespace, &argv)
+    }
+
+    fn set(&self, name: &str, value: &str) {
+        printed(&self.net.namespace, &["sh", "-c", &format!("printf '{value}\n' > /proc/sys/net/{name}")]);
+    }
+
+    fn get(&self, name: &str) -> String {
+        printed(&self.net.namespace, &["cat", &format!("/proc/sys/net/{name}")]).trim().to_owned()
+    }
+
+    fn agent_file(&self, instance: &str, more: &str) -> String {
+        let file = self.path(&format!("{instance}.yaml"));
+        let text = format!(
+            "node: {{name: n, devices: [eth0]}}\nstore: {{kind: folder, folder: {}}}\nstateDir: {}\n\
+             bpf: {{instance: {instance}, maps: {{flows: 16384, pending: 16384}}}}\n\
+             services: {{socket: {{mode: off}}}}\n{more}",
+            self.path("manifests").display(),
+            self.path(&format!("state-{instance}")).display(),
+        );
+        fs::write(&file, text).unwrap();
+        file.display().to_string()
+    }
+
+    fn agent(&self, instance: &str) -> Running {
+        let file = self.agent_file(instance, "");
+        let running = self.spawn(&["agent", "--config", &file], instance);
+        let socket = self.path(&format!("state-{instance}/agent.sock"));
+        eventually("the agent is ready", PATIENCE, || socket.exists());
+        running
+    }
+
+    fn spawn(&self, arguments: &[&str], log: &str) -> Running {
+        let log = fs::File::options().create(true).append(true).open(self.path(&format!("{log}.log"))).unwrap();
+        let mut command = Command::new(binary().unwrap());
+        command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        Running(self.net.namespace.run(|| command.spawn()).unwrap().unwrap())
+    }
+
+    fn cirri(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(binary().unwrap());
+        command.args(arguments);
+        self.net.namespace.run(|| command.output()).unwrap().unwrap()
+    }
+
+    fn well(&self, arguments: &[&str]) {
+        let output = self.cirri(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Attaches a pod as a runtime does.
+    fn add_pod(&self, instance: &str) {
+        let socket = self.path(&format!("state-{instance}/agent.sock"));
+        let configuration = format!(
+            r#"{{"cniVersion": "1.1.0", "name": "cirri", "type": "cirri-cni", "socket": "{}"}}"#,
+            socket.display()
+        );
+        let mut plugin = Command::new(binary().unwrap());
+        plugin
+            .arg("cni")
+            .env("CNI_COMMAND", "ADD")
+            .env("CNI_CONTAINERID", "c1")
+            .env("CNI_NETNS", format!("/run/netns/{}", self.pod.name()))
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", "/opt/cni/bin")
+            .env("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        fs::write(
+            self.path("manifests/web.yaml"),
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec: {containers: [{name: c, image: none}]}\n",
+        )
+        .unwrap();
+        let mut child = self.net.namespace.run(|| plugin.spawn()).unwrap().unwrap();
+        child.stdin.take().unwrap().write_all(configuration.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "ADD: {output:?}");
+    }
+
+    /// Everything that the kernel and the file system say of this machine.
+    fn state(&self) -> BTreeMap<&'static str, BTreeSet<String>> {
+        let lines = |text: String| text.lines().map(|line| line.trim().to_owned()).collect::<BTreeSet<_>>();
+        let shell = |script: &str| lines(printed(&self.net.namespace, &["sh", "-c", script]));
+        let found = |path: &Path| {
+            let output = Command::new("find").arg(path).output().unwrap();
+            lines(String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let mine = |all: BTreeSet<String>| -> BTreeSet<String> {
+            all.into_iter().filter(|line| line.contains(&self.name)).collect()
+        };
+        let cookie = self.net.namespace.cookie().unwrap();
+        BTreeMap::from([
+            ("links", shell("ip -d -o link | sed 's/ promiscuity.*//'")),
+            ("qdiscs", shell("tc qdisc show")),
+            ("addresses", shell("ip -o addr | sed 's/ tentative//; s/valid_lft.*//'")),
+            ("routes", shell("ip route show table all; ip -6 route show table all | sed 's/ expires [0-9]*sec//'")),
+            ("rules", shell("ip rule; ip -6 rule")),
+            ("neighbours", shell("ip neigh show nud permanent")),
+            (
+                "settings",
+                shell(
+                    "cd /proc/sys/net && grep -r '' ipv4 ipv6 2>/dev/null | grep -v 'stable_secret\\|tcp_mem\\|udp_mem\\|fib_sync_mem\\|/neigh/'",
+                ),
+            ),
+            ("pins", mine(found(Path::new("/sys/fs/bpf")))),
+            (
+                "mounts",
+                lines(fs::read_to_string("/proc/self/mounts").unwrap())
+                    .into_iter()
+                    .filter(|it| it.contains(" bpf ") || it.contains(" cgroup2 ") || it.contains(&self.name))
+                    .collect(),
+            ),
+            (
+                "records",
+                found(Path::new("/run/cirri-settings"))
+                    .into_iter()
+                    .filter(|it| it.ends_with(&format!("/{cookie:x}.json")))
+                    .collect(),
+            ),
+            (
+                "files",
+                found(self.directory.path())
+                    .into_iter()
+                    .filter(|it| !it.ends_with(".yaml") && !it.ends_with(".log"))
+                    .collect(),
+            ),
+        ])
+    }
+
+    #[track_caller]
+    fn assert_state(&self, before: &BTreeMap<&'static str, BTreeSet<String>>, what: &str) {
+        let now = self.state();
+        for (kind, lines) in before {
+            let gone: Vec<_> = lines.difference(&now[kind]).collect();
+            let left: Vec<_> = now[kind].difference(lines).collect();
+            assert!(gone.is_empty() && left.is_empty(), "{what}: {kind}: gone {gone:#?}, left {left:#?}");
+        }
+    }
+}
+
+#[test]
+fn the_machine_after_cleanup_is_as_before_the_agent_also_when_killed_and_when_its_state_is_lost() {
+    let machine = Machine::new("clean");
+    let before = machine.state();
+    let instance = machine.name.clone();
+    let cleanup = |()| machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    assert_eq!(machine.get("ipv4/ip_forward"), "1");
+    let running = machine.state();
+    let refused = machine.cirri(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+    assert!(!refused.status.success(), "cleanup beside a running agent");
+    machine.assert_state(&running, "a cleanup that was refused");
+    agent.stop();
+    cleanup(());
+    machine.assert_state(&before, "stopped in good order");
+    cleanup(());
+    machine.assert_state(&before, "cleaned twice");
+
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    drop(agent);
+    cleanup(());
+    machine.assert_state(&before, "killed");
+
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    drop(agent);
+    fs::remove_dir_all(machine.path(&format!("state-{instance}"))).unwrap();
+    cleanup(());
+    machine.assert_state(&before, "killed, and its state lost");
+}
+
+#[test]
+fn what_somebody_else_changed_since_stays_as_he_wants_it() {
+    let machine = Machine::new("since");
+    let instance = machine.name.clone();
+    machine.agent(&instance).stop();
+    machine.set("ipv4/conf/eth0/rp_filter", "2");
+    machine.set("ipv4/conf/wire/forwarding", "0");
+    let ports = machine.get("ipv4/ip_local_reserved_ports");
+    machine.set("ipv4/ip_local_reserved_ports", &format!("{ports},1234"));
+    machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+    assert_eq!(machine.get("ipv4/conf/eth0/rp_filter"), "2");
+    assert_eq!(machine.get("ipv4/conf/wire/forwarding"), "0");
+    assert_eq!(machine.get("ipv4/ip_local_reserved_ports"), "1234,8472,32768-32800");
+    assert_eq!(machine.get("ipv4/ip_forward"), "0");
+    assert_eq!(machine.get("ipv4/conf/all/rp_filter"), "2");
+}
+
+#[test]
+fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
+    let machine = Machine::new("second");
+    let instance = machine.name.clone();
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    let running = machine.state();
+    // Direct routing has no overlay device: it would take away that of the first.
+    let other = format!("{instance}-b");
+    let file = machine.agent_file(&other, "routing: {mode: direct}\n");
+    let output = machine.cirri(&["agent", "--config", &file]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains(&instance), "{said}");
+    machine.well(&["agent", "--config", &file, "--cleanup"]);
+    machine.assert_state(&running, "a second agent that was refused");
+    // The same instance with another state directory, too.
+    let stolen = fs::read_to_string(machine.agent_file(&instance, "")).unwrap();
+    let stolen = stolen.replace(&format!("state-{instance}"), "state-stolen");
+    let file = machine.path("stolen.yaml");
+    fs::write(&file, stolen).unwrap();
+    let output = machine.cirri(&["agent", "--config", &file.display().to_string(), "--cleanup"]);
+    assert!(!output.status.success(), "the pins of a running agent were removed by another's cleanup");
+    fs::remove_dir_all(machine.path("state-stolen")).unwrap();
+    machine.assert_state(&running, "a cleanup of the same instance from another state directory");
+    agent.stop();
+    machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+}
+
+#[test]
+fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_keeps_them() {
+    let machine = Machine::new("lb");
+    let before = machine.state();
+    let instance = machine.name.clone();
+    let write = |name: &str, more: &str| {
+        let file = machine.path(&format!("{name}.yaml"));
+        let text = format!(
+            "devices: [eth0]\nacceleration: off\nstateDir: {}\nbpf: {{instance: {instance}-{name}, maps: {{flows: 16384, pending: 16384}}}}\n\
+             services: [{{name: web, address: 203.0.113.10, port: 80, backends: [{{address: 192.0.2.7, port: 80}}]}}]\n{more}",
+            machine.path(&format!("state-{name}")).display()
+        );
+        fs::write(&file, text).unwrap();
+        file.display().to_string()
+    };
+    let (first, second) = (write("one", ""), write("two", ""));
+    let start = |name: &str, file: &str| {
+        let running = machine.spawn(&["lb", "--config", file], name);
+        eventually("it runs", PATIENCE, || machine.path(&format!("state-{name}/lb.sock")).exists());
+        running
+    };
+    let one = start("one", &first);
+    let reserved = machine.get("ipv4/ip_local_reserved_ports");
+    let running = machine.state();
+    let two = start("two", &second);
+    two.stop();
+    machine.well(&["lb", "down", "--config", &second]);
+    machine.assert_state(&running, "the second of two has left");
+    assert_eq!(machine.get("ipv4/ip_local_reserved_ports"), reserved);
+    // One that cannot start: its source is nobody's. And one whose device refuses it.
+    for broken in [write("three", "address: 192.0.2.99\n"), write("three", "").replace("three", "nowhere")] {
+        assert!(!machine.cirri(&["lb", "--config", &broken]).status.success());
+        let _ = fs::remove_dir_all(machine.path("state-three"));
+        machine.assert_state(&running, "one that could not start");
+    }
+    one.stop();
+    machine.well(&["lb", "down", "--config", &first]);
+    machine.assert_state(&before, "both are gone");
+}
+
+#[test]
+fn a_second_lb_backend_that_fails_or_leaves_takes_nothing_from_the_first() {
+    let machine = Machine::new("bk");
+    let before = machine.state();
+    let (one, two) = (format!("{}-1", machine.name), format!("{}-2", machine.name));
+    // An address that the administrator gave to lo himself.
+    machine.ip("addr add 203.0.113.9/32 dev lo");
+    let with_address = machine.state();
+    machine.well(&[
+        "lb",
+        "backend",
+        "--device",
+        "eth0",
+        "--vip",
+        "203.0.113.10",
+        "--vip",
+        "203.0.113.9",
+        "--instance",
+        &one,
+    ]);
+    let running = machine.state();
+    assert!(machine.ip("addr show dev lo").contains("203.0.113.10"));
+    // It fails after it has begun: there is no BPF file system.
+    let nowhere = machine.path("no-bpf").display().to_string();
+    let failing = ["lb", "backend", "--device", "eth1", "--vip", "203.0.113.10", "--vip", "203.0.113.11"];
+    let output = machine.cirri(&[&failing[..], &["--instance", &two, "--pin-root", &nowhere]].concat());
+    assert!(!output.status.success());
+    machine.assert_state(&running, "a second one that failed");
+    // One of the same instance whose second device is not there.
+    let output = machine.cirri(&["lb", "backend", "--device", "eth1", "--device", "eth9", "--instance", &one]);
+    assert!(!output.status.success());
+    machine.assert_state(&running, "the same instance, a device that is not there");
+    // Another instance with the same address comes and goes.
+    let vip = ["lb", "backend", "--device", "eth1", "--vip", "203.0.113.10", "--instance", &two];
+    machine.well(&vip);
+    machine.well(&[&vip[..], &["--remove"]].concat());
+    machine.assert_state(&running, "the second has left");
+    machine.well(&["lb", "backend", "--device", "eth0", "--instance", &one, "--remove"]);
+    machine.assert_state(&with_address, "both are gone");
+    machine.ip("addr del 203.0.113.9/32 dev lo");
+    machine.assert_state(&before, "as it began");
+}
+
+#[test]
+fn an_agent_whose_pins_will_not_last_says_so_at_the_start_and_at_the_end() {
+    let machine = Machine::new("mount");
+    let instance = machine.name.clone();
+    let file = machine.agent_file(&instance, "");
+    let log = fs::File::create(machine.path("agent.log")).unwrap();
+    // As `ip netns exec` does: a mount namespace with a /sys of its own, which has no BPF file system.
+    let script = format!("mount -t sysfs sysfs /sys && exec {} agent --config {file}", binary().unwrap().display());
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script]).stdin(Stdio::null()).stderr(log.try_clone().unwrap()).stdout(log);
+    let agent = Running(machine.net.namespace.run(|| command.spawn()).unwrap().unwrap());
+    let socket = machine.path(&format!("state-{instance}/agent.sock"));
+    eventually("the agent is ready", PATIENCE, || socket.exists());
+    agent.stop();
+    let said = fs::read_to_string(machine.path("agent.log")).unwrap();
+    let warned =
+        said.lines().any(|line| line.contains("WARN") && line.contains("mount namespace") && line.contains("pins"));
+    assert!(warned, "no warning at the start: {said}");
+    let last = said.lines().last().unwrap_or_default();
+    assert!(last.contains("the packet path with it"), "the last line is not true: {last}");
+    machine.well(&["agent", "--config", &file, "--cleanup"]);
+}
+
+#[test]
+fn after_lab_down_nothing_of_the_lab_is_left_on_the_machine() {
+    let state = |name: &str| {
+        let printed = |argv: &[&str]| {
+            let output = Command::new(argv[0]).args(&argv[1..]).output().unwrap();
+            String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect::<BTreeSet<_>>()
+        };
+        let mine = |all: BTreeSet<String>| all.into_iter().filter(|line| line.contains(name)).collect::<BTreeSet<_>>();
+        let records = printed(&["sh", "-c", "grep -l . /run/cirri-settings/*.json 2>/dev/null | xargs -r cat"]);
+        let groups = printed(&["sh", "-c", "find /sys/fs/cgroup -maxdepth 4 -name 'cirri-lab-*'"]);
+        let all =
+            [printed(&["find", "/sys/fs/bpf"]), printed(&["ls", "/run/netns", "/run/cirri/lab"]), records, groups];
+        all.into_iter().map(mine).collect::<Vec<_>>()
+    };
+    let lab = Lab::up("left", 1, &[]).unwrap();
+    let name = lab.name().to_owned();
+    let pid = fs::read_to_string(format!("/run/cirri/lab/{name}/nodes/node1/agent.pid")).unwrap();
+    assert_eq!(pid.trim().parse::<i32>().ok(), lab.node("node1").unwrap().pid, "agent.pid is a number: {pid:?}");
+    assert!(state(&name).iter().any(|lines| !lines.is_empty()));
+    // Also after the agent was killed.
+    lab.kill_agent("node1").unwrap();
+    drop(lab);
+    assert_eq!(state(&name), vec![BTreeSet::new(); 4]);
+    let again = lab::run(["lab", "down", "--name", &name]).unwrap();
+    assert!(String::from_utf8_lossy(&again.stdout).contains("there is no lab"));
+}
