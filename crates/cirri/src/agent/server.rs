@@ -39,6 +39,10 @@ async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
     if !may_ask {
         return refuse(&mut writer, ApiError::new("denied", "only the agent's user and root may ask")).await;
     }
+    if line.len() as u64 == LONGEST && !line.ends_with('\n') {
+        let limit = format!("the question is longer than {} MiB", LONGEST >> 20);
+        return refuse(&mut writer, ApiError::new("bad-request", limit)).await;
+    }
     let request: Request = match serde_json::from_str(&line) {
         Ok(request) => request,
         Err(error) => {

@@ -37,6 +37,8 @@ The pod is named by K8S_POD_NAMESPACE and K8S_POD_NAME in CNI_ARGS; without them
 
 /// Most characters of a pod's name.
 const LONGEST_NAME: usize = 63;
+/// Bytes of a network configuration; one of GC names every attachment of the node.
+const LONGEST_INPUT: u64 = 16 << 20;
 /// How long an answer may take. Attaching takes milliseconds; a store that does not answer, seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -49,7 +51,15 @@ pub fn invoked_as_plugin() -> bool {
 /// Runs the command that the environment names.
 pub fn main() -> ExitCode {
     let mut input = String::new();
-    let outcome = match io::stdin().read_to_string(&mut input) {
+    let outcome = match io::stdin().take(LONGEST_INPUT + 1).read_to_string(&mut input) {
+        Ok(read) if read as u64 > LONGEST_INPUT => Err(Failed {
+            version: spec::VERSIONS[0].to_owned(),
+            error: CniError::new(
+                code::DECODE,
+                format!("the network configuration is longer than {} MiB", LONGEST_INPUT >> 20),
+                "see the CNI specification",
+            ),
+        }),
         Ok(_) => run(&input, &|name| std::env::var(name).ok().filter(|value| !value.is_empty())),
         Err(error) => Err(Failed {
             version: spec::VERSIONS[0].to_owned(),

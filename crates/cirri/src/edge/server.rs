@@ -45,6 +45,10 @@ async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
 }
 
 async fn answer(shared: &Arc<Shared>, line: &str) -> Result<serde_json::Value, ApiError> {
+    if line.len() as u64 == LONGEST && !line.ends_with('\n') {
+        let limit = format!("the question is longer than {} MiB", LONGEST >> 20);
+        return Err(ApiError::new("bad-request", limit));
+    }
     let Request { method, params } = serde_json::from_str(line)
         .map_err(|error| ApiError::new("bad-request", format!("the question cannot be read: {error}")))?;
     match method.as_str() {

@@ -48,11 +48,24 @@ impl Blocks {
 
     /// Numbers of the blocks whose addresses the `ipBlock` means.
     pub(super) fn meant_by<'a>(&'a self, meant: &'a IpBlock) -> impl Iterator<Item = u32> + 'a {
+        let mut except: Vec<IpNet> = meant.except.iter().map(IpNet::trunc).collect();
+        except.sort_unstable();
+        let mut except = except.into_iter().peekable();
+        // Both go in order, and what contains a prefix comes before it: one look at the widest of late is enough.
+        let mut widest: Option<IpNet> = None;
+        let is_excepted = move |net: &IpNet| {
+            while let Some(next) = except.next_if(|next| next <= net) {
+                if !widest.is_some_and(|widest| widest.contains(&next)) {
+                    widest = Some(next);
+                }
+            }
+            widest.is_some_and(|widest| widest.contains(net))
+        };
         self.blocks
             .range(meant.cidr..)
             .take_while(|(net, _)| meant.cidr.contains(*net))
-            .filter(|(net, _)| !meant.except.iter().any(|except| except.contains(*net)))
-            .map(|(_, block)| block.number)
+            .scan(is_excepted, |is_excepted, (net, block)| Some((!is_excepted(net)).then_some(block.number)))
+            .flatten()
     }
 
     /// Adds one use of each prefix of the block. Answers those that are new.
@@ -126,6 +139,22 @@ mod tests {
         assert_eq!(of(&blocks, "0.0.0.0/0").as_deref(), Some("0.0.0.0/0"));
         assert_eq!(of(&blocks, "fd00::1/128").as_deref(), Some("fd00::/8"));
         assert_eq!(of(&blocks, "2001:db8::1/128"), None);
+    }
+
+    #[test]
+    fn exceptions_may_lie_inside_each_other_and_side_by_side() {
+        let mut blocks = Blocks::default();
+        let wide = block(
+            "10.0.0.0/8",
+            &["10.1.2.0/24", "10.1.0.0/16", "10.1.0.0/24", "10.3.0.0/16", "10.2.255.0/24", "10.1.255.255/32"],
+        );
+        blocks.acquire(&wide);
+        for net in ["10.1.3.0/24", "10.2.0.0/24", "10.2.255.7/32", "10.3.255.0/24", "10.4.0.0/16", "10.0.0.0/16"] {
+            blocks.acquire(&block(net, &[]));
+        }
+        let mut meant: Vec<String> = blocks.meant_by(&wide).map(|n| blocks.prefix(n).unwrap().to_string()).collect();
+        meant.sort();
+        assert_eq!(meant, ["10.0.0.0/16", "10.0.0.0/8", "10.2.0.0/24", "10.4.0.0/16"]);
     }
 
     #[test]

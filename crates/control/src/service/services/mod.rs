@@ -21,7 +21,7 @@ use claims::{Claims, Source};
 use nodes::Nodes;
 use pods::{PodKey, Pods};
 use slices::{Slice, Slices};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
@@ -305,8 +305,9 @@ impl Services {
                 old => {
                     let had = old.map(|(_, frontends)| frontends).unwrap_or_default();
                     if had.iter().any(|frontend| self.is_lost(&source, frontend, protocol)) {
+                        let had: HashSet<_> = had.iter().map(|old| (old.addr, old.port)).collect();
                         let mut rest = port.clone();
-                        rest.frontends.retain(|now| had.iter().any(|old| (old.addr, old.port) == (now.addr, now.port)));
+                        rest.frontends.retain(|now| had.contains(&(now.addr, now.port)));
                         changed.handing_over.insert(id.clone(), rest);
                     }
                     changed.there.insert(id.clone(), port);

@@ -5,6 +5,7 @@ use super::wanted::Wanted;
 use super::{Installed, Live, Made, Set, Tables, Write, epoch_of, slots_of};
 use crate::service::ServicePort;
 use cirri_abi::{Port, RangeKey, Service, ServiceKey};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// A change that has been checked.
@@ -82,21 +83,17 @@ impl Tables {
                 }
             };
         }
-        for key in &wanted.ranges {
-            let key = RangeKey { service: number, ..*key };
-            match old.ranges.iter().position(|known| *known == key) {
-                Some(at) => {
-                    old.ranges.swap_remove(at);
-                }
-                None => {
-                    self.ranges += 1;
-                    writes.push(Write::Range(key));
-                }
-            }
-            live.ranges.push(key);
+        let known: HashSet<RangeKey> = old.ranges.iter().copied().collect();
+        live.ranges = wanted.ranges.iter().map(|key| RangeKey { service: number, ..*key }).collect();
+        for key in live.ranges.iter().filter(|key| !known.contains(key)) {
+            self.ranges += 1;
+            writes.push(Write::Range(*key));
         }
+        let kept: HashSet<RangeKey> = live.ranges.iter().copied().collect();
+        old.ranges.retain(|key| !kept.contains(key));
         let part = |set: &Option<Set>| set.as_ref().map_or((0, 0), |set| (set.first, set.count));
         let [inside, (outside_first, outside_count), within] = sets.each_ref().map(part);
+        let mut before: HashMap<ServiceKey, Service> = old.rows.iter().copied().collect();
         for (key, flags, world) in &wanted.rows {
             let (inside_first, inside_count) = if *world { within } else { inside };
             let row = Service {
@@ -113,8 +110,7 @@ impl Tables {
                 forwarding: port.forwarding,
                 _pad: 0,
             };
-            let before = old.rows.iter().position(|(known, _)| known == key).map(|at| old.rows.swap_remove(at).1);
-            if before != Some(row) {
+            if before.remove(key) != Some(row) {
                 writes.push(Write::Service(*key, row));
             }
             self.claim(*key, &id, &mut writes);
@@ -124,7 +120,8 @@ impl Tables {
         self.share(&live.shared, &old.shared, &mut writes);
         live.refusing = std::mem::take(&mut wanted.refusing);
         self.refuse(&live.refusing, &old.refusing);
-        let gone_rows: Vec<ServiceKey> = std::mem::take(&mut old.rows).into_iter().map(|(key, _)| key).collect();
+        let gone_rows: Vec<ServiceKey> =
+            old.rows.iter().map(|(key, _)| *key).filter(|key| before.contains_key(key)).collect();
         for key in &gone_rows {
             self.release(*key, &mut writes);
         }

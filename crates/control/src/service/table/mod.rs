@@ -387,9 +387,10 @@ impl Tables {
         let Capacity { services, backends, ranges, .. } = self.capacity;
         let mut rows = 0;
         let mut addresses = HashSet::new();
+        let [refusing, shared] = [&wanted.refusing, &wanted.shared].map(|keys| keys.iter().collect::<HashSet<_>>());
         for (key, ..) in &wanted.rows {
             rows += usize::from(!self.owners.contains_key(key));
-            let refuses = !is_own(key.addr) && wanted.refusing.contains(key) && !wanted.shared.contains(key);
+            let refuses = !is_own(key.addr) && refusing.contains(key) && !shared.contains(key);
             if refuses && !self.addresses.get(&key.addr).is_some_and(|refusal| refusal.stands) {
                 addresses.insert(key.addr);
             }
@@ -398,7 +399,8 @@ impl Tables {
         room("numbers of services", usize::from(old.number == 0), self.numbers.free(), services)?;
         let new = wanted.backends.iter().filter(|(place, _)| !old.backends.contains_key(place)).count();
         room("backends", new, self.backends.free(), backends)?;
-        let known = |key: &RangeKey| old.ranges.contains(&RangeKey { service: old.number, ..*key });
+        let before: HashSet<&RangeKey> = old.ranges.iter().collect();
+        let known = |key: &RangeKey| before.contains(&RangeKey { service: old.number, ..*key });
         let new = wanted.ranges.iter().filter(|key| !known(key)).count();
         room("ranges of clients", new, ranges.saturating_sub(self.ranges), ranges)
     }

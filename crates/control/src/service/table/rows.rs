@@ -4,7 +4,7 @@
 use super::{Owner, Tables, Write, epoch_of};
 use crate::service::PortId;
 use cirri_abi::{Addr, Service, ServiceKey, service_flag};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// The row of an address alone.
@@ -79,11 +79,12 @@ impl Tables {
     /// Books which rows' addresses have other uses. They may be the node's own, whose packets are looked
     /// at only on ports that have a bit.
     pub(super) fn share(&mut self, now: &[ServiceKey], before: &[ServiceKey], writes: &mut Vec<Write>) {
-        for key in now.iter().filter(|key| !before.contains(key)) {
+        let [in_now, in_before] = [now, before].map(|keys| keys.iter().collect::<HashSet<_>>());
+        for key in now.iter().filter(|key| !in_before.contains(key)) {
             self.addresses.entry(key.addr).or_default().shared += 1;
             writes.extend(self.node_ports.open(key.port.number(), true));
         }
-        for key in before.iter().filter(|key| !now.contains(key)) {
+        for key in before.iter().filter(|key| !in_now.contains(key)) {
             if let Some(refusal) = self.addresses.get_mut(&key.addr) {
                 refusal.shared -= 1;
             }
@@ -93,10 +94,11 @@ impl Tables {
 
     /// Books which rows' addresses were given to their service as a whole.
     pub(super) fn refuse(&mut self, now: &[ServiceKey], before: &[ServiceKey]) {
-        for key in now.iter().filter(|key| !before.contains(key)) {
+        let [in_now, in_before] = [now, before].map(|keys| keys.iter().collect::<HashSet<_>>());
+        for key in now.iter().filter(|key| !in_before.contains(key)) {
             self.addresses.entry(key.addr).or_default().refusing += 1;
         }
-        for key in before.iter().filter(|key| !now.contains(key)) {
+        for key in before.iter().filter(|key| !in_now.contains(key)) {
             if let Some(refusal) = self.addresses.get_mut(&key.addr) {
                 refusal.refusing -= 1;
             }

@@ -4,7 +4,8 @@ use super::TableError;
 use crate::service::{FrontendKind, ServicePort, maglev};
 use cirri_abi::{Addr, Algorithm, Port, RangeKey, ServiceKey, service_flag};
 use ipnet::IpNet;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 use std::net::IpAddr;
 
 /// Where a backend is: what makes it the same one.
@@ -43,8 +44,9 @@ impl Wanted {
     pub fn of(port: &ServicePort) -> Result<Wanted, TableError> {
         let id = || Box::new(port.id.clone());
         let mut rows: Vec<(ServiceKey, u32, bool)> = Vec::with_capacity(port.frontends.len());
-        let mut shared: Vec<ServiceKey> = Vec::new();
-        let mut refusing: Vec<ServiceKey> = Vec::new();
+        let mut known: HashMap<ServiceKey, usize> = HashMap::with_capacity(port.frontends.len());
+        let mut shared = Once::default();
+        let mut refusing = Once::default();
         for frontend in &port.frontends {
             if is_v6(frontend.addr) != port.id.v6 {
                 return Err(TableError::FrontendFamily { id: id(), addr: frontend.addr.into() });
@@ -54,22 +56,26 @@ impl Wanted {
             }
             let key =
                 ServiceKey { addr: frontend.addr, port: Port::new(frontend.port), proto: port.id.protocol, _pad: 0 };
-            if frontend.shared && !shared.contains(&key) {
+            if frontend.shared {
                 shared.push(key);
             }
-            if is_given(frontend.kind) && !refusing.contains(&key) {
+            if is_given(frontend.kind) {
                 refusing.push(key);
             }
             let flags = flags(port, frontend.kind);
             let world = !matches!(frontend.kind, FrontendKind::ClusterIp | FrontendKind::HostPort);
-            match rows.iter_mut().find(|(known, ..)| *known == key) {
+            match known.get(&key) {
                 // One address for two reasons: what either of them opens is open, what either of
                 // them restricts is restricted.
-                Some((_, known, _)) => {
-                    let inside_only = *known & flags & service_flag::INSIDE_ONLY;
-                    *known = (*known | flags) & !service_flag::INSIDE_ONLY | inside_only;
+                Some(at) => {
+                    let all = &mut rows[*at].1;
+                    let inside_only = *all & flags & service_flag::INSIDE_ONLY;
+                    *all = (*all | flags) & !service_flag::INSIDE_ONLY | inside_only;
                 }
-                None => rows.push((key, flags, world)),
+                None => {
+                    known.insert(key, rows.len());
+                    rows.push((key, flags, world));
+                }
             }
         }
         let mut backends: Vec<(Place, u8)> = Vec::with_capacity(port.backends.len());
@@ -115,16 +121,32 @@ impl Wanted {
             (Algorithm::MAGLEV, None) => Make::Maglev(maglev::size_for(backends.len())),
             _ => Make::Random,
         };
-        let mut ranges: Vec<RangeKey> = Vec::new();
-        for net in &port.ranges {
-            if matches!(net, IpNet::V6(_)) == port.id.v6 {
-                let key = range_key(net);
-                if !ranges.contains(&key) {
-                    ranges.push(key);
-                }
-            }
+        let mut ranges = Once::default();
+        for net in port.ranges.iter().filter(|net| matches!(net, IpNet::V6(_)) == port.id.v6) {
+            ranges.push(range_key(net));
         }
+        let (shared, refusing, ranges) = (shared.all, refusing.all, ranges.all);
         Ok(Wanted { rows, shared, refusing, backends, sets: [inside, outside, within], make, ranges })
+    }
+}
+
+/// Each once, in the order in which they came.
+struct Once<T> {
+    all: Vec<T>,
+    known: HashSet<T>,
+}
+
+impl<T> Default for Once<T> {
+    fn default() -> Self {
+        Once { all: Vec::new(), known: HashSet::new() }
+    }
+}
+
+impl<T: Copy + Eq + Hash> Once<T> {
+    fn push(&mut self, one: T) {
+        if self.known.insert(one) {
+            self.all.push(one);
+        }
     }
 }
 
