@@ -465,6 +465,9 @@ pub struct Status {
     pub seen_revision: u64,
     /// Newest store revision that every table is reconciled for.
     pub enforced_revision: u64,
+    /// Whether the store holds more than was seen: then what is enforced is not all there is.
+    #[serde(default)]
+    pub is_behind: bool,
     /// How long the newest changes took from being seen to being in force.
     #[serde(default)]
     pub latency: LatencyInfo,

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 /// Writes a file so that a reader finds the old text, the new text or nothing, never a part; also
-/// after a power failure. Creates its directory. Readable by the owner only.
+/// after a power failure. Creates its directory. Readable by the owner only. A directory of that name
+/// is set aside.
 ///
 /// # Errors
 /// The file system's. Nothing is left behind then.
@@ -18,6 +19,12 @@ pub fn write_atomic(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = directory.join(name);
+    if path.is_dir() {
+        // Not ours: a file does not take its place, nor is it emptied.
+        let mut aside = path.as_os_str().to_owned();
+        aside.push(format!(".{}.aside", std::process::id()));
+        fs::rename(path, aside)?;
+    }
     let written = File::options()
         .write(true)
         .create(true)
@@ -39,6 +46,14 @@ pub fn write_atomic(path: &Path, text: &[u8]) -> io::Result<()> {
 /// # Errors
 /// The file system's.
 pub fn read_all(directory: &Path) -> io::Result<Vec<(PathBuf, Vec<u8>)>> {
+    read_each(directory)?.into_iter().map(|(path, text)| Ok((path, text?))).collect()
+}
+
+/// The same; a file that cannot be read stands for itself.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn read_each(directory: &Path) -> io::Result<Vec<(PathBuf, io::Result<Vec<u8>>)>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,
@@ -47,7 +62,8 @@ pub fn read_all(directory: &Path) -> io::Result<Vec<(PathBuf, Vec<u8>)>> {
     for entry in entries {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "json") {
-            files.push((path.clone(), fs::read(&path)?));
+            let text = fs::read(&path);
+            files.push((path, text));
         }
     }
     Ok(files)

@@ -230,3 +230,17 @@ fn writer(what: &str, path: &Path) -> Command {
     command.arg(what).arg(path);
     command
 }
+
+#[tokio::test]
+async fn keys_are_written_and_removed_in_one_revision() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store.redb");
+    let store = Embedded::open(&path).await.expect("open");
+    let first = store.write_all(&[("a".into(), Some(b"1".to_vec())), ("b".into(), Some(b"2".to_vec()))]).await;
+    let second = store.write_all(&[("a".into(), None), ("c".into(), Some(b"3".to_vec())), ("gone".into(), None)]).await;
+    assert_eq!(second.expect("written"), first.expect("written") + 1);
+    drop(store);
+    let store = Embedded::open(&path).await.expect("open again");
+    let (entries, _) = store.list("").await.expect("list");
+    assert_eq!(entries.iter().map(|entry| entry.key.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+}

@@ -23,7 +23,7 @@ fn names(change: &Change) -> Vec<&str> {
 }
 
 fn start(dir: &Path) -> BoxStream<'static, Change> {
-    watch(dir, writers).expect("watch")
+    watch(dir, writers).expect("watch").0
 }
 
 #[tokio::test]
@@ -316,4 +316,33 @@ async fn a_manifest_that_is_no_file_is_named_and_nobody_waits_for_it() {
     let change = next(&mut start(dir.path())).await;
     assert_eq!(names(&change), ["one"]);
     assert!(change.errors[0].message.contains("no regular file"), "{change:?}");
+}
+
+#[tokio::test]
+async fn a_question_is_answered_with_all_that_was_there_when_it_was_asked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (mut changes, catch_up) = watch(dir.path(), writers).expect("watch");
+    assert_eq!(next(&mut changes).await, Change::default());
+    for round in 0..50 {
+        let written = [format!("a{round}"), format!("b{round}")];
+        for name in &written {
+            fs::write(dir.path().join(format!("{name}.yaml")), namespace(name, "x")).expect("write");
+        }
+        let question = catch_up.ask();
+        let mut seen = Vec::new();
+        loop {
+            let change = next(&mut changes).await;
+            seen.extend(change.upserted.iter().map(|resource| resource.name().to_owned()));
+            if change.caught_up >= question {
+                break;
+            }
+        }
+        assert_eq!(seen, written);
+    }
+    let question = catch_up.ask();
+    assert_eq!(
+        next(&mut changes).await,
+        Change { caught_up: question, ..Change::default() },
+        "nothing is an answer too"
+    );
 }

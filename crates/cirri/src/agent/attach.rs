@@ -7,24 +7,29 @@ use std::time::{Duration, Instant};
 use cirri_abi::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, Identity};
 use cirri_loader::net::{Namespace, NetError};
 
+use tokio::sync::MutexGuard;
+
 use super::allocate::{self, AllocateError};
 use super::core::Core;
-use super::endpoint::{Endpoint, HasDefault};
+use super::endpoint::{Endpoint, HasDefault, Seen};
 use super::wanted::Wanted;
-use super::{Shared, deletions, devices, inside, node};
+use super::{Shared, catch_up, deletions, devices, inside, node};
 use crate::api::{Address, ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointGc, ValidAttachment};
+use crate::config::Unseen;
 use crate::workload;
 
 /// How long an answer may wait for other nodes to be able to learn of the workload.
 const PUBLISH_PATIENCE: Duration = Duration::from_secs(3);
 
-/// Attaches a workload: its rules are in force before anybody learns that it is there.
+/// Attaches a workload: first it is known who it is and all rules that were written before the
+/// question are in force for it, then its device comes up.
 ///
 /// Asked again for the same attachment it answers with what is there. `is_heard` is asked at the end: nobody
 /// could delete what nobody knows of.
 ///
 /// # Errors
-/// What went wrong; nothing of the workload is left then.
+/// What went wrong; nothing of the workload is left then. `unavailable`: the store did not show in
+/// time what it held when this was called, or it holds no such pod; see `pods` in the configuration.
 pub async fn add(
     shared: &Arc<Shared>,
     asked: &EndpointAdd,
@@ -35,9 +40,8 @@ pub async fn add(
     if let Some(answer) = attached(&mut *shared.core.lock().await, &wanted).await? {
         return Ok(answer);
     }
-    let identity = number_labels(shared, &asked.namespace, &asked.pod).await?;
-
-    let mut core = shared.core.lock().await;
+    see(shared, asked, started).await?;
+    let (mut core, identity) = numbered(shared, &asked.namespace, &asked.pod).await?;
     if let Some(answer) = attached(&mut core, &wanted).await? {
         return Ok(answer);
     }
@@ -131,26 +135,74 @@ pub async fn collect(shared: &Arc<Shared>, asked: &EndpointGc) -> Result<usize, 
     outcome
 }
 
-/// The identity of a pod's labels, allocated if need be. Not under the lock: the store may be slow.
-async fn number_labels(shared: &Arc<Shared>, namespace: &str, pod: &str) -> Result<Identity, ApiError> {
-    let (labels, known) = {
+/// Waits until the agent has seen what the store held when this was called, and the pod that the
+/// runtime names.
+async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Result<(), ApiError> {
+    let pods = {
         let core = shared.core.lock().await;
         if !core.is_ready() {
             return Err(ApiError::new("unavailable", "the store was not seen whole yet, or the node has no pod range")
                 .hint("see `cirri status`; the store must be reachable once"));
         }
+        core.config.pods
+    };
+    let patience = Duration::from_secs(pods.patience_seconds);
+    let deadline = tokio::time::Instant::from_std(started + patience);
+    let caught_up = tokio::time::timeout_at(deadline, catch_up::caught_up(shared)).await;
+    let (namespace, pod) = (&asked.namespace, &asked.pod);
+    let why = match caught_up {
+        Ok(Ok(_)) if !asked.pod_named => return Ok(()),
+        Ok(Ok(_)) => match tokio::time::timeout_at(deadline, pod_seen(shared, namespace, pod)).await {
+            Ok(seen) => return seen,
+            Err(_) => format!("the store has no Pod {namespace}/{pod}"),
+        },
+        Ok(Err(error)) => format!("what the store holds is not known: {error}"),
+        Err(_) => format!("the agent is more than {} s behind the store", patience.as_secs()),
+    };
+    match pods.unseen {
+        Unseen::Refuse => Err(ApiError::new("unavailable", format!("{namespace}/{pod} is not attached yet: {why}"))
+            .hint("the runtime tries again; see `cirri status`, and `pods.unseen` in the configuration")),
+        Unseen::Attach => {
+            tracing::warn!(namespace, pod, why, "attached by what is known, as pods.unseen asks for");
+            Ok(())
+        }
+    }
+}
+
+/// Returns when the store has shown the pod.
+async fn pod_seen(shared: &Arc<Shared>, namespace: &str, pod: &str) -> Result<(), ApiError> {
+    let named = (namespace.to_owned(), pod.to_owned());
+    let mut seen = shared.seen.subscribe();
+    loop {
+        if shared.core.lock().await.view.pods.contains_key(&named) {
+            return Ok(());
+        }
+        seen.changed().await.map_err(|_| ApiError::new("unavailable", "the agent is stopping"))?;
+    }
+}
+
+/// The identity of a pod's labels, allocated if need be, and the lock under which they are its labels.
+async fn numbered<'a>(
+    shared: &'a Arc<Shared>,
+    namespace: &str,
+    pod: &str,
+) -> Result<(MutexGuard<'a, Core>, Identity), ApiError> {
+    loop {
+        let core = shared.core.lock().await;
         let labels = core.labels_of(namespace, pod, &core.cluster.label_filter());
         if let Some(identity) = core.view.identities.find(&labels) {
-            return Ok(identity);
+            return Ok((core, identity));
         }
-        (labels, core.view.identities.clone())
-    };
-    let identity = allocate::identity(shared.store.as_ref(), &known, &labels).await.map_err(|error| match error {
-        AllocateError::NoIdentity => ApiError::new("exhausted", error),
-        error => ApiError::new("unavailable", format!("no identity for {namespace}/{pod}: {error}")),
-    })?;
-    shared.core.lock().await.learn_identity(identity, &labels);
-    Ok(identity)
+        let known = core.view.identities.clone();
+        // Not under the lock: the store may be slow. The labels may be others when it has answered.
+        drop(core);
+        let identity =
+            allocate::identity(shared.store.as_ref(), &known, &labels).await.map_err(|error| match error {
+                AllocateError::NoIdentity => ApiError::new("exhausted", error),
+                error => ApiError::new("unavailable", format!("no identity for {namespace}/{pod}: {error}")),
+            })?;
+        shared.core.lock().await.learn_identity(identity, &labels);
+    }
 }
 
 /// Takes number, slot, name and addresses.
@@ -192,6 +244,7 @@ async fn reserve(
         gc: wanted.gc,
         ruleset,
         ready_ms: 0.0,
+        seen: Seen::default(),
     })
 }
 
@@ -209,19 +262,25 @@ async fn create(
 
     let net = core.net.clone();
     endpoint.ifindex = devices::create(&net, endpoint, inside).await?;
-    // Not a packet may pass before: whoever is inside already can bring the other end up at any time.
     core.datapath
         .attach_workload(&endpoint.host_ifname)
         .map_err(|error| ApiError::new("internal", format!("no programs on its device: {error}")))?;
     node::quiet(&net, &endpoint.host_ifname).map_err(internal)?;
-    net.set_up(&endpoint.host_ifname).await.map_err(internal)?;
 
+    core.raising = Some(endpoint.id);
     core.endpoints.insert(endpoint.id, endpoint.clone());
     core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));
     core.touch();
     core.desire();
     core.reconcile(Instant::now()).await;
-    in_force(core, endpoint)?;
+    core.raising = None;
+    rules_in_force(core, endpoint)?;
+
+    // Not a packet may pass before: whoever is inside already can bring the other end up at any time.
+    net.set_up(&endpoint.host_ifname).await.map_err(internal)?;
+    core.desire_routes();
+    core.reconcile(Instant::now()).await;
+    reachable(core, endpoint)?;
 
     inside::set_up(endpoint, inside.clone()).await.map_err(internal)?;
     endpoint.ready_ms = started.elapsed().as_secs_f64() * 1000.0;
@@ -242,18 +301,24 @@ fn save(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
     })
 }
 
-/// Whether everything that the workload needs is in the kernel.
-fn in_force(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
+/// Whether everything that decides about the workload's packets is in the kernel.
+fn rules_in_force(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
     let rows = &core.rows;
     let mut states = vec![
         ("rule set", rows.rulesets.state(&endpoint.ruleset)),
         ("endpoint", rows.endpoints.state(&endpoint.id)),
         ("programs", rows.attachments.state(&endpoint.host_ifname)),
     ];
-    for ip in endpoint.addresses() {
-        states.push(("address", rows.ipcache.state(&ip.into())));
-        states.push(("route", rows.routes.state(&ip.into())));
-    }
+    states.extend(endpoint.addresses().map(|ip| ("address", rows.ipcache.state(&ip.into()))));
+    all_done(states)
+}
+
+/// Whether the node's stack reaches it.
+fn reachable(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
+    all_done(endpoint.addresses().map(|ip| ("route", core.rows.routes.state(&ip.into()))))
+}
+
+fn all_done(states: impl IntoIterator<Item = (&'static str, Option<String>)>) -> Result<(), ApiError> {
     match states.into_iter().find(|(_, state)| state.as_deref() != Some("done")) {
         None => Ok(()),
         Some((what, state)) => {
@@ -265,6 +330,7 @@ fn in_force(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
 
 /// Takes a workload away: its device first, so that nothing flows, then all that was known of it.
 pub async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiError> {
+    core.raising = None;
     let internal = |error: NetError| ApiError::new("internal", error);
     let Some(endpoint) = core.endpoint_of(attachment).cloned() else {
         workload::delete_devices(&core.net, attachment).await.map_err(internal)?;

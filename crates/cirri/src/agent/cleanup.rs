@@ -20,7 +20,7 @@ pub async fn cleanup(config: &Config) -> Result<()> {
     for device in Datapath::workload_devices(root, instance).because(Failure::Failed)? {
         net.delete_link(&device).await.because(Failure::Failed)?;
     }
-    for endpoint in endpoint::load_all(state_dir).because(Failure::Failed)? {
+    for endpoint in endpoint::load_all(state_dir).because(Failure::Failed)?.into_iter().flat_map(|found| found.said) {
         devices::delete(&net, &endpoint).await.because(Failure::Failed)?;
     }
     if !settings.is_anothers(node::CLAIM).because(Failure::Failed)? {

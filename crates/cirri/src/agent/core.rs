@@ -13,10 +13,10 @@ use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, RulesetSlot, epoch_slo
 use cirri_control::ipam::{IpamError, Pool};
 use cirri_control::labels::{IdentityLabels, LabelFilter};
 use cirri_control::policy::{self, Cluster, CompileError, PolicyId};
-use cirri_control::resource::Pod;
+use cirri_control::resource::{Namespace, Pod};
 use cirri_loader::net::Net;
 use cirri_loader::{Datapath, Tables};
-use cirri_store::Event;
+use cirri_store::{Entry, Event};
 use ipnet::IpNet;
 
 use super::drift::Drift;
@@ -55,13 +55,15 @@ pub struct Core {
     pub refused: BTreeMap<Named, String>,
     /// Identities of workloads here whose rules cannot be compiled, and why; their last good rule
     /// set is in force, or none that lets anything pass.
-    pub uncompiled: BTreeMap<u32, CompileError>,
+    pub uncompiled: BTreeMap<u32, Uncompiled>,
     /// This node's pod ranges and what is given out of them; empty until they are allocated.
     pub pools: Vec<Pool>,
     /// Workloads by number.
     pub endpoints: BTreeMap<u16, Endpoint>,
     /// Numbers of workloads.
     pub endpoint_ids: Slots<Attachment>,
+    /// The workload whose device is not up yet: no route can lead to it.
+    pub raising: Option<u16>,
     /// Slots of rule sets by identity.
     pub ruleset_slots: Slots<u32>,
     /// Epoch slots of routes to peers, by the peer's address.
@@ -74,12 +76,20 @@ pub struct Core {
     pub unnumbered: BTreeSet<IdentityLabels>,
     /// What is wrong with manifests in the folder.
     pub folder_errors: Vec<String>,
+    /// Files of endpoints that could not be used at the start, and what came of it.
+    pub spoilt_files: Vec<(String, String)>,
     /// What is not well.
     pub problems: Problems,
     /// How the kernel drifts.
     pub drift: Drift,
     /// How long changes take.
     pub latency: Latency,
+    /// Why what is known could not be saved; it is tried again.
+    pub unsaved: Option<String>,
+    /// Whether the store holds more than was seen, when that was asked last.
+    pub is_behind: bool,
+    /// Newest revision that the desired tables were made from.
+    pub desired_revision: u64,
     /// Newest revision that everything is reconciled for.
     pub enforced_revision: u64,
     /// Revision that must be seen before anything is desired; none: not known yet.
@@ -118,14 +128,19 @@ impl Core {
             pools: Vec::new(),
             endpoints: BTreeMap::new(),
             endpoint_ids: Slots::new(1..=u16::MAX),
+            raising: None,
             ruleset_slots: Slots::new(epoch_slot::FIRST_RULESET..=epoch_slot::LAST_RULESET),
             peer_slots: Slots::new(epoch_slot::FIRST_PEER..=epoch_slot::LAST_PEER),
             rows: Rows::new(),
             unnumbered: BTreeSet::new(),
             folder_errors: Vec::new(),
+            spoilt_files: Vec::new(),
             problems: Problems::default(),
             drift: Drift::default(),
             latency: Latency::default(),
+            unsaved: None,
+            is_behind: false,
+            desired_revision: 0,
             enforced_revision: 0,
             needed_revision: None,
             filled: false,
@@ -142,15 +157,31 @@ impl Core {
         self.view.synced && seen && !self.pools.is_empty()
     }
 
+    /// Takes in what an earlier run saved, before the store is asked.
+    pub fn restore(&mut self, saved: Vec<Entry>) {
+        for entry in saved {
+            let changes = self.view.restore(entry.key, entry.value);
+            self.take(changes);
+        }
+        // It is saved already.
+        self.view.take_unsaved();
+    }
+
     /// Takes in what the store says.
     pub fn apply(&mut self, event: Event) {
+        let changes = self.view.apply(event);
+        self.take(changes);
+    }
+
+    fn take(&mut self, changes: Vec<Change>) {
         let mut changed = policy::Change::default();
-        for change in self.view.apply(event) {
+        for change in changes {
             match change {
-                Change::PolicyPut(name) => {
+                Change::PolicyPut(name, text) => {
                     let Some((policy, _)) = self.view.policies.get(&name) else { continue };
                     match self.cluster.upsert_policy(policy) {
                         Ok(change) => {
+                            self.view.save_policy(&name, text);
                             self.refused.remove(&name);
                             changed.merge(change);
                         }
@@ -170,6 +201,8 @@ impl Core {
                         changed.merge(self.cluster.upsert_identity(identity, labels.clone()));
                     }
                 }
+                // Who a workload is does not become unknown because a record is gone.
+                Change::IdentityGone(identity) if self.is_here(identity) => self.labels_stale = true,
                 Change::IdentityGone(identity) => changed.merge(self.cluster.remove_identity(identity)),
                 Change::Labels => self.labels_stale = true,
                 Change::Addresses => self.rows_stale = true,
@@ -259,14 +292,42 @@ impl Core {
         self.rows_stale = true;
     }
 
+    /// Whether a workload of this node has the identity.
+    fn is_here(&self, identity: Identity) -> bool {
+        self.endpoints.values().any(|endpoint| endpoint.identity == identity.id)
+    }
+
     /// Who a pod is. One without a resource of its own is known by its namespace alone.
     pub fn labels_of(&self, namespace: &str, pod: &str, filter: &LabelFilter) -> IdentityLabels {
         let known = self.view.pods.get(&(namespace.to_owned(), pod.to_owned()));
-        let space = self.view.namespaces.get(namespace);
+        self.labels(known, self.view.namespaces.get(namespace), namespace, pod, filter)
+    }
+
+    /// Who a workload here is: by what the store says of its pod and namespace or, of what is gone
+    /// while it still runs, by what the store said last.
+    fn labels_of_endpoint(&self, endpoint: &Endpoint, filter: &LabelFilter) -> IdentityLabels {
+        let space = self.view.namespaces.get(&endpoint.namespace).or(endpoint.seen.namespace.as_ref());
+        self.labels(self.pod_of(endpoint), space, &endpoint.namespace, &endpoint.pod, filter)
+    }
+
+    /// The pod of a workload, as the store says or said last.
+    pub fn pod_of<'a>(&'a self, endpoint: &'a Endpoint) -> Option<&'a Pod> {
+        let named = (endpoint.namespace.clone(), endpoint.pod.clone());
+        self.view.pods.get(&named).or(endpoint.seen.pod.as_ref())
+    }
+
+    fn labels(
+        &self,
+        pod: Option<&Pod>,
+        space: Option<&Namespace>,
+        namespace: &str,
+        name: &str,
+        filter: &LabelFilter,
+    ) -> IdentityLabels {
         let cluster = &self.config.cluster.name;
-        match known {
+        match pod {
             Some(pod) => IdentityLabels::of_pod(pod, space, cluster, filter),
-            None => IdentityLabels::of_pod(&unlabelled(namespace, pod), space, cluster, filter),
+            None => IdentityLabels::of_pod(&unlabelled(namespace, name), space, cluster, filter),
         }
     }
 
@@ -293,6 +354,7 @@ impl Core {
             self.desire_sockets();
         }
         self.filled = true;
+        self.desired_revision = self.view.revision;
     }
 
     /// Gives every workload the identity that its labels have now.
@@ -300,8 +362,9 @@ impl Core {
         let filter = self.cluster.label_filter();
         let mut unnumbered = BTreeSet::new();
         let mut moved = Vec::new();
+        self.remember_seen();
         for endpoint in self.endpoints.values() {
-            let labels = self.labels_of(&endpoint.namespace, &endpoint.pod, &filter);
+            let labels = self.labels_of_endpoint(endpoint, &filter);
             match self.view.identities.find(&labels) {
                 Some(identity) if identity.id == endpoint.identity => {}
                 Some(identity) => moved.push((endpoint.id, identity, labels.canonical())),
@@ -328,6 +391,19 @@ impl Core {
         }
     }
 
+    /// Keeps what the store says of the pods and namespaces of workloads here: should it go while
+    /// they still run, they stay who they are, also after a restart.
+    fn remember_seen(&mut self) {
+        for endpoint in self.endpoints.values_mut() {
+            let named = (endpoint.namespace.clone(), endpoint.pod.clone());
+            let pod = self.view.pods.get(&named);
+            let differs = endpoint.seen.update(pod, self.view.namespaces.get(&endpoint.namespace));
+            if differs && let Err(error) = endpoint.save(&self.config.state_dir.0) {
+                tracing::warn!(endpoint = endpoint.id, %error, "its file is behind; a restart repairs it");
+            }
+        }
+    }
+
     fn desire_rulesets(&mut self) {
         let wanted: BTreeMap<u32, RulesetSlot> =
             self.endpoints.values().map(|endpoint| (endpoint.identity, endpoint.ruleset)).collect();
@@ -335,19 +411,17 @@ impl Core {
             if !self.dirty.contains(identity) && self.rows.rulesets.desired(slot).is_some() {
                 continue;
             }
-            match self.cluster.compile(Identity { id: *identity }) {
-                Ok(mut ruleset) => {
-                    sort(&mut ruleset.entries);
+            match self.compile(*identity, *slot) {
+                Ok(entries) => {
                     self.uncompiled.remove(identity);
-                    self.rows.rulesets.set(*slot, Arc::new(ruleset.entries));
+                    self.rows.rulesets.set(*slot, Arc::new(entries));
                 }
                 Err(error) => {
                     tracing::error!(identity, %error, "no new rule set");
                     self.uncompiled.insert(*identity, error);
                     if self.rows.rulesets.desired(slot).is_none() {
-                        let mut entries = closed();
-                        sort(&mut entries);
-                        self.rows.rulesets.set(*slot, Arc::new(entries));
+                        let entries = self.pinned(*identity, *slot).unwrap_or_else(|| Arc::new(closed()));
+                        self.rows.rulesets.set(*slot, entries);
                     }
                 }
             }
@@ -361,6 +435,34 @@ impl Core {
         for slot in unused {
             self.rows.rulesets.unset(&slot);
         }
+    }
+
+    /// The rule set of an identity, if enough is known to make it.
+    fn compile(&self, identity: u32, slot: RulesetSlot) -> Result<Rules, Uncompiled> {
+        let number = Identity { id: identity };
+        let labels = self.cluster.labels(number);
+        let is_of = |labels: &IdentityLabels| {
+            let canonical = labels.canonical();
+            self.endpoints.values().all(|endpoint| endpoint.identity != identity || endpoint.labels == canonical)
+        };
+        let Some(labels) = labels.filter(|labels| is_of(labels)) else {
+            return Err(Uncompiled::Stranger { identity });
+        };
+        let namespace = labels.namespace().unwrap_or_default();
+        let never_compiled = self.rows.rulesets.desired(&slot).is_none() || self.uncompiled.contains_key(&identity);
+        if never_compiled && self.view.lacks_policy(namespace) && self.pinned(identity, slot).is_some() {
+            return Err(Uncompiled::Hole { identity, namespace: namespace.to_owned() });
+        }
+        let mut ruleset = self.cluster.compile(number)?;
+        sort(&mut ruleset.entries);
+        Ok(ruleset.entries)
+    }
+
+    /// The rule set that an earlier run left in the kernel for this identity.
+    fn pinned(&self, identity: u32, slot: RulesetSlot) -> Option<Arc<Rules>> {
+        let theirs = |row: &cirri_abi::Endpoint| row.identity.id == identity && row.ruleset == slot;
+        let here = self.endpoints.keys().filter_map(|id| self.rows.endpoints.actual(id)).any(theirs);
+        self.rows.rulesets.actual(&slot).filter(|_| here).cloned()
     }
 
     /// The node's ranges are known: reserves in them what its workloads have.
@@ -429,15 +531,46 @@ impl Core {
     }
 }
 
+/// The entries of a rule set.
+type Rules = Vec<(PolicyKey, PolicyEntry)>;
+
+/// Why an identity's rule set is not made anew. The last good one is in force, or none that lets
+/// anything pass.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Uncompiled {
+    /// The compiler refused.
+    #[error(transparent)]
+    Refused(#[from] CompileError),
+    /// Its record is gone or names others.
+    #[error("identity {identity} is not known by the labels of its workloads; a new number is on its way")]
+    Stranger {
+        /// The number.
+        identity: u32,
+    },
+    /// A policy cannot be read, and nobody knows what it said.
+    #[error(
+        "a policy of namespace {namespace} cannot be read and is not known from before; identity {identity} keeps its rules"
+    )]
+    Hole {
+        /// The number.
+        identity: u32,
+        /// The namespace.
+        namespace: String,
+    },
+}
+
 /// A rule set that lets nothing pass.
-fn closed() -> Vec<(PolicyKey, PolicyEntry)> {
+fn closed() -> Rules {
     let key = |direction| PolicyKey { prefix_len: PolicyKey::STATIC_BITS, direction, ..PolicyKey::default() };
     let deny = PolicyEntry {
         cookie: Cookie::DEFAULT_DENY,
         prefix_len: PolicyKey::STATIC_BITS as u8,
         ..PolicyEntry::default()
     };
-    [cirri_abi::Direction::INGRESS, cirri_abi::Direction::EGRESS].map(|direction| (key(direction), deny)).to_vec()
+    let mut entries =
+        [cirri_abi::Direction::INGRESS, cirri_abi::Direction::EGRESS].map(|direction| (key(direction), deny)).to_vec();
+    sort(&mut entries);
+    entries
 }
 
 /// A pod of which only the name is known.

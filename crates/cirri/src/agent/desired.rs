@@ -29,9 +29,14 @@ impl Core {
         self.number_peers();
         let ipcache = with_blocks(self.addresses(), self.cluster.blocks());
         self.rows.ipcache.replace(ipcache);
-        self.rows.routes.replace(self.routes());
+        self.desire_routes();
         self.rows.attachments.replace(self.attachments());
         self.rows.published.replace(self.records());
+    }
+
+    /// Fills the table of routes.
+    pub(super) fn desire_routes(&mut self) {
+        self.rows.routes.replace(self.routes());
     }
 
     /// Every other node, by name.
@@ -48,8 +53,7 @@ impl Core {
             SocketMode::Off => return self.rows.per_packet.replace(BTreeMap::new()),
         };
         let wanted = |endpoint: &&Endpoint| {
-            let pod = self.view.pods.get(&(endpoint.namespace.clone(), endpoint.pod.clone()));
-            let annotated = pod.and_then(|pod| pod.metadata.annotations.get(TRANSLATION));
+            let annotated = self.pod_of(endpoint).and_then(|pod| pod.metadata.annotations.get(TRANSLATION));
             endpoint.netns_cookie != 0 && annotated.map_or(usual, String::as_str) == TRANSLATE_PACKETS
         };
         let rows = self.endpoints.values().filter(wanted).map(|endpoint| (endpoint.netns_cookie, 1)).collect();
@@ -169,7 +173,7 @@ impl Core {
             let route = Route::unreachable(cidr.network(), cidr.prefix_len());
             rows.insert(cidr, RouteRow { route, neighbour: None });
         }
-        for endpoint in self.endpoints.values() {
+        for endpoint in self.endpoints.values().filter(|endpoint| self.raising != Some(endpoint.id)) {
             for ip in endpoint.addresses() {
                 let route = Route::host(ip, endpoint.ifindex, source(ip.is_ipv6()));
                 rows.insert(IpNet::from(ip), RouteRow { route, neighbour: Some(endpoint.mac) });

@@ -1,10 +1,13 @@
 //! Workloads of this node, and the files that let them outlive the agent.
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use cirri_abi::{Addr, Identity};
+use cirri_control::resource::{Namespace, Pod, Resource};
 use serde::{Deserialize, Serialize};
 
 use crate::api::Attachment;
@@ -54,6 +57,76 @@ pub struct Endpoint {
     pub ruleset: u16,
     /// How long attaching took, milliseconds.
     pub ready_ms: f64,
+    /// Where its labels come from.
+    #[serde(default)]
+    pub seen: Seen,
+}
+
+/// What the store said last of a workload's pod and namespace: should it say nothing any more while
+/// the workload still runs, this holds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(into = "SeenText", try_from = "SeenText")]
+pub struct Seen {
+    /// The pod, as far as it matters here.
+    pub pod: Option<Pod>,
+    /// The namespace, likewise.
+    pub namespace: Option<Namespace>,
+}
+
+/// The same, as it is written.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct SeenText {
+    #[serde(default)]
+    pod: Option<String>,
+    #[serde(default)]
+    namespace: Option<String>,
+}
+
+impl Seen {
+    /// Takes in what the store says now; nothing takes nothing away. Whether it differs.
+    pub fn update(&mut self, pod: Option<&Pod>, namespace: Option<&Namespace>) -> bool {
+        let mut now = self.clone();
+        if let Some(pod) = pod {
+            let mut pod = pod.clone();
+            // Changes often and says nothing about who it is.
+            pod.status = Default::default();
+            now.pod = Some(pod);
+        }
+        if let Some(namespace) = namespace {
+            now.namespace = Some(namespace.clone());
+        }
+        let differs = now != *self;
+        *self = now;
+        differs
+    }
+}
+
+impl From<Seen> for SeenText {
+    fn from(seen: Seen) -> SeenText {
+        SeenText {
+            pod: seen.pod.map(|pod| Resource::Pod(pod).to_json()),
+            namespace: seen.namespace.map(|namespace| Resource::Namespace(namespace).to_json()),
+        }
+    }
+}
+
+impl TryFrom<SeenText> for Seen {
+    type Error = String;
+
+    fn try_from(text: SeenText) -> Result<Seen, String> {
+        let read = |text: Option<String>| text.map(|text| Resource::from_json(&text)).transpose();
+        let pod = match read(text.pod).map_err(|error| error.to_string())? {
+            Some(Resource::Pod(pod)) => Some(pod),
+            Some(other) => return Err(format!("`seen.pod` is a {}", other.kind())),
+            None => None,
+        };
+        let namespace = match read(text.namespace).map_err(|error| error.to_string())? {
+            Some(Resource::Namespace(namespace)) => Some(namespace),
+            Some(other) => return Err(format!("`seen.namespace` is a {}", other.kind())),
+            None => None,
+        };
+        Ok(Seen { pod, namespace })
+    }
 }
 
 /// Families whose default route leads by a device of a container.
@@ -110,41 +183,73 @@ impl Endpoint {
         }
     }
 
-    /// Writes its file.
+    /// Writes its file, and the copy of that.
     ///
     /// # Errors
     /// The file system's; the old file stays.
     pub fn save(&self, state_dir: &Path) -> io::Result<()> {
-        files::write_atomic(&path(state_dir, self.id), &serde_json::to_vec_pretty(self)?)
+        let text = serde_json::to_vec_pretty(self)?;
+        PLACES.iter().try_for_each(|place| files::write_atomic(&path(state_dir, place, self.id), &text))
     }
 
-    /// Removes its file.
+    /// Removes its file, and the copy of that.
     ///
     /// # Errors
     /// The file system's.
     pub fn forget(&self, state_dir: &Path) -> io::Result<()> {
-        files::remove(&path(state_dir, self.id))
+        PLACES.iter().try_for_each(|place| files::remove(&path(state_dir, place, self.id)))
     }
 }
 
-/// Every endpoint that has a file. One that cannot be read is left where it is and warned about.
+/// Directories of endpoints' files. Each file stands in both: a spoilt one must not cost a running
+/// pod its network.
+const PLACES: [&str; 2] = ["endpoints", "endpoints.copy"];
+
+/// What the files of one endpoint say.
+#[derive(Debug, Default, PartialEq)]
+pub struct Found {
+    /// What could be read: its file, the copy of that.
+    pub said: Vec<Endpoint>,
+    /// The file that could not, and why.
+    pub spoilt: Option<(PathBuf, String)>,
+}
+
+/// Every endpoint that has a file.
 ///
 /// # Errors
-/// The directory cannot be read.
-pub fn load_all(state_dir: &Path) -> io::Result<Vec<Endpoint>> {
-    let mut endpoints = Vec::new();
-    for (path, text) in files::read_all(&state_dir.join("endpoints"))? {
-        match serde_json::from_slice::<Endpoint>(&text) {
-            Ok(endpoint) => endpoints.push(endpoint),
-            Err(error) => tracing::warn!(path = %path.display(), %error, "an endpoint's file cannot be read"),
+/// A directory cannot be read.
+pub fn load_all(state_dir: &Path) -> io::Result<Vec<Found>> {
+    let mut all: BTreeMap<OsString, Found> = BTreeMap::new();
+    for place in PLACES {
+        let directory = state_dir.join(place);
+        for (path, text) in files::read_each(&directory)? {
+            let name = path.file_stem().unwrap_or_default().to_owned();
+            let is_copy = place != PLACES[0];
+            let alone = is_copy && !all.contains_key(&name);
+            let found = all.entry(name.clone()).or_default();
+            match text.map_err(|error| error.to_string()).and_then(|text| parse(&name, &text)) {
+                Ok(endpoint) => found.said.push(endpoint),
+                Err(why) => found.spoilt = found.spoilt.take().or(Some((path, why))),
+            }
+            if alone {
+                let missing = state_dir.join(PLACES[0]).join(&name).with_extension("json");
+                found.spoilt = Some((missing, "it is gone".to_owned()));
+            }
         }
     }
-    endpoints.sort_by_key(|endpoint| endpoint.id);
-    Ok(endpoints)
+    Ok(all.into_values().collect())
 }
 
-fn path(state_dir: &Path, id: u16) -> PathBuf {
-    state_dir.join("endpoints").join(format!("{id}.json"))
+fn parse(name: &OsStr, text: &[u8]) -> Result<Endpoint, String> {
+    let endpoint: Endpoint = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    if *name != *endpoint.id.to_string() {
+        return Err(format!("it says that it is endpoint {}", endpoint.id));
+    }
+    Ok(endpoint)
+}
+
+fn path(state_dir: &Path, place: &str, id: u16) -> PathBuf {
+    state_dir.join(place).join(format!("{id}.json"))
 }
 
 #[cfg(test)]
@@ -183,10 +288,30 @@ mod tests {
             gc: true,
             ruleset: 1,
             ready_ms: 1.5,
+            seen: Seen::default(),
         };
+        let sound = || Found { said: vec![endpoint.clone(), endpoint.clone()], spoilt: None };
         endpoint.save(&dir).unwrap();
+        assert_eq!(load_all(&dir).unwrap(), [sound()]);
+
+        let file = dir.join("endpoints/3.json");
+        let text = std::fs::read_to_string(&file).unwrap();
+        for spoilt in ["", "{", "\u{0}", &text[..text.len() / 2], &text.replace("\"id\": 3", "\"id\": 4")] {
+            std::fs::write(&file, spoilt).unwrap();
+            let found = load_all(&dir).unwrap();
+            assert_eq!(found[0].said, std::slice::from_ref(&endpoint), "{spoilt:?}");
+            assert_eq!(found[0].spoilt.as_ref().unwrap().0, file, "{spoilt:?}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(load_all(&dir).unwrap()[0].spoilt.as_ref().unwrap().1, "it is gone");
+        std::fs::create_dir(&file).unwrap();
+        assert_eq!(load_all(&dir).unwrap()[0].said, std::slice::from_ref(&endpoint), "a directory");
+        // A directory does not make way for a file by itself.
+        endpoint.save(&dir).unwrap();
+        assert_eq!(load_all(&dir).unwrap(), [sound()]);
         files::write_atomic(&dir.join("endpoints/4.json"), b"{").unwrap();
-        assert_eq!(load_all(&dir).unwrap(), std::slice::from_ref(&endpoint));
+        assert_eq!(load_all(&dir).unwrap().len(), 2);
+        std::fs::remove_file(dir.join("endpoints/4.json")).unwrap();
         endpoint.forget(&dir).unwrap();
         assert!(load_all(&dir).unwrap().is_empty());
         std::fs::remove_dir_all(&dir).unwrap();

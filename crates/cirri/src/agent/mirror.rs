@@ -1,7 +1,7 @@
 //! Manifests of a directory, kept in the embedded store: from there on they go the same way as on
 //! a node of a cluster, and the last good content survives a restart.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,6 @@ use futures::StreamExt;
 
 use super::Shared;
 use super::records::resource_prefix;
-use super::view::Digest;
 
 /// How long to wait before a write that failed is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -23,10 +22,10 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
     let (mut wanted, mut compared) = (BTreeSet::new(), false);
     while let Some(change) = changes.next().await {
         let errors: Vec<String> = change.errors.iter().map(|error| error.message.clone()).collect();
-        for error in &errors {
+        let known = std::mem::replace(&mut shared.core.lock().await.folder_errors, errors.clone());
+        for error in errors.iter().filter(|error| !known.contains(error)) {
             tracing::error!("{error}");
         }
-        shared.core.lock().await.folder_errors = errors;
         wanted.extend(change.upserted.iter().map(|resource| format!("{PREFIX}{}", resource.store_key())));
         wanted.extend(change.unreadable.iter().map(|key| format!("{PREFIX}{key}")));
         for key in &change.removed {
@@ -44,14 +43,9 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
             shared.core.lock().await.needed_revision = Some(health.revision);
             first = false;
         }
+        shared.mirrored.send_replace(change.caught_up);
         shared.changed().await;
     }
-}
-
-/// The resources that the store holds, by key (without the store's prefix), and the digest of their JSON.
-pub async fn held(shared: &Arc<Shared>) -> BTreeMap<String, Digest> {
-    let core = shared.core.lock().await;
-    core.view.resources().map(|(key, digest)| (key.to_owned(), digest)).collect()
 }
 
 fn is_stand_in(json: &[u8]) -> bool {

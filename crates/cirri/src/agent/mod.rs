@@ -5,6 +5,7 @@
 
 mod allocate;
 mod attach;
+mod catch_up;
 mod check;
 mod cleanup;
 mod core;
@@ -43,7 +44,7 @@ use std::time::{Duration, Instant};
 use cirri_abi::FlowEvent;
 use cirri_flow::{Decoder, Ring};
 use cirri_loader::net::{ForeignRoutes, Neighbours, NetworkNews};
-use cirri_store::Store;
+use cirri_store::{Embedded, Store, folder};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 use tokio::task::LocalSet;
@@ -63,6 +64,8 @@ pub use status::resident_memory;
 pub struct Shared {
     core: Mutex<Core>,
     store: Arc<dyn Store>,
+    /// The last good content of what the store holds.
+    saved: Embedded,
     config_values: Vec<ConfigValue>,
     started: Instant,
     /// Kernel tables have rows to work on.
@@ -77,6 +80,12 @@ pub struct Shared {
     sockets: Notify,
     /// Newest revision enforced, none before the first; sent after every pass.
     enforced: watch::Sender<Option<u64>>,
+    /// Asks the folder of manifests, if there is one, what is in it now.
+    catch_up: Option<folder::CatchUp>,
+    /// The last question to the folder whose answer is in the store.
+    mirrored: watch::Sender<u64>,
+    /// Newest revision that was seen whole; sent after everything that the store says.
+    seen: watch::Sender<u64>,
     /// Sent after every pass of the publisher.
     settled: watch::Sender<()>,
     store_status: std::sync::Mutex<StoreStatus>,

@@ -95,8 +95,20 @@ impl Core {
             let (object, _) = error.split_once(": ").unwrap_or((error, ""));
             note(ProblemKind::Manifest, object, Finding::new(error, "correct the manifest"));
         }
-        for (key, why) in &self.view.problems {
-            note(ProblemKind::StoredObject, key, Finding::new(why.to_string(), "write it anew or delete it"));
+        for (object, found) in self.view.problems() {
+            note(ProblemKind::StoredObject, &object, Finding::new(found, "write it anew or delete it"));
+        }
+        for (path, found) in &self.spoilt_files {
+            let finding = Finding::new(found.clone(), "find out what spoilt it; this goes with the next start");
+            note(ProblemKind::StoredObject, path, finding);
+        }
+        if let Some(why) = &self.unsaved {
+            let finding = Finding::new(why.clone(), "it is tried again; until then a restart may not know the newest");
+            note(ProblemKind::Store, "last good content", finding.wanted("saved"));
+        }
+        if self.is_behind {
+            let finding = Finding::new("it holds more than was seen so far", "wait");
+            note(ProblemKind::Pending, &store.kind, finding);
         }
         for ((namespace, name), why) in &self.refused {
             let found = format!("refused, its last good version is in force: {why}");

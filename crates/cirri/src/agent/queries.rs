@@ -9,7 +9,7 @@ use cirri_control::policy::{self, CompileError, PolicyId, Question, RuleVerdict}
 use cirri_flow::{Names, Place, RuleText, Served, ServicePort};
 use cirri_loader::Tables;
 
-use super::core::Core;
+use super::core::{Core, Uncompiled};
 use super::endpoint::Endpoint;
 use crate::api::{
     ApiError, CounterInfo, EndpointInfo, ExplainedDirection, ExplainedParty, Explanation, IdentityInfo, MapInfo,
@@ -78,10 +78,9 @@ impl Core {
             let id = PolicyId::network_policy(&name.0, &name.1);
             let selects =
                 |endpoint: &&Endpoint| self.cluster.policies_of(endpoint.identity()).any(|policy| policy.id == id);
-            let too_large = self
-                .uncompiled
-                .values()
-                .find(|error| matches!(error, CompileError::TooLarge { policy, .. } if *policy == id));
+            let too_large = self.uncompiled.values().find(
+                |error| matches!(error, Uncompiled::Refused(CompileError::TooLarge { policy, .. }) if *policy == id),
+            );
             PolicyInfo {
                 namespace: name.0.clone(),
                 name: name.1.clone(),

@@ -74,6 +74,11 @@ pub fn pool_prefix(family: &str) -> String {
     format!("{}pools/{family}/", cirri_store::PREFIX)
 }
 
+/// The whole key that a node writes to see what was written before it; bound to its lease.
+pub fn caught_up_key(node: &str) -> String {
+    format!("{}caught-up/{node}", cirri_store::PREFIX)
+}
+
 /// Prefix of resources.
 pub fn resource_prefix() -> String {
     format!("{}resources/", cirri_store::PREFIX)

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use cirri_flow::{Decoder, Ring};
 use cirri_loader::net::{Namespace, Net};
 use cirri_loader::{Datapath, Events, LoadOptions};
-use cirri_store::{Embedded, Etcd, EtcdOptions, Store, folder};
+use cirri_store::{Embedded, Etcd, EtcdOptions, PREFIX, Store, folder};
 use futures::stream::BoxStream;
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
-use super::endpoint::{self, Endpoint};
+use super::endpoint::{self, Endpoint, Found};
 use super::{Shared, attach, devices, flows, node};
 use crate::api::StoreStatus;
 use crate::config::{Config, Loaded, RoutingMode, StoreKind};
@@ -37,9 +37,9 @@ pub struct Started {
 }
 
 /// What an agent keeps in its state directory.
-const STATE_DIRECTORIES: [&str; 2] = ["endpoints", "deletions"];
+const STATE_DIRECTORIES: [&str; 3] = ["endpoints", "endpoints.copy", "deletions"];
 /// The lock last: until then nobody else begins.
-const STATE_FILES: [&str; 3] = ["store.redb", "agent.sock", "agent.lock"];
+const STATE_FILES: [&str; 4] = ["store.redb", "agent.sock", "agent.lock", "seen.redb"];
 /// Events that a monitor may be behind.
 const MONITOR_BACKLOG: usize = 8192;
 
@@ -64,7 +64,9 @@ pub fn lock(config: &Config) -> Result<File> {
 pub async fn start(loaded: Loaded) -> Result<Started> {
     let Loaded { config, values } = loaded;
     // What may be wrong with the configuration first, before anything is changed.
-    let (store, folder) = open_store(&config).await?;
+    let (store, changes) = open_store(&config).await?;
+    let (folder, catch_up) = changes.unzip();
+    let saved = Embedded::open(config.state_dir.0.join("seen.redb")).await.because(Failure::Failed)?;
     let instance = Datapath::claim(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
     let mut settings = Settings::of(&net, owner(&config)).because(Failure::Failed)?;
@@ -94,6 +96,8 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     if core.config.store.kind == StoreKind::Etcd {
         core.needed_revision = Some(0);
     }
+    let (seen, _) = saved.list(PREFIX).await.because(Failure::Failed)?;
+    core.restore(seen);
     restore(&mut core).await?;
     core.adopt()
         .await
@@ -110,6 +114,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         decoder: Decoder::new(core.node.name.clone(), boot_time_ns()),
         core: Mutex::new(core),
         store,
+        saved,
         config_values: values,
         started: Instant::now(),
         wake: Notify::new(),
@@ -118,6 +123,9 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         health: Notify::new(),
         sockets: Notify::new(),
         enforced: watch::Sender::new(None),
+        catch_up,
+        mirrored: watch::Sender::new(0),
+        seen: watch::Sender::new(0),
         settled: watch::Sender::new(()),
         store_status: std::sync::Mutex::new(store_status),
         events: broadcast::Sender::new(MONITOR_BACKLOG),
@@ -202,7 +210,7 @@ fn load_datapath(config: &Config) -> Result<Datapath> {
     Ok(datapath)
 }
 
-type Sources = (Arc<dyn Store>, Option<BoxStream<'static, folder::Change>>);
+type Sources = (Arc<dyn Store>, Option<(BoxStream<'static, folder::Change>, folder::CatchUp)>);
 
 async fn open_store(config: &Config) -> Result<Sources> {
     match config.store.kind {
@@ -231,7 +239,8 @@ async fn restore(core: &mut Core) -> Result<()> {
         .map_err(|error| format!("cannot read {}: {error}", state_dir.display()))
         .because(Failure::Failed)?;
     let mut lost = Vec::new();
-    for mut endpoint in endpoints {
+    for found in endpoints {
+        let Some(mut endpoint) = take_up(core, found).await? else { continue };
         if !is_there(core, &endpoint).await? {
             tracing::info!(endpoint = endpoint.id, pod = endpoint.pod, "its device is gone");
             devices::delete(&core.net, &endpoint).await.because(Failure::Failed)?;
@@ -261,6 +270,46 @@ async fn restore(core: &mut Core) -> Result<()> {
         attach::leave(core, &endpoint).await;
     }
     Ok(())
+}
+
+/// Of what the files of an endpoint say, what agrees with the kernel. A spoilt file is written anew.
+async fn take_up(core: &mut Core, found: Found) -> Result<Option<Endpoint>> {
+    let Found { said, mut spoilt } = found;
+    let (mut best, mut agreement) = (None, 0);
+    for (number, endpoint) in said.iter().enumerate() {
+        let now = agreement_with_kernel(core, endpoint).await?;
+        if best.is_none() || now > agreement {
+            (best, agreement) = (Some(number), now);
+        }
+    }
+    if best.is_some_and(|best| best > 0) && spoilt.is_none() {
+        let file = core.config.state_dir.0.join(format!("endpoints/{}.json", said[0].id));
+        spoilt = Some((file, "it is not what the kernel has".to_owned()));
+    }
+    let endpoint = best.map(|best| said[best].clone());
+    if let Some((path, why)) = spoilt {
+        let outcome = match &endpoint {
+            Some(endpoint) => format!("{}/{} is taken up from its copy", endpoint.namespace, endpoint.pod),
+            None => "nothing is known of its workload".to_owned(),
+        };
+        tracing::error!(path = %path.display(), why, outcome, "an endpoint's file cannot be used");
+        core.spoilt_files.push((path.display().to_string(), format!("it cannot be used: {why}; {outcome}")));
+        if let Some(endpoint) = &endpoint
+            && let Err(error) = endpoint.save(&core.config.state_dir.0)
+        {
+            tracing::warn!(endpoint = endpoint.id, %error, "its file is not written anew");
+        }
+    }
+    Ok(endpoint)
+}
+
+/// How much of what a file says is so: its device is there, and the tables have the same row.
+async fn agreement_with_kernel(core: &Core, endpoint: &Endpoint) -> Result<u8> {
+    if !is_there(core, endpoint).await? {
+        return Ok(0);
+    }
+    let row = core.tables.devices.get(&endpoint.ifindex).because(Failure::Failed)?;
+    Ok(if row.is_some_and(|row| row == endpoint.row()) { 2 } else { 1 })
 }
 
 async fn is_there(core: &Core, endpoint: &Endpoint) -> Result<bool> {

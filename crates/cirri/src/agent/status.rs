@@ -3,10 +3,14 @@
 use std::net::IpAddr;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use super::Shared;
+use super::{Shared, catch_up};
 use crate::api::{ApiError, FlowStatus, Status};
 use crate::config::RoutingMode;
+
+/// How long what was written before the question may take to arrive before the agent counts as behind.
+const ARRIVAL: Duration = Duration::from_millis(500);
 
 impl Shared {
     /// Everything for `cirri status`.
@@ -14,9 +18,12 @@ impl Shared {
     /// # Errors
     /// The kernel does not tell.
     pub(super) async fn status(&self) -> Result<Status, ApiError> {
-        let mut core = self.core.lock().await;
         let mut store = self.store_status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // What has not arrived cannot be in force.
+        let is_behind = store.healthy && tokio::time::timeout(ARRIVAL, catch_up::caught_up(self)).await.is_err();
+        let mut core = self.core.lock().await;
         store.synced = core.view.synced;
+        core.is_behind = is_behind;
         core.note_problems(&store);
         let (kept, capacity) = self.ring.fill();
         Ok(Status {
@@ -37,6 +44,7 @@ impl Shared {
             store,
             seen_revision: core.view.revision,
             enforced_revision: core.enforced_revision,
+            is_behind,
             latency: core.latency.info(),
             endpoints: core.endpoints.len(),
             tables: core.rows.status().into_iter().chain([core.serving.status()]).collect(),

@@ -206,6 +206,11 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
         self.rows.get(key)?.desired.as_ref()
     }
 
+    /// What was last written of the row, or found at the start.
+    pub fn actual(&self, key: &K) -> Option<&V> {
+        self.rows.get(key)?.actual.as_ref()
+    }
+
     /// All rows that should be there.
     pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
         self.rows.iter().filter_map(|(key, row)| Some((key, row.desired.as_ref()?)))

@@ -56,16 +56,30 @@ pub async fn watch(shared: Arc<Shared>) {
                     core.rows.published.suspect(&key);
                 }
             }
-            if complete {
-                // Before anybody else looks: a revision must not pass for enforced that nobody acted on.
-                core.desire();
-            }
         }
+        // What is enforced is saved before: it must hold after a restart too.
+        save(&shared).await;
         if complete {
-            shared.desired();
+            shared.changed().await;
+            shared.seen.send_replace(shared.core.lock().await.view.revision);
         }
     }
     tracing::error!("the store's watch ended");
+}
+
+/// Saves what can be read now, so that it holds after a restart although it may be unreadable then.
+async fn save(shared: &Shared) {
+    let unsaved = shared.core.lock().await.view.take_unsaved();
+    if unsaved.is_empty() {
+        return;
+    }
+    let saved = shared.saved.write_all(&unsaved).await;
+    let mut core = shared.core.lock().await;
+    core.unsaved = saved.as_ref().err().map(ToString::to_string);
+    if let Err(error) = saved {
+        tracing::error!(%error, "what is enforced is not saved for a restart; it is tried again");
+        core.view.return_unsaved(unsaved);
+    }
 }
 
 /// Makes connections ask the node's routes again when somebody else changed those: recipes hold the
@@ -116,10 +130,10 @@ pub async fn reconcile(shared: Arc<Shared>) {
             shared.sockets.notify_one();
             if core.filled && core.unnumbered.is_empty() && core.rows.is_done() && core.serving.is_done() {
                 core.retire();
-                if core.enforced_revision != core.view.revision {
+                if core.enforced_revision != core.desired_revision {
                     core.latency.in_force(Instant::now());
                 }
-                core.enforced_revision = core.view.revision;
+                core.enforced_revision = core.desired_revision;
                 shared.enforced.send_replace(Some(core.enforced_revision));
             } else {
                 shared.enforced.send_modify(|_| {});
@@ -264,6 +278,7 @@ pub async fn health(shared: Arc<Shared>) {
             Ok(Err(error)) => note_failure(&shared, &error.to_string()),
             Err(_) => note_failure(&shared, &format!("no answer for {} s", HEALTH_PATIENCE.as_secs())),
         }
+        save(&shared).await;
     }
 }
 

@@ -12,17 +12,22 @@ use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource};
 use cirri_store::{Entry, Event};
 use serde::de::DeserializeOwned;
 
-use super::records::{IpRecord, NodeRecord};
+use super::records::{IdentityRecord, IpRecord, NodeRecord};
 
 /// Namespace and name.
 pub type Named = (String, String);
 
 /// All that the store holds. Changes only by [`View::apply`].
 ///
-/// A value that cannot be read keeps its last good content, and is listed in [`View::problems`].
+/// A value that cannot be read keeps its last good content, and is listed in [`View::problems`]. The
+/// last good content outlives the agent: see [`View::restore`] and [`View::take_unsaved`].
 #[derive(Debug, Default)]
 pub struct View {
     entries: BTreeMap<String, Kept>,
+    /// Keys of which some content could be read, now or earlier.
+    good: BTreeSet<String>,
+    /// Good content that is not saved yet, by key; `None` for what is gone.
+    unsaved: BTreeMap<String, Option<Vec<u8>>>,
     /// Namespaces by name.
     pub namespaces: BTreeMap<String, Namespace>,
     /// Pods.
@@ -37,8 +42,8 @@ pub struct View {
     pub ips: BTreeMap<IpAddr, IpRecord>,
     /// The same by the workload that has them.
     workloads: BTreeMap<Named, BTreeSet<IpAddr>>,
-    /// What cannot be read, by key.
-    pub problems: BTreeMap<String, String>,
+    /// Why a value cannot be read, by key.
+    problems: BTreeMap<String, String>,
     /// Newest revision that was seen whole.
     pub revision: u64,
     /// Whether everything was seen at least once.
@@ -53,11 +58,20 @@ enum Kept {
     Digest(Digest),
 }
 
+impl Kept {
+    fn of(entry: &Entry) -> Kept {
+        match parse_key(&entry.key) {
+            Key::Resource => Kept::Digest(digest(&entry.value)),
+            _ => Kept::Value(entry.value.clone()),
+        }
+    }
+}
+
 /// Two hashes of 64 bits.
-pub type Digest = u128;
+type Digest = u128;
 
 /// The digest of a text.
-pub fn digest(text: &[u8]) -> Digest {
+fn digest(text: &[u8]) -> Digest {
     let half = |salt: u8| {
         let mut hasher = DefaultHasher::new();
         hasher.write_u8(salt);
@@ -70,8 +84,8 @@ pub fn digest(text: &[u8]) -> Digest {
 /// What an event changed, for those who keep something derived from it.
 #[derive(Clone, Debug)]
 pub enum Change {
-    /// A policy is new or different.
-    PolicyPut(Named),
+    /// A policy is new or different. Its text is saved once it is in force: see [`View::save_policy`].
+    PolicyPut(Named, Vec<u8>),
     /// A policy is gone.
     PolicyGone(Named),
     /// An identity is known.
@@ -118,14 +132,55 @@ impl View {
         changes
     }
 
-    /// Every resource's key (as [`Resource::store_key`]) and the digest of its JSON.
-    pub fn resources(&self) -> impl Iterator<Item = (&str, Digest)> {
-        let prefix = super::records::resource_prefix();
-        let from = self.entries.range(prefix.clone()..).take_while(move |(key, _)| key.starts_with(&prefix));
-        from.filter_map(|(key, kept)| match kept {
-            Kept::Digest(digest) => Some((&key[cirri_store::PREFIX.len()..], *digest)),
-            Kept::Value(_) => None,
-        })
+    /// Takes in what an earlier run saved of a key, before anything else. It holds until the store
+    /// says something readable, or that the key is gone.
+    pub fn restore(&mut self, key: String, value: Vec<u8>) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let entry = Entry { key, value, revision: 0 };
+        match self.read(&entry, &mut changes) {
+            Ok(()) => {
+                self.entries.insert(entry.key.clone(), Kept::of(&entry));
+                self.good.insert(entry.key);
+            }
+            Err(why) => tracing::warn!(key = entry.key, why, "saved by another version, and not understood"),
+        }
+        changes
+    }
+
+    /// What is to be saved, so that the last good content outlives the agent.
+    pub fn take_unsaved(&mut self) -> Vec<(String, Option<Vec<u8>>)> {
+        std::mem::take(&mut self.unsaved).into_iter().collect()
+    }
+
+    /// It could not be saved; newer content stands.
+    pub fn return_unsaved(&mut self, unsaved: Vec<(String, Option<Vec<u8>>)>) {
+        for (key, value) in unsaved {
+            self.unsaved.entry(key).or_insert(value);
+        }
+    }
+
+    /// The policy was taken: this text is its last good content.
+    pub fn save_policy(&mut self, named: &Named, text: Vec<u8>) {
+        let (namespace, name) = named;
+        let key = format!("{}NetworkPolicy/{namespace}/{name}", super::records::resource_prefix());
+        self.unsaved.insert(key, Some(text));
+    }
+
+    /// What cannot be read: the object, and why and what holds instead.
+    pub fn problems(&self) -> impl Iterator<Item = (String, String)> {
+        self.problems.iter().map(|(key, why)| (object(key), self.problem(key, why)))
+    }
+
+    /// Whether the namespace has a policy of which nothing could ever be read.
+    pub fn lacks_policy(&self, namespace: &str) -> bool {
+        let prefix = format!("{}NetworkPolicy/{namespace}/", super::records::resource_prefix());
+        let from = self.problems.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix));
+        from.into_iter().any(|(key, _)| !self.good.contains(key))
+    }
+
+    fn problem(&self, key: &str, why: &str) -> String {
+        let holds = if self.good.contains(key) { "its last good content holds" } else { "nothing is known of it" };
+        format!("cannot be read, {holds}: {why} (key {key})")
     }
 
     /// Whole keys below a prefix.
@@ -149,28 +204,34 @@ impl View {
     }
 
     fn put(&mut self, entry: Entry, changes: &mut Vec<Change>) {
-        let kept = match parse_key(&entry.key) {
-            Key::Resource => Kept::Digest(digest(&entry.value)),
-            _ => Kept::Value(entry.value.clone()),
-        };
+        let kept = Kept::of(&entry);
         if self.entries.get(&entry.key) == Some(&kept) {
+            // Written again, or restored without its revision.
+            if let Some((_, revision)) = policy_of(&entry.key).and_then(|named| self.policies.get_mut(&named)) {
+                *revision = entry.revision;
+            }
             return;
         }
+        self.entries.insert(entry.key.clone(), kept);
         match self.read(&entry, changes).map_err(|why| cut_message(&why).into_owned()) {
             Ok(()) => {
                 self.problems.remove(&entry.key);
+                self.good.insert(entry.key.clone());
+                if policy_of(&entry.key).is_none() {
+                    self.unsaved.insert(entry.key, Some(entry.value));
+                }
             }
             Err(why) => {
-                self.problems.insert(entry.key.clone(), why);
+                tracing::error!("{} {}", object(&entry.key), self.problem(&entry.key, &why));
+                self.problems.insert(entry.key, why);
             }
         }
-        self.entries.insert(entry.key, kept);
     }
 
     fn read(&mut self, entry: &Entry, changes: &mut Vec<Change>) -> Result<(), String> {
         let text = std::str::from_utf8(&entry.value).map_err(|error| error.to_string())?;
         match parse_key(&entry.key) {
-            Key::Resource => match Resource::from_json(text).map_err(|error| error.to_string())? {
+            Key::Resource => match resource(&entry.key, text)? {
                 Resource::Namespace(namespace) => {
                     self.namespaces.insert(namespace.metadata.name.clone(), namespace);
                     changes.push(Change::Labels);
@@ -185,25 +246,31 @@ impl View {
                 Resource::NetworkPolicy(policy) => {
                     let name = (policy.namespace().to_owned(), policy.metadata.name.clone());
                     self.policies.insert(name.clone(), (policy, entry.revision));
-                    changes.push(Change::PolicyPut(name));
+                    changes.push(Change::PolicyPut(name, entry.value.clone()));
                 }
                 source => changes.push(Change::Source(Box::new(source))),
             },
             Key::Node(name) => {
                 let record: NodeRecord = json(text)?;
+                is_of(record.name.as_str(), name)?;
                 self.nodes.insert(name.to_owned(), record);
                 changes.push(Change::Addresses);
                 changes.push(Change::Peer(name.to_owned()));
             }
             Key::Identity(id) => {
                 let labels = IdentityLabels::parse(text).map_err(|error| error.to_string())?;
+                if text.is_empty() || labels.canonical() != text {
+                    return Err("it is no line of labels".to_owned());
+                }
                 let identity = Identity { id };
                 if self.identities.insert(identity, labels) {
                     changes.push(Change::IdentityPut(identity));
                 }
             }
-            Key::Ip(ip) => {
+            Key::Ip(node, ip) => {
                 let record: IpRecord = json(text)?;
+                is_of(record.node.as_str(), node)?;
+                is_of(&record.ip, &ip)?;
                 let named = (record.namespace.clone(), record.pod.clone());
                 self.forget_ip(ip, changes);
                 self.workloads.entry(named.clone()).or_default().insert(ip);
@@ -211,14 +278,19 @@ impl View {
                 changes.push(Change::Addresses);
                 changes.push(Change::Workload(named));
             }
+            Key::Labels => drop(json::<IdentityRecord>(text)?),
             Key::Other => {}
         }
         Ok(())
     }
 
     fn delete(&mut self, key: &str, changes: &mut Vec<Change>) {
-        let Some(kept) = self.entries.remove(key) else { return };
+        if self.entries.remove(key).is_none() {
+            return;
+        }
         self.problems.remove(key);
+        self.good.remove(key);
+        self.unsaved.insert(key.to_owned(), None);
         match parse_key(key) {
             Key::Resource => {
                 let mut parts = key[cirri_store::PREFIX.len()..].splitn(4, '/').skip(1);
@@ -247,18 +319,14 @@ impl View {
                     changes.push(Change::IdentityGone(identity));
                 }
             }
-            Key::Ip(ip) => {
+            Key::Ip(node, ip) => {
                 // The address may have moved to another node: only its own record takes it away.
-                let record = match &kept {
-                    Kept::Value(value) => serde_json::from_slice::<IpRecord>(value).ok(),
-                    Kept::Digest(_) => None,
-                };
-                if record.as_ref() == self.ips.get(&ip) {
+                if self.ips.get(&ip).is_some_and(|record| record.node == node) {
                     self.forget_ip(ip, changes);
                     changes.push(Change::Addresses);
                 }
             }
-            Key::Other => {}
+            Key::Labels | Key::Other => {}
         }
     }
 
@@ -280,7 +348,10 @@ enum Key<'a> {
     Resource,
     Node(&'a str),
     Identity(u32),
-    Ip(IpAddr),
+    /// The key of labels that have a number.
+    Labels,
+    /// The node's, and the address.
+    Ip(&'a str, IpAddr),
     Other,
 }
 
@@ -291,14 +362,47 @@ fn parse_key(key: &str) -> Key<'_> {
     match head {
         "resources" => Key::Resource,
         "nodes" => Key::Node(rest),
+        "identities" if rest.starts_with("labels/") => Key::Labels,
         "identities" => {
             let number = rest.strip_prefix("id/").and_then(|id| id.parse().ok());
             let allocated = Identity::MIN_ALLOCATED..=Identity::MAX_ALLOCATED;
             number.filter(|id| allocated.contains(id)).map_or(Key::Other, Key::Identity)
         }
-        "ips" => rest.split_once('/').and_then(|(_, ip)| ip.parse().ok()).map_or(Key::Other, Key::Ip),
+        "ips" => {
+            let place = rest.split_once('/').and_then(|(node, ip)| Some((node, ip.parse().ok()?)));
+            place.map_or(Key::Other, |(node, ip)| Key::Ip(node, ip))
+        }
         _ => Key::Other,
     }
+}
+
+/// What a key stands for, in words.
+fn object(key: &str) -> String {
+    let rest = key.strip_prefix(cirri_store::PREFIX).unwrap_or(key);
+    match rest.splitn(4, '/').collect::<Vec<_>>().as_slice() {
+        ["resources", kind, "_", name] => format!("{kind} {name}"),
+        ["resources", kind, namespace, name] => format!("{kind} {namespace}/{name}"),
+        _ => rest.to_owned(),
+    }
+}
+
+/// Namespace and name of a policy's key.
+fn policy_of(key: &str) -> Option<Named> {
+    let (namespace, name) =
+        key.strip_prefix(cirri_store::PREFIX)?.strip_prefix("resources/NetworkPolicy/")?.split_once('/')?;
+    Some((namespace.to_owned(), name.to_owned()))
+}
+
+/// The resource under a key. One that names another is not read: it would not be found when it is gone.
+fn resource(key: &str, text: &str) -> Result<Resource, String> {
+    let resource = Resource::from_json(text).map_err(|error| error.to_string())?;
+    is_of(resource.store_key().as_str(), &key[cirri_store::PREFIX.len()..])?;
+    Ok(resource)
+}
+
+/// What a value says of itself must be what its key says.
+fn is_of<T: PartialEq + ?Sized + std::fmt::Display>(said: &T, meant: &T) -> Result<(), String> {
+    if said == meant { Ok(()) } else { Err(format!("it says that it is {said}")) }
 }
 
 fn json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -351,9 +455,114 @@ mod tests {
         view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("a", "x"), 1)));
         view.apply(Event::Put(entry("resources/Pod/shop/a", "{", 2)));
         assert_eq!((view.pods.len(), view.problems.len()), (1, 1));
+        let said: Vec<(String, String)> = view.problems().collect();
+        assert_eq!(said[0].0, "Pod shop/a");
+        assert!(said[0].1.starts_with("cannot be read, its last good content holds: "), "{said:?}");
         view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("a", "y"), 3)));
-        assert!(view.problems.is_empty());
-        assert_eq!(view.resources().collect::<Vec<_>>(), [("resources/Pod/shop/a", digest(pod("a", "y").as_bytes()))]);
+        assert_eq!(view.problems().count(), 0);
+    }
+
+    const ALL: [(&str, &str); 6] = [
+        (
+            "resources/NetworkPolicy/shop/deny",
+            r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"deny","namespace":"shop"},"spec":{"podSelector":{},"policyTypes":["Ingress"]}}"#,
+        ),
+        ("resources/Namespace/_/shop", r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"shop"}}"#),
+        (
+            "resources/Pod/shop/a",
+            r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a","namespace":"shop"},"spec":{"containers":[{"name":"c"}]}}"#,
+        ),
+        ("identities/id/300", "k8s:app=x"),
+        ("nodes/a", r#"{"name":"a","v4":"192.0.2.1","v6":null,"pod_v4":null,"pod_v6":null}"#),
+        ("ips/a/10.0.0.1", r#"{"ip":"10.0.0.1","identity":300,"node":"a","namespace":"shop","pod":"web"}"#),
+    ];
+
+    fn known(view: &View) -> [usize; 6] {
+        let identity = view.identities.labels(Identity { id: 300 });
+        [
+            view.policies.len(),
+            view.namespaces.len(),
+            view.pods.len(),
+            usize::from(identity.is_some()),
+            view.nodes.len(),
+            view.ips.len(),
+        ]
+    }
+
+    /// What an agent saves while these events come; policies are taken as they come.
+    fn saved(view: &mut View, events: impl IntoIterator<Item = Event>, file: &mut BTreeMap<String, Vec<u8>>) {
+        for event in events {
+            for change in view.apply(event) {
+                if let Change::PolicyPut(named, text) = change {
+                    view.save_policy(&named, text);
+                }
+            }
+            for (key, value) in view.take_unsaved() {
+                match value {
+                    Some(value) => file.insert(key, value),
+                    None => file.remove(&key),
+                };
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_good_outlives_the_agent_whatever_object_it_is_until_it_is_gone_or_readable() {
+        for spoilt in ["", "{", "\u{0}", "null", "[]", r#"{"name":"b"}"#, r#"{"kind":"Pod"}"#] {
+            let good = ALL.map(|(key, value)| entry(key, value, 1));
+            let broken = ALL.map(|(key, _)| entry(key, spoilt, 2));
+            let mut file = BTreeMap::new();
+            saved(&mut View::default(), [Event::Snapshot(good.to_vec(), 1)], &mut file);
+            assert_eq!(file.len(), ALL.len());
+
+            // Spoilt while the agent is away, or while it runs and then restarts: twice.
+            for _ in 0..2 {
+                let mut view = View::default();
+                for (key, value) in file.clone() {
+                    view.restore(key, value);
+                }
+                assert!(!view.synced, "the store was not seen");
+                saved(&mut view, [Event::Snapshot(broken.to_vec(), 2)], &mut file);
+                assert_eq!(known(&view), [1; 6], "{spoilt:?}");
+                assert_eq!(view.problems().count(), 6, "{spoilt:?}");
+                saved(&mut view, broken.clone().map(Event::Put), &mut file);
+                assert_eq!((known(&view), file.len()), ([1; 6], 6), "{spoilt:?}");
+            }
+            let mut view = View::default();
+            for (key, value) in file.clone() {
+                view.restore(key, value);
+            }
+            let deletions = ALL.map(|(key, _)| Event::Delete { key: entry(key, "", 0).key, revision: 3 });
+            saved(&mut view, [Event::Snapshot(broken.to_vec(), 2)].into_iter().chain(deletions), &mut file);
+            assert_eq!((known(&view), file.len(), view.problems().count()), ([0; 6], 0, 0), "{spoilt:?}");
+        }
+    }
+
+    #[test]
+    fn what_went_while_the_agent_was_away_is_gone_and_a_refused_policy_keeps_its_last_good_text() {
+        let mut file = BTreeMap::new();
+        let good = ALL.map(|(key, value)| entry(key, value, 1));
+        saved(&mut View::default(), [Event::Snapshot(good.to_vec(), 1)], &mut file);
+        let mut view = View::default();
+        for (key, value) in file.clone() {
+            view.restore(key, value);
+        }
+        let changed = ALL[0].1.replace("Ingress", "Egress");
+        view.apply(Event::Put(entry(ALL[0].0, &changed, 2)));
+        // Nobody took it.
+        assert_eq!(view.take_unsaved(), []);
+        saved(&mut view, [Event::Snapshot(Vec::new(), 3)], &mut file);
+        assert_eq!((known(&view), file.len()), ([0; 6], 0));
+    }
+
+    #[test]
+    fn a_value_under_anothers_key_is_not_read() {
+        let mut view = View::default();
+        view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("b", "x"), 1)));
+        view.apply(Event::Put(entry("resources/Pod/shop/c", ALL[0].1, 1)));
+        view.apply(Event::Put(Entry { key: ip("a", "10.0.0.1").key, ..ip("b", "10.0.0.1") }));
+        assert_eq!(known(&view), [0; 6]);
+        assert_eq!(view.problems().count(), 3);
     }
 
     #[test]

@@ -50,7 +50,8 @@ fn table(status: &Status) -> String {
         }
     };
     line("Store", format!("{}: {store}", status.store.kind));
-    line("Revision", format!("{} enforced, {} seen", status.enforced_revision, status.seen_revision));
+    let more = if status.is_behind { ", MORE TO COME" } else { "" };
+    line("Revision", format!("{} enforced, {} seen{more}", status.enforced_revision, status.seen_revision));
     let LatencyInfo { count, p50_us, p99_us, max_us, .. } = status.latency;
     let ms = |us: u64| format!("{:.1} ms", us as f64 / 1000.0);
     line("In force", format!("after {} (p50), {} (p99), {} (longest of {count})", ms(p50_us), ms(p99_us), ms(max_us)));

@@ -169,6 +169,9 @@ fn check(config: &Config) -> Result<(), ConfigError> {
             cluster.pod_cidr_v6.prefix_len()
         ));
     }
+    if !(1..=25).contains(&config.pods.patience_seconds) {
+        return refuse(format!("pods.patienceSeconds is {}; take 1 to 25", config.pods.patience_seconds));
+    }
     if config.store.kind == StoreKind::Folder && config.store.folder.as_os_str().is_empty() {
         return refuse(
             "store.kind is folder but store.folder is empty; name the directory that holds the manifests".to_owned(),

@@ -29,6 +29,8 @@ pub struct Config {
     pub routing: Routing,
     /// What leaves the cluster under the node's address.
     pub masquerade: Masquerade,
+    /// Pods that are attached.
+    pub pods: Pods,
     /// Services.
     pub services: Services,
     /// Where the cluster's state lives.
@@ -120,6 +122,28 @@ pub struct PortRange {
     pub first: u16,
     /// Last.
     pub last: u16,
+}
+
+/// Pods that are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Pods {
+    /// What becomes of one that the store does not show in time.
+    pub unseen: Unseen,
+    /// Seconds that attaching waits until the agent has seen what the store held when it was asked,
+    /// and the pod that the runtime names. 1 to 25: the CNI plugin waits 30.
+    pub patience_seconds: u64,
+}
+
+/// What becomes of a pod that the store does not show in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unseen {
+    /// It is not attached; the runtime tries again.
+    #[default]
+    Refuse,
+    /// It is attached by what is known: its labels as last seen, or its namespace alone.
+    Attach,
 }
 
 /// Where the cluster's state lives.
@@ -229,6 +253,12 @@ impl Default for Cluster {
 impl Default for Masquerade {
     fn default() -> Masquerade {
         Masquerade { ipv4: true, ipv6: true, ports: PortRange { first: 49152, last: 65535 } }
+    }
+}
+
+impl Default for Pods {
+    fn default() -> Pods {
+        Pods { unseen: Unseen::default(), patience_seconds: 20 }
     }
 }
 

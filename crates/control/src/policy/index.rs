@@ -15,6 +15,8 @@ pub(super) struct SelectorIndex {
     broad: BTreeSet<Arc<Selector>>,
     /// By identity, the selectors that match it.
     matched_by: BTreeMap<u32, BTreeSet<Arc<Selector>>>,
+    /// Pod label keys that selectors ask for, and how often.
+    pod_keys: BTreeMap<String, usize>,
 }
 
 /// Who uses a selector, and whom it matches.
@@ -43,7 +45,12 @@ impl SelectorIndex {
 
     /// Pod label keys that selectors in use ask for.
     pub fn pod_keys(&self) -> impl Iterator<Item = &str> {
-        self.selectors.keys().flat_map(|selector| selector.pod_keys())
+        self.pod_keys.keys().map(String::as_str)
+    }
+
+    /// Whether a selector in use asks for the pod label key.
+    pub fn asks_for(&self, key: &str) -> bool {
+        self.pod_keys.contains_key(key)
     }
 
     /// Notes the selectors of a policy.
@@ -108,6 +115,9 @@ impl SelectorIndex {
                 let values = self.anchored.entry(key).or_default();
                 values.entry(value).or_default().insert(shared.clone());
             }
+            for key in selector.pod_keys() {
+                *self.pod_keys.entry(key.to_owned()).or_default() += 1;
+            }
             self.selectors.insert(shared, Uses { matches, ..Uses::default() });
         }
         self.selectors.get_mut(selector).expect("it was inserted above")
@@ -118,6 +128,14 @@ impl SelectorIndex {
         for id in uses.matches {
             if let Some(selectors) = self.matched_by.get_mut(&id) {
                 selectors.remove(selector);
+            }
+        }
+        for key in selector.pod_keys() {
+            if let Some(count) = self.pod_keys.get_mut(key) {
+                *count -= 1;
+                if *count == 0 {
+                    self.pod_keys.remove(key);
+                }
             }
         }
         self.broad.remove(selector);

@@ -28,6 +28,7 @@ use crate::hash::fnv64;
 use crate::labels::{IdentityLabels, LabelFilter};
 use cirri_abi::{Cookie, Identity, map};
 use index::SelectorIndex;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -43,6 +44,8 @@ pub struct Cluster {
     policies: BTreeMap<PolicyId, Installed>,
     index: SelectorIndex,
     blocks: Blocks,
+    /// By the prefix of an address block, the policies that name it.
+    named_by: BTreeMap<IpNet, BTreeSet<PolicyId>>,
     rules: BTreeMap<u32, RuleInfo>,
     /// By identity, a number of entries that its rule set does not exceed, where one is known.
     /// Spares counting everything again for each policy.
@@ -126,6 +129,7 @@ impl Cluster {
             policies: BTreeMap::new(),
             index: SelectorIndex::default(),
             blocks: Blocks::default(),
+            named_by: BTreeMap::new(),
             rules: BTreeMap::new(),
             bounds: BTreeMap::new(),
         }
@@ -222,18 +226,21 @@ impl Cluster {
     /// The configured filter, and every key kept that some policy selects pods by.
     pub fn label_filter(&self) -> LabelFilter {
         let mut filter = self.filter.clone();
-        for key in self.kept_keys() {
-            filter.keep(&key);
+        for key in self.index.pod_keys().filter(|key| !self.filter.admits(key)) {
+            filter.keep(key);
         }
         filter
     }
 
     /// Puts `policy` in the place of what has that name now. Answers what it touches.
     fn replace(&mut self, id: &PolicyId, policy: Option<Policy>) -> Change {
-        let kept = self.kept_keys();
         let mut change = Change::default();
         let mut blocks = Vec::new();
         let old = self.policies.remove(id);
+        let either = old.iter().map(|old| &old.policy).chain(&policy);
+        let mut left_out: BTreeSet<String> = either.flat_map(Policy::pod_keys).collect();
+        left_out.retain(|key| !self.filter.admits(key));
+        let kept: Vec<bool> = left_out.iter().map(|key| self.index.asks_for(key)).collect();
         if let Some(old) = &old {
             change.identities.extend(self.index.matched(&old.policy.subject));
             self.index.release(id, &old.policy);
@@ -247,27 +254,36 @@ impl Cluster {
         }
         for block in old.iter().flat_map(|old| old.policy.address_blocks()) {
             blocks.extend(self.blocks.release(block));
+            if let Some(policies) = self.named_by.get_mut(&block.cidr.trunc()) {
+                policies.remove(id);
+                if policies.is_empty() {
+                    self.named_by.remove(&block.cidr.trunc());
+                }
+            }
         }
         if let Some(policy) = policy {
             self.index.acquire(id, &policy, &self.identities);
             change.identities.extend(self.index.matched(&policy.subject));
             let cookies = self.number_rules(&policy);
+            for block in policy.address_blocks() {
+                self.named_by.entry(block.cidr.trunc()).or_default().insert(id.clone());
+            }
             self.policies.insert(id.clone(), Installed { policy, cookies });
         }
         change.blocks = !blocks.is_empty();
-        if change.blocks {
-            for installed in self.policies.values() {
-                let mut meant = installed.policy.address_blocks();
-                let own = installed.policy.id == *id;
-                if !own && meant.any(|block| blocks.iter().any(|net| block.cidr.contains(net))) {
-                    for identity in self.index.matched(&installed.policy.subject) {
-                        change.identities.insert(identity);
-                        self.bounds.remove(&identity);
-                    }
-                }
+        let wider = |net: &IpNet| {
+            let net = *net;
+            (0..=net.prefix_len()).filter_map(move |length| IpNet::new(net.addr(), length).ok())
+        };
+        let others = blocks.iter().flat_map(wider).filter_map(|wider| self.named_by.get(&wider.trunc()));
+        for other in others.flatten().filter(|other| *other != id) {
+            let Some(installed) = self.policies.get(other) else { continue };
+            for identity in self.index.matched(&installed.policy.subject) {
+                change.identities.insert(identity);
+                self.bounds.remove(&identity);
             }
         }
-        change.labels = kept != self.kept_keys();
+        change.labels = left_out.iter().zip(kept).any(|(key, kept)| kept != self.index.asks_for(key));
         change
     }
 
@@ -312,9 +328,5 @@ impl Cluster {
 
     fn installed_for(&self, identity: u32) -> impl Iterator<Item = &Installed> {
         self.index.policies_with_subject(identity).into_iter().filter_map(|id| self.policies.get(id))
-    }
-
-    fn kept_keys(&self) -> BTreeSet<String> {
-        self.index.pod_keys().filter(|key| !self.filter.admits(key)).map(str::to_string).collect()
     }
 }

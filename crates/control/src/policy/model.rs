@@ -193,11 +193,15 @@ impl Policy {
         all
     }
 
+    /// Keys of the labels that it selects pods by.
+    pub(super) fn pod_keys(&self) -> Vec<String> {
+        let selectors = self.peer_selectors();
+        selectors.iter().chain([&self.subject]).flat_map(Selector::pod_keys).map(str::to_string).collect()
+    }
+
     /// A label that it selects pods by and that never counts as a pod's own.
     pub(super) fn reserved_key(&self) -> Option<String> {
-        let selectors = self.peer_selectors();
-        let mut keys = selectors.iter().chain([&self.subject]).flat_map(Selector::pod_keys);
-        keys.find(|key| labels::is_reserved(key)).map(str::to_string)
+        self.pod_keys().into_iter().find(|key| labels::is_reserved(key))
     }
 
     /// Every address block in it.

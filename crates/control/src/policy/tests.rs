@@ -97,8 +97,8 @@ impl Probe<'_> {
 
 /// Everything that shows of a cluster; not what it remembers to be quick.
 fn contents(cluster: &Cluster) -> String {
-    let Cluster { limit, filter, identities, policies, index, blocks, rules, bounds: _ } = cluster;
-    format!("{limit} {filter:?} {identities:?} {policies:?} {index:?} {blocks:?} {rules:?}")
+    let Cluster { limit, filter, identities, policies, index, blocks, named_by, rules, bounds: _ } = cluster;
+    format!("{limit} {filter:?} {identities:?} {policies:?} {index:?} {blocks:?} {named_by:?} {rules:?}")
 }
 
 #[test]

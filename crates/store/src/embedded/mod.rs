@@ -68,6 +68,20 @@ impl Embedded {
         self.inner.set_aside.as_ref()
     }
 
+    /// Writes keys, and removes those without a value, in one revision; answers the revision.
+    ///
+    /// # Errors
+    /// As for [`Store::put`]; nothing was written then.
+    pub async fn write_all(&self, entries: &[(String, Option<Vec<u8>>)]) -> Result<u64, StoreError> {
+        let one = |(key, value): &(String, Option<Vec<u8>>)| match value {
+            Some(value) => Change::put(key, value, false),
+            None => Change::Delete(key.clone()),
+        };
+        let changes = entries.iter().map(one).collect();
+        let (revision, ()) = self.write(|_| (changes, ())).await?;
+        Ok(revision)
+    }
+
     /// Makes the changes that `plan` chooses by the present state one new revision. No change, no
     /// new revision. Answers the newest revision and what `plan` answered.
     ///

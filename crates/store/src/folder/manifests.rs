@@ -99,6 +99,16 @@ impl Manifests {
         self.folder_error = error;
     }
 
+    /// That nothing is different from what was last handed out.
+    pub(super) fn nothing_new(&self) -> Change {
+        Change {
+            unreadable: self.published.unreadable.keys().cloned().collect(),
+            opaque: self.files.values().any(|file| file.opaque),
+            errors: self.errors.clone(),
+            ..Change::default()
+        }
+    }
+
     /// What is different from what was last handed out; nothing if nothing is.
     pub(super) fn settle(&mut self) -> Option<Change> {
         self.adopt();
@@ -112,6 +122,7 @@ impl Manifests {
             unreadable: whole.unreadable.keys().cloned().collect(),
             opaque: self.files.values().any(|file| file.opaque),
             errors: errors.clone(),
+            caught_up: 0,
         };
         let news = !change.upserted.is_empty() || !change.removed.is_empty();
         let same = !news && whole.unreadable == self.published.unreadable && errors == self.errors;

@@ -23,6 +23,7 @@ use std::{
 use cirri_control::resource::Resource;
 use futures::stream::{self, BoxStream};
 use inotify::EventMask;
+use tokio::sync::watch;
 
 use crate::StoreError;
 use crate::paths::{News, Paths};
@@ -55,6 +56,29 @@ pub struct Change {
     pub opaque: bool,
     /// All that is wrong now, not only what is new. Empty: all is well.
     pub errors: Vec<FileError>,
+    /// Number of the last question of [`CatchUp::ask`] that this answers: all that was in the
+    /// folder at that moment has been handed out.
+    pub caught_up: u64,
+}
+
+/// Asks a watched folder to hand out what is in it now. Clones ask the same folder.
+#[derive(Debug, Clone)]
+pub struct CatchUp {
+    asked: watch::Sender<u64>,
+}
+
+impl CatchUp {
+    /// The number of this question: the first change with a `caught_up` as large holds, with those
+    /// before it, every file that was complete when this was called. It comes even if there is
+    /// nothing new to say.
+    pub fn ask(&self) -> u64 {
+        let mut number = 0;
+        self.asked.send_modify(|asked| {
+            *asked += 1;
+            number = *asked;
+        });
+        number
+    }
 }
 
 /// A file, or a part of it, that is not in force.
@@ -72,18 +96,24 @@ pub struct FileError {
 ///
 /// # Errors
 /// [`StoreError::Folder`] if `dir` is not a directory that can be watched.
-pub fn watch(dir: impl AsRef<Path>, writers: Writers) -> Result<BoxStream<'static, Change>, StoreError> {
-    let folder = Folder::open(dir.as_ref(), writers)?;
-    Ok(Box::pin(stream::unfold(folder, |mut folder| async move {
+pub fn watch(dir: impl AsRef<Path>, writers: Writers) -> Result<(BoxStream<'static, Change>, CatchUp), StoreError> {
+    let (asked, questions) = watch::channel(0);
+    let folder = Folder::open(dir.as_ref(), writers, questions)?;
+    let changes = stream::unfold(folder, |mut folder| async move {
         let change = folder.next().await;
         Some((change, folder))
-    })))
+    });
+    Ok((Box::pin(changes), CatchUp { asked }))
 }
 
 struct Folder {
     dir: PathBuf,
     paths: Paths,
     writers: Writers,
+    /// Numbers of the questions of [`CatchUp`].
+    questions: watch::Receiver<u64>,
+    /// The last of them that was answered.
+    answered: u64,
     /// Device and inode of the directory that was read last.
     read: Option<(u64, u64)>,
     /// The directory cannot be read, or is not to be believed.
@@ -116,7 +146,7 @@ struct Survey {
 }
 
 impl Folder {
-    fn open(dir: &Path, writers: Writers) -> Result<Self, StoreError> {
+    fn open(dir: &Path, writers: Writers, questions: watch::Receiver<u64>) -> Result<Self, StoreError> {
         let failed = |source: io::Error| StoreError::Folder { path: dir.to_owned(), hint: hint(&source), source };
         let dir = std::path::absolute(dir).map_err(failed)?;
         std::fs::read_dir(&dir).map_err(failed)?;
@@ -126,6 +156,8 @@ impl Folder {
             dir,
             paths,
             writers,
+            questions,
+            answered: 0,
             read: None,
             failed: false,
             seen: BTreeMap::new(),
@@ -137,20 +169,32 @@ impl Folder {
 
     async fn next(&mut self) -> Change {
         if !self.started {
+            self.answered = *self.questions.borrow_and_update();
             self.look(Occasion::Time, BTreeSet::new()).await;
             self.started = true;
-            return self.manifests.settle().unwrap_or_default();
+            return Change { caught_up: self.answered, ..self.manifests.settle().unwrap_or_default() };
         }
         loop {
             let until = self.leaving.values().min().copied();
             let wait = until.map_or(LOOK_EVERY, |until| until.saturating_duration_since(Instant::now()));
-            match tokio::time::timeout(wait, self.paths.next()).await {
-                Ok(news) => self.take(news).await,
-                Err(_) if until.is_some() => self.let_go(),
-                Err(_) => self.look(Occasion::Time, BTreeSet::new()).await,
+            let mut asked = None;
+            tokio::select! {
+                news = self.paths.next() => self.take(news).await,
+                Ok(()) = self.questions.changed() => {
+                    asked = Some(*self.questions.borrow_and_update());
+                    // What the kernel has reported may not have come here yet.
+                    self.look(Occasion::News, BTreeSet::new()).await;
+                }
+                () = tokio::time::sleep(wait) => match until {
+                    Some(_) => self.let_go(),
+                    None => self.look(Occasion::Time, BTreeSet::new()).await,
+                }
             }
-            if let Some(change) = self.manifests.settle() {
-                return change;
+            let change = self.manifests.settle();
+            if change.is_some() || asked.is_some() {
+                self.answered = asked.unwrap_or(self.answered);
+                let change = change.unwrap_or_else(|| self.manifests.nothing_new());
+                return Change { caught_up: self.answered, ..change };
             }
         }
     }
