@@ -56,6 +56,8 @@ pub const PACKAGES: &[Package] = &[
     // The first that speaks CNI 1.0.
     package("containerd", "containerd", Need::Test, "a real runtime that calls the CNI plugin").since("1.6"),
     package("runc", "runc", Need::Test, "starts containerd's containers"),
+    // Networks by CNI, several on a container.
+    package("podman", "podman", Need::Test, "another, with two networks on a container").since("4.0"),
     package("bird2", "bird", Need::Test, "announces a load balancer's addresses by BGP"),
     package("iptables", "iptables-legacy", Need::Bench, "services as kube-proxy makes them"),
     package("nftables", "nft", Need::Test, "packets that get lost on purpose; services by another filter"),
