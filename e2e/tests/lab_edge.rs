@@ -75,6 +75,30 @@ fn connections_are_translated_spread_counted_and_refused_in_every_mode() {
 }
 
 #[test]
+fn a_socket_that_the_environment_names_for_an_agent_is_not_the_load_balancers() {
+    let mut lab = EdgeLab::new(1);
+    let _servers = lab.serve(8080);
+    lab.write(&services(""));
+    lab.start();
+    let file = lab.file();
+    let asked = |more: &[&str]| {
+        let mut command = std::process::Command::new(cirri_e2e::lab::binary().unwrap());
+        command.env("CIRRI_SOCKET", "/run/cirri/agent.sock").args(["lb", "status"]).args(more).arg("--config");
+        command.arg(&file).output().unwrap()
+    };
+    let output = asked(&[]);
+    assert!(output.status.success(), "{output:?}");
+    // What the command line names is what is asked, also with a file.
+    let output = asked(&["--socket", "/nowhere.sock"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("/nowhere.sock"), "{said}");
+    // Where nothing else names one, an agent's is still taken from there.
+    let mut agent = std::process::Command::new(cirri_e2e::lab::binary().unwrap());
+    let said = agent.env("CIRRI_SOCKET", "/elsewhere.sock").arg("status").output().unwrap();
+    assert!(String::from_utf8_lossy(&said.stderr).contains("/elsewhere.sock"), "{said:?}");
+}
+
+#[test]
 fn a_change_of_the_file_is_in_force_at_once_and_no_connection_notices() {
     let mut lab = EdgeLab::new(3);
     let _servers = lab.serve(8080);

@@ -13,18 +13,22 @@ use crate::exit::{Error, Failure, Result};
 
 const AGENT_SOCKET: &str = "/run/cirri/agent.sock";
 
+/// The environment's name for an agent's socket. It says nothing of a load balancer's.
+const AGENT_SOCKET_VARIABLE: &str = "CIRRI_SOCKET";
+
 /// How to find the agent.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ClientArgs {
-    /// The agent's socket.
-    #[arg(long, env = "CIRRI_SOCKET", default_value = AGENT_SOCKET, value_name = "PATH", global = true)]
-    pub socket: PathBuf,
+    /// The socket to ask; an agent's is else that of CIRRI_SOCKET, else /run/cirri/agent.sock
+    #[arg(long, value_name = "PATH", global = true)]
+    pub socket: Option<PathBuf>,
 }
 
 impl ClientArgs {
-    /// Whether nobody named a socket.
-    pub fn is_default(&self) -> bool {
-        self.socket.as_os_str() == AGENT_SOCKET
+    /// The agent's socket.
+    pub fn agent(&self) -> PathBuf {
+        let variable = || std::env::var_os(AGENT_SOCKET_VARIABLE).filter(|path| !path.is_empty());
+        self.socket.clone().or_else(|| variable().map(PathBuf::from)).unwrap_or_else(|| AGENT_SOCKET.into())
     }
 
     /// Asks once and reads the one answer.
@@ -34,7 +38,7 @@ impl ClientArgs {
             answer = Some(value);
             Ok(())
         })?;
-        answer.ok_or_else(|| CallError::Stopped.into_exit(&self.socket))
+        answer.ok_or_else(|| CallError::Stopped.into_exit(&self.agent()))
     }
 
     /// Asks once and reads answers until the agent closes the connection.
@@ -44,11 +48,12 @@ impl ClientArgs {
         params: impl Serialize,
         mut each: impl FnMut(T) -> Result<()>,
     ) -> Result<()> {
-        let outcome = stream(&self.socket, method, &params, None, |value| match serde_json::from_value(value) {
+        let socket = self.agent();
+        let outcome = stream(&socket, method, &params, None, |value| match serde_json::from_value(value) {
             Ok(value) => each(value).map_err(CallError::Stop),
             Err(error) => Err(CallError::Garbled(error.to_string())),
         });
-        outcome.map_err(|error| error.into_exit(&self.socket))
+        outcome.map_err(|error| error.into_exit(&socket))
     }
 }
 

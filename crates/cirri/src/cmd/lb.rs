@@ -350,12 +350,10 @@ fn call<T: DeserializeOwned>(client: &ClientArgs, file: &File, method: &str, par
 
 /// The socket that was named, else that of the file, else that of the usual directory.
 fn socket(client: &ClientArgs, file: &File) -> Result<PathBuf> {
-    if !client.is_default() {
-        return Ok(client.socket.clone());
-    }
-    match &file.config {
-        Some(file) => Ok(edge::socket(&Plan::state_dir_of(file).because(Failure::BadInput)?)),
-        None => Ok(edge::socket(edge::STATE_DIR.as_ref())),
+    match (&client.socket, &file.config) {
+        (Some(named), _) => Ok(named.clone()),
+        (None, Some(file)) => Ok(edge::socket(&Plan::state_dir_of(file).because(Failure::BadInput)?)),
+        (None, None) => Ok(edge::socket(edge::STATE_DIR.as_ref())),
     }
 }
 
