@@ -364,7 +364,9 @@ impl Drop for Lab {
             eprintln!("the lab stays: `cirri lab list --name {0}`, `cirri lab down --name {0}`", self.name);
             return;
         }
-        let gone = run(["lab", "down", "--name", &self.name]);
+        // What failed may point to a log; the next test of that name sweeps it away.
+        let logs = failing.then_some("--keep-logs");
+        let gone = run(["lab", "down", "--name", &self.name].into_iter().chain(logs));
         // Gone already if nothing was applied.
         let _ = std::fs::remove_dir_all(&self.folder);
         if !failing {

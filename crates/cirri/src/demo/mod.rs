@@ -17,8 +17,8 @@ use anyhow::bail;
 
 use self::stage::Stage;
 use crate::lab::interrupt::{Interrupt, Interrupted};
-use crate::lab::state::{Lab, LabName};
-use crate::lab::{down, process};
+use crate::lab::state::{DEFAULT_PATIENCE, Lab, LabName};
+use crate::lab::{disk, down, process};
 
 /// Programs it needs, and the Debian package of each.
 const PROGRAMS: [(&str, &str); 6] = [
@@ -46,6 +46,10 @@ pub struct DemoArgs {
     /// The name of its lab: two demos at once need two names
     #[arg(long, default_value = "demo")]
     name: LabName,
+    /// How long anything may take before it counts as failed, in seconds. It is waited for what happens, so that a busy
+    /// machine takes longer and fails nothing
+    #[arg(long, default_value_t = DEFAULT_PATIENCE, value_name = "SECONDS")]
+    timeout: u64,
 }
 
 /// Carries the command out.
@@ -78,9 +82,11 @@ fn play(args: &DemoArgs) -> anyhow::Result<bool> {
     let teardown = Teardown { name: &args.name, armed: true };
     stage.line("Cirri's demo: a small shop on two nodes, policies and services. It runs in network namespaces of");
     stage.line("its own and removes everything at the end; Ctrl-C stops it at any time.");
-    let played = acts::play(&stage, &args.name, &interrupt);
+    let played = acts::play(&stage, &args.name, args.timeout, &interrupt);
     // What goes wrong because of an interruption is not the news.
     let played = interrupt.check().map_err(anyhow::Error::from).and(played);
+    let played =
+        played.map_err(|error| if error.is::<Interrupted>() { error } else { disk::explain(&args.name, error) });
     let mut kept = None;
     match played {
         Ok(lab) if args.keep => {
@@ -88,9 +94,14 @@ fn play(args: &DemoArgs) -> anyhow::Result<bool> {
             kept = Some(lab);
         }
         played => {
-            let gone = teardown.now();
+            // An error points to logs.
+            let failed = played.as_ref().is_err_and(|error| !error.is::<Interrupted>());
+            let gone = if failed { teardown.all_but_logs() } else { teardown.now() };
             if let Err(error) = played {
                 match gone {
+                    Ok(()) if failed => {
+                        eprintln!("cirri: the demo stops early; everything it made is removed but its logs");
+                    }
                     Ok(()) => eprintln!("cirri: the demo stops early; everything it made is removed"),
                     Err(problem) => eprintln!("cirri: {problem:#}: `cirri lab down --name {}` tries again", args.name),
                 }
@@ -158,6 +169,11 @@ impl Teardown<'_> {
     fn now(mut self) -> anyhow::Result<()> {
         self.armed = false;
         down::remove(self.name).map(drop)
+    }
+
+    fn all_but_logs(mut self) -> anyhow::Result<()> {
+        self.armed = false;
+        down::remove_all_but_logs(self.name).map(drop)
     }
 
     fn keep(mut self) {

@@ -13,20 +13,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use super::traffic::seconds;
 use crate::lab::interrupt::Interrupt;
 use crate::lab::{netns, process};
 
 /// What `curl` says of a request, on one line of its standard error, which it does not buffer. A text that may hold
 /// anything comes last.
 const REPORT: &str = "%{stderr}%{exitcode}|%{time_total}|%header{served-by}|%header{seen-client}|%{errormsg}\\n";
-/// How long a request may take, seconds.
-const REQUEST_MAX: &str = "1.5";
 /// How fast requests follow one another in a stream.
 const RATE: &str = "200/s";
 /// More requests than any stream makes.
 const ENDLESS: usize = 1_000_000;
-/// How long requests may take to come in.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// How often a wait for requests looks for an interruption.
 const SLICE: Duration = Duration::from_millis(100);
 /// `curl` could not connect.
@@ -102,13 +99,13 @@ impl fmt::Display for Failed {
     }
 }
 
-/// Makes so many requests, one after the other.
+/// Makes so many requests, one after the other, each of which may take so long.
 ///
 /// # Errors
 /// `curl` cannot be started there, or says something else than it was told to.
-pub fn ask(asker: &Asker, count: usize) -> anyhow::Result<Vec<Request>> {
+pub fn ask(asker: &Asker, count: usize, patience: Duration) -> anyhow::Result<Vec<Request>> {
     let who = asker.in_words();
-    let (mut child, report) = curl(asker, count, false)?;
+    let (mut child, report) = curl(asker, count, patience, false)?;
     let requests: anyhow::Result<Vec<Request>> =
         BufReader::new(report).lines().map(|line| read(&who, &line?, Instant::now())).collect();
     child.wait()?;
@@ -126,18 +123,19 @@ pub struct Streams {
     readers: Vec<JoinHandle<()>>,
     incoming: Receiver<(usize, anyhow::Result<Request>)>,
     requests: Vec<Request>,
+    patience: Duration,
 }
 
 impl Streams {
-    /// Starts them.
+    /// Starts them; a request may take so long.
     ///
     /// # Errors
     /// `curl` cannot be started there.
-    pub fn start(askers: &[Asker]) -> anyhow::Result<Self> {
+    pub fn start(askers: &[Asker], patience: Duration) -> anyhow::Result<Self> {
         let (sender, incoming) = channel();
-        let mut streams = Self { clients: Vec::new(), readers: Vec::new(), incoming, requests: Vec::new() };
+        let mut streams = Self { clients: Vec::new(), readers: Vec::new(), incoming, requests: Vec::new(), patience };
         for (index, asker) in askers.iter().enumerate() {
-            let (client, report) = curl(asker, ENDLESS, true)?;
+            let (client, report) = curl(asker, ENDLESS, patience, true)?;
             streams.clients.push(client);
             let (sender, who) = (sender.clone(), asker.in_words());
             streams.readers.push(std::thread::spawn(move || {
@@ -170,7 +168,7 @@ impl Streams {
                     }
                     self.requests.push(request);
                 }
-                Err(RecvTimeoutError::Timeout) if since.elapsed() < PATIENCE => {}
+                Err(RecvTimeoutError::Timeout) if since.elapsed() < self.patience => {}
                 Err(_) => bail!("the clients stopped asking"),
             }
         }
@@ -197,10 +195,11 @@ impl Drop for Streams {
 }
 
 /// `curl`, started in the client's namespace and control group, and where it reports.
-fn curl(asker: &Asker, count: usize, paced: bool) -> anyhow::Result<(Child, ChildStderr)> {
+fn curl(asker: &Asker, count: usize, patience: Duration, paced: bool) -> anyhow::Result<(Child, ChildStderr)> {
     let mut command = Command::new(process::own_binary()?);
     command.args(["lab", "__in"]).arg(&asker.group).args(["--", "curl", "-sf", "--noproxy", "*"]);
-    command.args(["--max-time", REQUEST_MAX, "-H", "Connection: close", "-o", "/dev/null", "-w", REPORT]);
+    let seconds = seconds(patience);
+    command.args(["--max-time", seconds.as_str(), "-H", "Connection: close", "-o", "/dev/null", "-w", REPORT]);
     if paced {
         command.args(["--rate", RATE]);
     }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::fmt::Display;
 use std::io::{self, Write};
 
-use super::traffic::Reach;
+use super::traffic::{Outcome, Reach};
 use crate::output;
 
 const BOLD: &str = "\x1b[1m";
@@ -100,7 +100,7 @@ impl Stage {
         for row in rows {
             let mark = |service, family| {
                 let cell = cells.iter().find(|c| c.from == row && c.service == service && c.family == family);
-                match cell.map(|cell| cell.outcome.is_ok()) {
+                match cell.map(|cell| cell.outcome == Outcome::Works) {
                     Some(true) => self.paint(GREEN, "✓"),
                     Some(false) => self.paint(RED, "✗"),
                     None => self.paint(DIM, "·"),

@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -14,11 +15,10 @@ use anyhow::Context;
 use crate::lab::netns;
 
 /// What the web server answers.
-const GREETING: &str = "welcome to the shop";
-/// How long a connection may take before it counts as denied, seconds: long enough for a retransmitted SYN.
-const PATIENCE: &str = "1.5";
-/// How long a request of the steady stream may take before it counts as failed.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+pub const GREETING: &str = "welcome to the shop";
+/// How long who is to be denied asks: long enough for a retransmitted SYN. That it was denied is told by the drop, not
+/// by silence, which a busy machine also makes.
+pub const SILENCE: Duration = Duration::from_millis(1500);
 /// Between two requests of the steady stream.
 const PACE: Duration = Duration::from_millis(5);
 /// Longest line or body that is read.
@@ -53,15 +53,37 @@ pub struct Reach {
     pub address: IpAddr,
     /// 4 or 6.
     pub family: u8,
-    /// What came of it; the reason if it did not work.
-    pub outcome: Result<(), String>,
+    /// What came of it.
+    pub outcome: Outcome,
 }
 
-/// Every client asks every server in each family, all at once: `curl` the web server, `redis-cli` the other.
+/// What came of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It works.
+    Works,
+    /// It was dropped, and an agent has said so.
+    Denied,
+    /// Neither; why.
+    Unclear(String),
+}
+
+/// A client, a server, and one of its addresses.
+pub type Cell<'a> = (&'a Client, &'a Server, IpAddr);
+
+/// Every client asks every server in each family, all at once: `curl` the web server, `redis-cli` the other. Who is
+/// `allowed` has `patience` for an answer; who is not asks until it works or `dropped` tells of a drop, for as long.
 ///
 /// # Errors
-/// A client's namespace cannot be entered, or a program cannot be started.
-pub fn everyone(clients: &[Client], servers: &[Server]) -> anyhow::Result<Vec<Reach>> {
+/// A client's namespace cannot be entered, a program cannot be started, or what `dropped` met.
+pub fn everyone(
+    clients: &[Client],
+    servers: &[Server],
+    patience: Duration,
+    allowed: impl Fn(&str, &str) -> bool,
+    dropped: impl Fn(Cell<'_>) -> anyhow::Result<bool> + Sync,
+) -> anyhow::Result<Vec<Reach>> {
+    let dropped = &dropped;
     std::thread::scope(|scope| {
         let asked: Vec<_> = clients
             .iter()
@@ -69,12 +91,11 @@ pub fn everyone(clients: &[Client], servers: &[Server]) -> anyhow::Result<Vec<Re
             .flat_map(|client| servers.iter().map(move |server| (client, server)))
             .filter(|(client, server)| client.name != format!("shop/{}", server.service))
             .flat_map(|(client, server)| server.addresses.iter().map(move |address| (client, server, *address)))
-            .map(|(client, server, address)| {
+            .map(|cell| {
+                let allowed = allowed(&cell.0.name, cell.1.service);
                 scope.spawn(move || -> anyhow::Result<Reach> {
-                    let outcome = netns::within(&client.netns, || match server.service {
-                        "web" => http_get(address),
-                        _ => redis_set_get(address, &client.name),
-                    })??;
+                    let outcome = if allowed { answered(cell, patience)? } else { denied(cell, patience, dropped)? };
+                    let (client, server, address) = cell;
                     let family = if address.is_ipv4() { 4 } else { 6 };
                     Ok(Reach { from: client.name.clone(), service: server.service, address, family, outcome })
                 })
@@ -84,9 +105,40 @@ pub fn everyone(clients: &[Client], servers: &[Server]) -> anyhow::Result<Vec<Re
     })
 }
 
-fn http_get(address: IpAddr) -> anyhow::Result<Result<(), String>> {
+/// Asks somebody who is to answer.
+fn answered(cell: Cell<'_>, patience: Duration) -> anyhow::Result<Outcome> {
+    Ok(ask(cell, patience)?.map_or_else(Outcome::Unclear, |()| Outcome::Works))
+}
+
+/// Asks somebody who is not to answer.
+fn denied(
+    cell: Cell<'_>,
+    patience: Duration,
+    dropped: &impl Fn(Cell<'_>) -> anyhow::Result<bool>,
+) -> anyhow::Result<Outcome> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let Err(why) = ask(cell, SILENCE)? else { return Ok(Outcome::Works) };
+        if dropped(cell)? {
+            return Ok(Outcome::Denied);
+        }
+        if Instant::now() >= deadline {
+            return Ok(Outcome::Unclear(format!("{why}; no agent tells of a drop")));
+        }
+    }
+}
+
+fn ask((client, server, address): Cell<'_>, patience: Duration) -> anyhow::Result<Result<(), String>> {
+    netns::within(&client.netns, || match server.service {
+        "web" => http_get(address, patience),
+        _ => redis_set_get(address, &client.name, patience),
+    })?
+}
+
+fn http_get(address: IpAddr, patience: Duration) -> anyhow::Result<Result<(), String>> {
     let url = format!("http://{}/", SocketAddr::new(address, 80));
-    let (code, text) = run(&["curl", "-gsS", "--noproxy", "*", "--max-time", PATIENCE, &url], "")?;
+    let seconds = seconds(patience);
+    let (code, text) = run(&["curl", "-gsS", "--noproxy", "*", "--max-time", &seconds, &url], "")?;
     Ok(match code {
         Some(0) if text.trim() == GREETING => Ok(()),
         Some(0) => Err(format!("another answer than the shop's: {text:?}")),
@@ -94,16 +146,21 @@ fn http_get(address: IpAddr) -> anyhow::Result<Result<(), String>> {
     })
 }
 
-fn redis_set_get(address: IpAddr, who: &str) -> anyhow::Result<Result<(), String>> {
-    let host = address.to_string();
+fn redis_set_get(address: IpAddr, who: &str, patience: Duration) -> anyhow::Result<Result<(), String>> {
+    let (host, seconds) = (address.to_string(), seconds(patience));
     let question = format!("SET from:{who} hello\nGET from:{who}\n");
     // redis-cli itself waits for a connection as long as the kernel tries.
-    let (code, text) = run(&["timeout", PATIENCE, "redis-cli", "-h", &host], &question)?;
+    let (code, text) = run(&["timeout", &seconds, "redis-cli", "-h", &host], &question)?;
     Ok(match (code, text.lines().collect::<Vec<_>>().as_slice()) {
         (Some(0), ["OK", "hello"]) => Ok(()),
-        (Some(124), _) => Err(format!("no answer within {PATIENCE} s")),
+        (Some(124), _) => Err(format!("no answer within {seconds} s")),
         (_, lines) => Err(format!("redis-cli: {}", lines.join(" "))),
     })
+}
+
+/// As `curl` and `timeout` read it.
+pub fn seconds(time: Duration) -> String {
+    format!("{:.1}", time.as_secs_f64())
 }
 
 /// Runs a program to its end; its exit code and what it wrote.
@@ -140,8 +197,8 @@ impl Held {
     ///
     /// # Errors
     /// It does not connect in time.
-    pub fn open(netns: &Path, to: SocketAddr) -> anyhow::Result<Self> {
-        let stream = netns::within(netns, || TcpStream::connect_timeout(&to, REQUEST_TIMEOUT))?
+    pub fn open(netns: &Path, to: SocketAddr, patience: Duration) -> anyhow::Result<Self> {
+        let stream = netns::within(netns, || TcpStream::connect_timeout(&to, patience))?
             .with_context(|| format!("no connection to {to}"))?;
         stream.set_nodelay(true)?;
         let local = stream.local_addr()?;
@@ -216,20 +273,28 @@ pub struct Steady {
     pub slowest: Duration,
 }
 
-/// Fetches the page over new connections, a few hundred a second, until `stop`.
+/// Fetches the page over new connections, a few hundred a second, until `stop`; tells of each that has ended.
 ///
 /// # Errors
 /// The namespace cannot be entered.
-pub fn steady(netns: &Path, to: &[SocketAddr], stop: &AtomicBool) -> anyhow::Result<Steady> {
+pub fn steady(
+    netns: &Path,
+    to: &[SocketAddr],
+    patience: Duration,
+    stop: &AtomicBool,
+    ended: &Sender<()>,
+) -> anyhow::Result<Steady> {
     netns::within(netns, || {
         let mut steady = Steady::default();
         for to in to.iter().cycle().take_while(|_| !stop.load(Ordering::Relaxed)) {
             let begun = Instant::now();
             steady.requests += 1;
-            match fetch(*to) {
+            match fetch(*to, patience) {
                 Ok(()) => steady.slowest = steady.slowest.max(begun.elapsed()),
                 Err(error) => *steady.failed.entry(format!("{to}: {error}")).or_default() += 1,
             }
+            // Nobody waits for it any more.
+            let _ = ended.send(());
             std::thread::sleep(PACE.saturating_sub(begun.elapsed()));
         }
         steady
@@ -237,9 +302,9 @@ pub fn steady(netns: &Path, to: &[SocketAddr], stop: &AtomicBool) -> anyhow::Res
     .context("cannot enter the client's namespace")
 }
 
-fn fetch(to: SocketAddr) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, REQUEST_TIMEOUT)?;
-    stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
+fn fetch(to: SocketAddr, patience: Duration) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect_timeout(&to, patience)?;
+    stream.set_read_timeout(Some(patience))?;
     stream.write_all(b"GET / HTTP/1.0\r\nHost: shop\r\n\r\n")?;
     let mut answer = String::new();
     stream.take(ANSWER_MAX).read_to_string(&mut answer)?;

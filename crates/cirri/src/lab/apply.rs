@@ -35,9 +35,9 @@ pub struct ApplyArgs {
     /// Return only when everything is enforced on every node and every declared port is open.
     #[arg(long)]
     wait: bool,
-    /// How long --wait may take, in seconds.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
-    timeout: u64,
+    /// How long --wait may take, in seconds [default: that of `lab up`]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
 }
 
 /// Carries the command out.
@@ -48,7 +48,7 @@ pub fn run(args: ApplyArgs) -> anyhow::Result<ExitCode> {
     let lab = Lab::load(&args.name)?;
     let _lock = args.name.lock()?;
     let interrupt = Interrupt::install()?;
-    let wait = args.wait.then(|| Duration::from_secs(args.timeout));
+    let wait = args.wait.then(|| args.timeout.map_or(lab.patience(), Duration::from_secs));
     apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &output::progress)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -71,7 +71,12 @@ pub fn apply(
     let stored = cluster::resources(lab)?;
     let resources = allot::allot(resources, &stored)?;
     let routes = routes::wanted(lab, &resources)?;
-    let plan = Plan::new(lab, resources, &lab.pods()?, &stored);
+    let mut running = lab.pods()?;
+    for pod in &mut running {
+        // One that lost its device is made anew.
+        pod.complete &= pods::is_attached(pod);
+    }
+    let plan = Plan::new(lab, resources, &running, &stored);
 
     let mut problems = Vec::new();
     let mut tell = |outcomes: Vec<anyhow::Result<String>>| {
@@ -275,7 +280,7 @@ mod tests {
     fn lab() -> Lab {
         let name: LabName = "t".parse().unwrap();
         let nodes = ["n1", "n2"].iter().enumerate().map(|(index, node)| underlay::node(&name, node, index)).collect();
-        Lab { name, routing: Routing::Overlay, nodes, settings: Vec::new() }
+        Lab { nodes, ..Lab::described(&name, &[], Routing::Overlay, &[]) }
     }
 
     fn pods(text: &str) -> Vec<Resource> {

@@ -30,7 +30,7 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 /// The file that lists a group's processes and takes new ones.
 const PROCESSES: &str = "cgroup.procs";
 /// How long ended processes may take to leave their group.
-const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
+const EMPTY_TIMEOUT: Duration = Duration::from_secs(60);
 /// The shells' exit code for a program that is not there.
 const EXIT_NOT_FOUND: u8 = 127;
 

@@ -28,8 +28,9 @@ const BARRIER: &str = "barrier/lab";
 const WRITES: usize = 32;
 /// How long one question whether everything is enforced may take.
 const WAIT_SLICE: Duration = Duration::from_secs(1);
-/// How long an agent may take to answer a question about what it already knows.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an agent may take to answer a question about what it already knows. One that is gone refuses at once: so
+/// long is waited only for one that hangs.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What a change does to the stored resources. Keys are those of `Resource::store_key`.
 #[derive(Debug, Default)]

@@ -1,12 +1,14 @@
 //! `cirri lab down`: removes a lab, from whatever is left of it.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
 
 use super::cgroup;
+use super::logs;
 use super::netns::{self, NsId};
 use super::process;
 use super::state::{DEFAULT_NAME, LabName};
@@ -26,6 +28,9 @@ pub struct DownArgs {
     /// Every lab of this machine.
     #[arg(long)]
     all: bool,
+    /// Leave its logs where they are, until the next `up` or `down` of that name.
+    #[arg(long)]
+    keep_logs: bool,
 }
 
 /// Carries the command out.
@@ -36,7 +41,7 @@ pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
     let names = if args.all { LabName::all() } else { vec![args.name] };
     for name in &names {
         let _lock = name.lock()?;
-        let gone = remove(name)?;
+        let gone = if args.keep_logs { remove_all_but_logs(name) } else { remove(name) }?;
         output::progress(&if gone { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") });
     }
     if names.is_empty() {
@@ -51,6 +56,18 @@ pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
 /// # Errors
 /// What would not go; the rest is removed all the same.
 pub fn remove(name: &LabName) -> anyhow::Result<bool> {
+    take_down(name, |directory| fs::remove_dir_all(directory))
+}
+
+/// The same, but logs stay where they are: errors point to them.
+///
+/// # Errors
+/// As for [`remove`].
+pub fn remove_all_but_logs(name: &LabName) -> anyhow::Result<bool> {
+    take_down(name, logs::keep)
+}
+
+fn take_down(name: &LabName, clear: impl FnOnce(&Path) -> io::Result<()>) -> anyhow::Result<bool> {
     let namespaces = netns::list(&name.prefix());
     let directory = name.directory();
     let existed = exists(name);
@@ -89,9 +106,11 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
         problems.push(format!("cannot remove the records of settings: {problem}"));
     }
     // Looked up only now: an agent that had just started may have pinned until it was killed.
-    for directory in pins(name).iter().map(AsRef::as_ref).chain([directory.as_path()]) {
-        match fs::remove_dir_all(directory) {
-            Err(problem) if problem.kind() != std::io::ErrorKind::NotFound => {
+    let mut removed: Vec<_> = pins(name).into_iter().map(|pins| (fs::remove_dir_all(&pins), pins)).collect();
+    removed.push((clear(&directory), directory));
+    for (outcome, directory) in removed {
+        match outcome {
+            Err(problem) if problem.kind() != io::ErrorKind::NotFound => {
                 problems.push(format!("cannot remove {}: {problem}", directory.display()));
             }
             _ => {}
@@ -105,7 +124,7 @@ pub fn remove(name: &LabName) -> anyhow::Result<bool> {
 
 /// Whether anything of a lab is there, up or crashed.
 pub fn exists(name: &LabName) -> bool {
-    name.directory().exists()
+    (name.directory().exists() && !logs::alone(&name.directory()))
         || !netns::list(&name.prefix()).is_empty()
         || !pins(name).is_empty()
         || cgroup::of_lab(name).is_ok_and(|group| group.exists())

@@ -1,10 +1,9 @@
 //! `cirri lab list`: the labs of this machine, their nodes and pods.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::json;
@@ -12,13 +11,13 @@ use serde_json::json;
 use super::echo::Port;
 use super::state::{Lab, LabName, Node, PodKey, PodRecord, Routing};
 use super::up::WORLD_PORTS;
-use super::{cluster, netns, underlay};
+use super::{cluster, netns, pods, underlay};
 use crate::api::EndpointInfo;
 use crate::client;
 use crate::output::{self, OutputArgs, Table};
 
-/// How long an agent may take to answer before its node counts as down.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// The state of a pod without a network.
+const DETACHED: &str = "detached";
 /// The state of a lab without records.
 const CRASHED: &str = "crashed";
 
@@ -81,7 +80,8 @@ struct PodInfo {
     identity: Option<u32>,
     /// Its endpoint on its node.
     endpoint: Option<u16>,
-    /// `running`, `ended` (a program has), `failed` (it was not made completely), else what its agent says.
+    /// `running`, `ended` (a program has), `failed` (it was not made completely), `detached` (it has no device, or its
+    /// agent does not know it), else what its agent says.
     state: String,
     error: Option<String>,
     programs: Vec<ProgramInfo>,
@@ -139,16 +139,21 @@ impl LabInfo {
 
 fn describe(lab: &Lab) -> anyhow::Result<LabInfo> {
     let answers = cluster::each_node(lab, |node| Ok(describe_node(lab, node)))?;
-    let mut endpoints = BTreeMap::new();
+    let (mut endpoints, mut answering) = (BTreeMap::new(), BTreeSet::new());
     let mut nodes = Vec::new();
     for (node, found) in answers {
+        answering.extend(found.is_some().then(|| node.name.clone()));
         nodes.push(node);
-        endpoints.extend(found.into_iter().map(|endpoint| {
+        endpoints.extend(found.into_iter().flatten().map(|endpoint| {
             let key = PodKey { namespace: endpoint.namespace.clone(), name: endpoint.pod.clone() };
             (key, endpoint)
         }));
     }
-    let pods = lab.pods()?.into_iter().map(|pod| describe_pod(lab, &pod, endpoints.get(&pod.key))).collect();
+    let described = |pod: PodRecord| {
+        let known = answering.contains(&pod.node).then(|| endpoints.get(&pod.key));
+        describe_pod(lab, &pod, known)
+    };
+    let pods = lab.pods()?.into_iter().map(described).collect();
     let state = if nodes.iter().all(|node| node.state == "ready") { "up" } else { "degraded" };
     Ok(LabInfo {
         routing: Some(lab.routing),
@@ -159,10 +164,11 @@ fn describe(lab: &Lab) -> anyhow::Result<LabInfo> {
     })
 }
 
-fn describe_node(lab: &Lab, node: &Node) -> (NodeInfo, Vec<EndpointInfo>) {
+/// The node, and what its agent knows of endpoints, if it answers.
+fn describe_node(lab: &Lab, node: &Node) -> (NodeInfo, Option<Vec<EndpointInfo>>) {
     let socket = lab.agent_socket(&node.name);
     let status = cluster::status(lab, &node.name).ok();
-    let endpoints = client::call(&socket, "endpoint.list", &json!({}), ANSWER_TIMEOUT).unwrap_or_default();
+    let endpoints = client::call(&socket, "endpoint.list", &json!({}), cluster::ANSWER_TIMEOUT).ok();
     let process = lab.agent_process(&node.name);
     let info = NodeInfo {
         name: node.name.clone(),
@@ -181,7 +187,10 @@ fn describe_node(lab: &Lab, node: &Node) -> (NodeInfo, Vec<EndpointInfo>) {
     (info, endpoints)
 }
 
-fn describe_pod(lab: &Lab, pod: &PodRecord, endpoint: Option<&EndpointInfo>) -> PodInfo {
+/// `known` is what its node's agent says of it, if that answers.
+fn describe_pod(lab: &Lab, pod: &PodRecord, known: Option<Option<&EndpointInfo>>) -> PodInfo {
+    let endpoint = known.flatten();
+    let unknown = known.is_some_and(|endpoint| endpoint.is_none()) && !pod.spec.host_network;
     let directory = lab.pod_directory(&pod.key);
     let programs: Vec<ProgramInfo> = pod
         .programs(lab)
@@ -194,6 +203,8 @@ fn describe_pod(lab: &Lab, pod: &PodRecord, endpoint: Option<&EndpointInfo>) -> 
         .collect();
     let state = if !pod.complete {
         "failed".to_owned()
+    } else if unknown || !pods::is_attached(pod) {
+        DETACHED.to_owned()
     } else if programs.iter().any(|program| program.pid.is_none()) {
         "ended".to_owned()
     } else {

@@ -2,20 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
+use rustix::fs::inotify;
 use serde::Deserialize;
 use serde_json::json;
 
 use super::cgroup;
 use super::echo::{Port, READY, Transport};
 use super::interrupt::Interrupt;
+use super::logs;
 use super::netns;
 use super::process::{self, ProcessId, Start, own_binary};
 use super::state::{Container, ECHO_PROGRAM, Lab, Node, PodKey, PodRecord, PodSpec};
@@ -25,6 +29,8 @@ const IFNAME: &str = "eth0";
 const CNI_VERSION: &str = "1.1.0";
 /// How often to look whether a program listens. The kernel tells nobody when a socket begins to.
 const LISTEN_POLL: Duration = Duration::from_millis(10);
+/// How long a wait may keep an interruption waiting.
+const INTERRUPT_CHECK: Duration = Duration::from_millis(100);
 /// How much of a log an error quotes.
 const QUOTE_MAX: u64 = 400;
 
@@ -54,6 +60,21 @@ pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node) -> anyhow::R
     }
     record.save(lab)?;
     made.with_context(|| format!("pod {key}")).map(|()| record)
+}
+
+/// Whether the pod has its network: its own namespace with its device, or that of its node.
+pub fn is_attached(record: &PodRecord) -> bool {
+    if record.spec.host_network {
+        return record.netns.exists();
+    }
+    // Of the thread that reads it, which is inside.
+    let devices = netns::within(&record.netns, || fs::read_to_string("/proc/thread-self/net/dev"));
+    devices.is_ok_and(|text| text.is_ok_and(|text| has_device(&text, IFNAME)))
+}
+
+/// Whether a table of `/proc/net/dev` has a device.
+fn has_device(table: &str, name: &str) -> bool {
+    table.lines().any(|line| line.split_once(':').is_some_and(|(device, _)| device.trim() == name))
 }
 
 /// Stops a pod's programs, detaches it and removes its namespace and records. What is gone already is no error.
@@ -109,6 +130,49 @@ pub fn await_listening(lab: &Lab, record: &PodRecord, deadline: Instant, interru
         }
     }
     Ok(())
+}
+
+/// Waits until a program of the pod writes a line from now on that `is` what is waited for; `None`: not in time, or the
+/// pod is gone.
+///
+/// # Errors
+/// Its log cannot be watched. [`super::interrupt::Interrupted`].
+pub fn await_line(
+    lab: &Lab,
+    record: &PodRecord,
+    program: &str,
+    is: impl Fn(&str) -> bool,
+    deadline: Instant,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Option<String>> {
+    let log = lab.pod_directory(&record.key).join(format!("{program}.log"));
+    let failed = || format!("cannot follow {}", log.display());
+    // Watched before the first look: what is written in between is then not missed.
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+    inotify::add_watch(&watch, &log, inotify::WatchFlags::MODIFY).with_context(failed)?;
+    let mut file = fs::File::open(&log).with_context(failed)?;
+    file.seek(SeekFrom::End(0)).with_context(failed)?;
+    let mut read = String::new();
+    let mut space = [MaybeUninit::uninit(); 4096];
+    loop {
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(failed)?;
+        read += &String::from_utf8_lossy(&bytes);
+        // Without a newline a line may still grow.
+        let whole = read.rfind('\n').map_or(0, |end| end + 1);
+        if let Some(line) = read[..whole].lines().find(|line| is(line)) {
+            return Ok(Some(line.to_owned()));
+        }
+        read.drain(..whole);
+        interrupt.check()?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        process::first_readable(&[watch.as_fd()], left.min(INTERRUPT_CHECK));
+        let mut events = inotify::Reader::new(&watch, &mut space);
+        while events.next().is_ok() {}
+    }
 }
 
 fn build(lab: &Lab, record: &mut PodRecord, node: &Node) -> anyhow::Result<()> {
@@ -197,7 +261,7 @@ fn start(
     let directory = lab.pod_directory(&record.key);
     let log = directory.join(format!("{program}.log"));
     // Programs write files of their own; beside our records a `nginx.pid` would replace one.
-    let work = directory.join("work");
+    let work = directory.join(logs::WORK);
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
     let cgroup = cgroup::of_pod(&lab.name, record)?;
     Start { netns: &record.netns, cgroup: &cgroup, argv, env, directory: &work, log: &log, pipe_stdout }
@@ -285,7 +349,7 @@ fn is_listener(line: &str, port: u16) -> bool {
 pub fn quote(log: &Path) -> String {
     let end = fs::File::open(log).and_then(|mut file| {
         let length = file.metadata()?.len();
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(length.saturating_sub(QUOTE_MAX)))?;
+        file.seek(SeekFrom::Start(length.saturating_sub(QUOTE_MAX)))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -309,6 +373,13 @@ mod tests {
         assert!(is_listener(listener, 80));
         assert!(!is_listener(listener, 81));
         assert!(!is_listener(connection, 80));
+    }
+
+    #[test]
+    fn a_device_is_found_by_its_whole_name() {
+        let table = "Inter-|   Receive\n face |bytes\n    lo:       0       0\n  eth01: 1 2\n";
+        assert!(has_device(table, "lo") && !has_device(table, "eth0") && !has_device(table, "face |bytes"));
+        assert!(has_device("  eth0: 1 2\n", "eth0"));
     }
 
     #[test]

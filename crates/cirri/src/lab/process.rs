@@ -18,7 +18,7 @@ use super::cgroup;
 use super::netns::{self, NsId};
 
 /// How long killed processes may take to go. They are killed, not asked: only a stuck system call can hold them.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One process, by pid and the time it started at: the pair is never used twice while the machine is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,6 +104,9 @@ impl Start<'_> {
         let log = append_to(self.log)?;
         cgroup::create(self.cgroup)?;
         let mut command = Command::new(own_binary()?);
+        for name in variables_of_cirri() {
+            command.env_remove(name);
+        }
         command
             .args(["lab", "__in"])
             .arg(self.cgroup)
@@ -132,6 +135,12 @@ impl Start<'_> {
         let path = self.env.get("PATH").map(OsString::from).or_else(|| std::env::var_os("PATH"));
         found_in(&path.unwrap_or_default(), program)
     }
+}
+
+/// The variables that configure a program of Cirri. Those of the caller's environment are meant for its own agent or
+/// load balancer; they would override what a lab's agents are told by their file.
+fn variables_of_cirri() -> impl Iterator<Item = OsString> {
+    std::env::vars_os().map(|(name, _)| name).filter(|name| name.as_encoded_bytes().starts_with(b"CIRRI_"))
 }
 
 /// This very program, to be started again.

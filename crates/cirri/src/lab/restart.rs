@@ -11,11 +11,6 @@ use super::state::{DEFAULT_NAME, Lab, LabName};
 use super::{cluster, process, up};
 use crate::output;
 
-/// How long an agent may take to end by itself after SIGTERM.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a restarted agent may take to enforce everything again.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// Arguments of `cirri lab restart`.
 #[derive(Debug, clap::Args)]
 pub struct RestartArgs {
@@ -30,6 +25,9 @@ pub struct RestartArgs {
     /// Leave it stopped for so long, in milliseconds.
     #[arg(long, default_value_t = 0, value_name = "MS")]
     pause: u64,
+    /// How long the agent may take to stop, and to enforce everything again, in seconds [default: that of `lab up`]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
 }
 
 /// Carries the command out; returns when the agent enforces everything again.
@@ -37,7 +35,8 @@ pub struct RestartArgs {
 /// # Errors
 /// No such node, or the agent does not stop or does not come back.
 pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
-    let lab = Lab::load(&args.name)?;
+    let mut lab = Lab::load(&args.name)?;
+    lab.patience_s = args.timeout.unwrap_or(lab.patience_s);
     let _lock = args.name.lock()?;
     let node = lab.node(&args.node)?;
     let interrupt = Interrupt::install()?;
@@ -46,8 +45,8 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
         None => output::progress(&format!("the agent of {} was not running", node.name)),
         Some(agent) if args.kill => process::kill(&[agent])?,
         Some(agent) => {
-            if !process::end(&[agent], Signal::TERM, STOP_TIMEOUT) {
-                let seconds = STOP_TIMEOUT.as_secs();
+            if !process::end(&[agent], Signal::TERM, lab.patience()) {
+                let seconds = lab.patience_s;
                 bail!("the agent of {} does not stop within {seconds} s (--kill makes it)", node.name);
             }
         }
@@ -57,7 +56,7 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     up::start_agent(&lab, node, &interrupt)?;
     let ready = started.elapsed();
-    cluster::settle_node(&lab, node, None, SETTLE_TIMEOUT, &interrupt)?;
+    cluster::settle_node(&lab, node, None, lab.patience(), &interrupt)?;
     output::progress(&format!(
         "{}: stopped in {} ms, answering after {} ms, everything enforced after {} ms",
         node.name,

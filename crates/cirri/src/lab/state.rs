@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use cirri_control::resource::{self, Pod, Protocol};
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::echo::{Port, Transport};
 use super::process::{self, ProcessId, write_json};
-use super::{expand, netns};
+use super::{expand, logs, netns};
 use crate::config::{self, Acceleration, ConfigError};
 
 /// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
@@ -92,7 +93,9 @@ impl LabName {
     pub fn all() -> Vec<Self> {
         let directories = fs::read_dir(ROOT).into_iter().flatten().filter_map(|entry| {
             let entry = entry.ok()?;
-            entry.file_type().ok()?.is_dir().then(|| entry.file_name().into_string().ok())?
+            // Logs alone are what is kept of a lab that did not come up.
+            let is_lab = entry.file_type().ok()?.is_dir() && !logs::alone(&entry.path());
+            is_lab.then(|| entry.file_name().into_string().ok())?
         });
         let underlays = netns::list("cirri-").into_iter().filter_map(|namespace| {
             let name = namespace.strip_prefix("cirri-")?.strip_suffix("-net")?;
@@ -172,6 +175,17 @@ pub struct Lab {
     /// What its agents' configuration has beside what the lab itself puts there, as `KEY=VALUE`.
     #[serde(default)]
     pub settings: Vec<String>,
+    /// How long what should happen may take before that counts as a failure, in seconds: a bound for what hangs. What
+    /// is waited for announces itself, so that a short one gains nothing and fails on a machine that is busy.
+    #[serde(default = "default_patience")]
+    pub patience_s: u64,
+}
+
+/// Patience when none is given, in seconds.
+pub const DEFAULT_PATIENCE: u64 = 300;
+
+fn default_patience() -> u64 {
+    DEFAULT_PATIENCE
 }
 
 /// One node of a lab.
@@ -218,6 +232,11 @@ impl Lab {
     /// The file system refused.
     pub fn save(&self) -> anyhow::Result<()> {
         write_json(&self.name.directory().join("lab.json"), self)
+    }
+
+    /// [`Lab::patience_s`].
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(self.patience_s)
     }
 
     /// The node of that name.

@@ -5,7 +5,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use cirri_control::resource::Resource;
@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use super::apply::apply;
 use super::cgroup;
 use super::cluster;
+use super::disk;
 use super::down;
 use super::echo::{Port, Transport};
 use super::interrupt::Interrupt;
@@ -23,7 +24,7 @@ use super::pods::{await_ready, echo_argv};
 use super::process::{self, Start, own_binary};
 use super::ready::Readiness;
 use super::routes;
-use super::state::{DEFAULT_NAME, Lab, LabName, Node, Routing};
+use super::state::{DEFAULT_NAME, DEFAULT_PATIENCE, Lab, LabName, Node, Routing};
 use super::underlay::{self, NODES_MAX};
 use crate::output;
 
@@ -31,8 +32,6 @@ use crate::output;
 pub const WORLD_PORTS: [Port; 8] = [tcp(80), tcp(81), tcp(443), tcp(8080), udp(53), udp(80), udp(81), udp(443)];
 
 const ETCD_PEER_PORT: u16 = 2380;
-const ETCD_TIMEOUT: Duration = Duration::from_secs(30);
-const AGENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest path of a UNIX socket.
 const SOCKET_PATH_MAX: usize = 107;
 
@@ -57,8 +56,9 @@ pub struct UpArgs {
     /// Manifests to apply right away, waiting until they are enforced; Node manifests name the nodes.
     #[arg(short = 'f', long = "filename", value_name = "DIR|FILE")]
     files: Vec<PathBuf>,
-    /// How long to wait for the manifests to be enforced, in seconds.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    /// How long anything may take before it counts as failed, in seconds: etcd and agents to be ready, manifests to be
+    /// enforced; also later, by other commands.
+    #[arg(long, default_value_t = DEFAULT_PATIENCE, value_name = "SECONDS")]
     timeout: u64,
 }
 
@@ -70,7 +70,7 @@ const fn udp(number: u16) -> Port {
     Port { number, protocol: Transport::Udp }
 }
 
-/// Carries the command out. Interrupted or failed, it leaves nothing behind.
+/// Carries the command out. Interrupted or failed, it leaves its logs behind, to which errors point, and nothing else.
 ///
 /// # Errors
 /// What is missing or went wrong, and what to do.
@@ -79,7 +79,8 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     let resources = manifests::read(&args.files)?;
     let names = node_names(&args, &resources)?;
     check_socket_paths(&args.name, &names)?;
-    let lab = Lab::described(&args.name, &names, args.routing, &args.settings);
+    let described = Lab::described(&args.name, &names, args.routing, &args.settings);
+    let lab = Lab { patience_s: args.timeout, ..described };
     lab.has_xdp().map_err(|problem| Rejected(vec![problem.to_string()]))?;
     manifests::check(&resources, &lab)?;
     if names.len() > 1 {
@@ -93,10 +94,10 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
         );
     }
     let interrupt = Interrupt::install()?;
-    let outcome = begin(&args, &lab, resources, &interrupt);
+    let outcome = begin(&args, &lab, resources, &interrupt).map_err(|error| disk::explain(&lab.name, error));
     if outcome.is_err() {
-        output::complain(&format!("taking down what is there of the lab \"{}\"", args.name));
-        if let Err(problem) = down::remove(&args.name) {
+        output::complain(&format!("taking down what is there of the lab \"{}\"; its logs stay", args.name));
+        if let Err(problem) = down::remove_all_but_logs(&args.name) {
             output::complain(&format!("{problem:#}"));
         }
     }
@@ -108,8 +109,7 @@ fn begin(args: &UpArgs, lab: &Lab, resources: Vec<Resource>, interrupt: &Interru
     let step = |what: &str| output::progress(&format!("[{:5.2} s] {what}", begun.elapsed().as_secs_f64()));
     bring_up(lab, interrupt, &step)?;
     if !args.files.is_empty() {
-        let wait = Duration::from_secs(args.timeout);
-        apply(lab, resources, Some(wait), interrupt, &output::progress)?;
+        apply(lab, resources, Some(lab.patience()), interrupt, &output::progress)?;
     }
     interrupt.check()?;
     summarise(lab, begun);
@@ -123,6 +123,8 @@ fn begin(args: &UpArgs, lab: &Lab, resources: Vec<Resource>, interrupt: &Interru
 /// What could not be made or does not get ready; [`super::interrupt::Interrupted`].
 pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyhow::Result<()> {
     let directory = lab.name.directory();
+    // The logs of a lab of this name that did not come up.
+    crate::files::remove_tree(&directory)?;
     fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
     lab.save()?;
 
@@ -142,7 +144,7 @@ pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyh
         report("etcd ready");
     }
     cluster::each_node(lab, |node| start_agent(lab, node, interrupt))?;
-    cluster::settle(lab, AGENT_TIMEOUT, interrupt)?;
+    cluster::settle(lab, lab.patience(), interrupt)?;
     route_pods(lab)?;
     routes::put_ranges(lab)?;
     report(if lab.nodes.len() == 1 { "agent ready" } else { "agents ready" });
@@ -153,7 +155,7 @@ impl Lab {
     /// A lab that is not there yet.
     pub fn described(name: &LabName, nodes: &[String], routing: Routing, settings: &[String]) -> Self {
         let nodes = nodes.iter().enumerate().map(|(index, node)| underlay::node(name, node, index)).collect();
-        Self { name: name.clone(), routing, nodes, settings: settings.to_vec() }
+        Self { name: name.clone(), routing, nodes, settings: settings.to_vec(), patience_s: DEFAULT_PATIENCE }
     }
 }
 
@@ -258,7 +260,7 @@ fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
         pipe_stdout: false,
     }
     .spawn(&directory.join("etcd.pid"))?;
-    ready.wait("etcd", &child, &log, ETCD_TIMEOUT, interrupt)
+    ready.wait("etcd", &child, &log, lab.patience(), interrupt)
 }
 
 /// Starts a node's agent and waits until it answers.
@@ -289,7 +291,7 @@ pub fn start_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Res
         pipe_stdout: false,
     }
     .spawn(&directory.join("agent.pid"))?;
-    ready.wait(&format!("the agent of {}", node.name), &child, &log, AGENT_TIMEOUT, interrupt)
+    ready.wait(&format!("the agent of {}", node.name), &child, &log, lab.patience(), interrupt)
 }
 
 /// The configuration of a node's agent: what differs from the defaults.

@@ -10,8 +10,9 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags, fstat, fstatfs, open},
-    mount::{UnmountFlags, mount_bind, unmount},
+    fs::{FlockOperation, Mode, OFlags, flock, fstat, fstatfs, open},
+    io::Errno,
+    mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount},
     net::{AddressFamily, SocketType},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
@@ -102,7 +103,7 @@ impl Namespace {
         if name.is_empty() || name.contains('/') || name.starts_with('.') {
             return Err(failed("create")(io::Error::new(io::ErrorKind::InvalidInput, "it is no good name")));
         }
-        fs::create_dir_all(NAMED).map_err(failed("create its directory for"))?;
+        share_directory().map_err(failed("make the directory a shared mount for"))?;
         file.open(&path).map_err(failed("create"))?;
         on_own_thread(|| {
             // SAFETY: only NEWNET is unshared, which concerns this thread's sockets to be and
@@ -120,11 +121,12 @@ impl Namespace {
         let path = Namespace::path_of(name);
         let failed = |action, error| NetError::Namespace { path: path.clone(), action, error };
         // Not mounted or not there: the file alone is left, or nothing.
-        match unmount(&path, UnmountFlags::DETACH) {
-            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
-            Err(error) => return Err(failed("unmount", error.into())),
+        unmount_all(&path).map_err(|error| failed("unmount", error.into()))?;
+        let mut removed = fs::remove_file(&path);
+        if removed.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy) {
+            removed = remove_hidden(&path);
         }
-        match fs::remove_file(&path) {
+        match removed {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(failed("remove", error)),
@@ -197,6 +199,53 @@ impl Namespace {
 /// Runs code in the network namespace that a file stands for; see [`Namespace::run`].
 pub fn in_netns<T: Send>(path: impl AsRef<Path>, inside: impl FnOnce() -> T + Send) -> Result<T, NetError> {
     Namespace::open(path)?.run(inside)
+}
+
+/// Makes the directory of names a shared mount, as iproute2 does before it mounts a namespace there.
+///
+/// Whoever comes first binds the directory over itself. A namespace that was mounted before that lies
+/// under the new mount and cannot be unmounted by its path any more: so we must not leave that step
+/// to the first `ip netns add`.
+fn share_directory() -> io::Result<()> {
+    fs::create_dir_all(NAMED)?;
+    let directory = File::open(NAMED)?;
+    // iproute2 takes the same lock: two that bind at once would do it twice. Gone with the file.
+    flock(&directory, FlockOperation::LockExclusive)?;
+    let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
+    match mount_change(NAMED, shared) {
+        // It is no mount yet.
+        Err(Errno::INVAL) => mount_bind_recursive(NAMED, NAMED).and_then(|()| mount_change(NAMED, shared)),
+        other => other,
+    }
+    .map_err(io::Error::from)
+}
+
+/// Takes off what is mounted at a path, however often. Nothing there is no error.
+fn unmount_all(path: &Path) -> Result<(), Errno> {
+    loop {
+        match unmount(path, UnmountFlags::DETACH) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Removes a name whose namespace is mounted where no path leads any more, under a directory that was
+/// bound over itself later. The kernel refuses to remove what is a mount point in the caller's own
+/// mount namespace; in others the mount goes with the name. So it is done from a copy of ours in
+/// which everything above it is taken off.
+fn remove_hidden(path: &Path) -> io::Result<()> {
+    on_own_thread(|| {
+        // SAFETY: the thread is made for this and ends with it; a mount namespace and the working
+        // directory of its own concern no other thread, descriptors stay shared.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        // Nothing that is done here may reach the mount namespace it was copied from.
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        unmount_all(Path::new(NAMED))?;
+        unmount_all(path)?;
+        fs::remove_file(path)
+    })
 }
 
 fn on_own_thread<T: Send>(body: impl FnOnce() -> T + Send) -> T {
