@@ -4,7 +4,7 @@
 //! connections are open, so that mutations of their packets come near to passing.
 
 use cirri_abi::{
-    Algorithm, Backend, Cookie, Forwarding, Hook, Identity, Ipcache, Port, Service, ipcache_flag, node_flag,
+    Algorithm, Backend, Cookie, Forwarding, Hook, Identity, Ipcache, Port, Service, dsr, ipcache_flag, node_flag,
     service_flag,
 };
 use cirri_datapath::TunnelKey;
@@ -12,7 +12,8 @@ use cirri_sim::Frame;
 use fastrand::Rng;
 
 use crate::fixtures::{
-    A, ANY, B, Change, Devices, EDGE, RULESET_A, RULESET_B, Step, World, addresses, all, allow, config, deny, entry,
+    A, ANY, B, Change, Devices, EDGE, RULESET_A, RULESET_B, Step, UNWRAP, World, addresses, all, allow, config, deny,
+    entry,
 };
 
 /// Identity of pod c of node n2.
@@ -113,7 +114,9 @@ impl Mutator {
         let mut corpus = Vec::new();
         for step in all(devices).into_iter().flat_map(|fixture| fixture.steps) {
             if let Step::Packet(step) = step {
-                corpus.push((step.hook, step.frame));
+                // A node has no such hook; what comes in IPIP it meets at its network.
+                let hook = if step.hook == UNWRAP { Hook::FROM_NETWORK } else { step.hook };
+                corpus.push((hook, step.frame));
             }
         }
         Mutator { rng: Rng::with_seed(seed), devices, corpus }
@@ -131,7 +134,39 @@ impl Mutator {
         if self.rng.u8(0..20) == 0 {
             self.elsewhere(&mut hook, &mut frame);
         }
+        if self.rng.u8(0..12) == 0 {
+            self.wrap(&mut hook, &mut frame);
+        }
         (hook, frame)
+    }
+
+    /// In IPIP from another node, for somebody here.
+    fn wrap(&mut self, hook: &mut u8, frame: &mut Frame) {
+        let v6 = frame.bytes.get(12..14) == Some(&[0x86, 0xdd]);
+        let Some(inner) = frame.bytes.get(14..).filter(|_| v6 || frame.bytes.get(12..14) == Some(&[8, 0])) else {
+            return;
+        };
+        let (inner, from, to) = (inner.to_vec(), ["n2", "n2", "n2", "w"], ["a", "b", "n1", "n1", "c"]);
+        let ends = [self.rng.choice(from).unwrap_or("n2"), self.rng.choice(to).unwrap_or("n1")];
+        let mut outer = if v6 { vec![0x60, 0, 0x1f, 0x90] } else { vec![0x45, 0] };
+        if v6 {
+            outer.extend((inner.len() as u16).to_be_bytes());
+            outer.extend([dsr::IPV6, 64]);
+        } else {
+            outer.extend((20 + inner.len() as u16).to_be_bytes());
+            outer.extend([0x1f, 0x90, 0x40, 0, 64, dsr::IPIP, 0, 0]);
+        }
+        for name in ends {
+            match addresses(name)[usize::from(v6)] {
+                std::net::IpAddr::V4(ip) => outer.extend(ip.octets()),
+                std::net::IpAddr::V6(ip) => outer.extend(ip.octets()),
+            }
+        }
+        frame.bytes.truncate(14);
+        frame.bytes.extend(outer);
+        frame.bytes.extend(inner);
+        (*hook, frame.ifindex, frame.tunnel) =
+            (if self.rng.u8(0..4) == 0 { EDGE } else { Hook::FROM_NETWORK }, self.devices.eth, None);
     }
 
     /// Another hook or another door.

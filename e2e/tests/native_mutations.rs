@@ -145,10 +145,16 @@ impl Oracle {
             // What is for the node in a service's place will be answered in its name.
             let given = is(&after.read.dst, "n1") && (!same || names_service(frame, true));
             self.opened.extend(given.then_some(after.read));
-            let unwrapped = is_ipip(&parse(&frame.bytes).map_or(kind.read, |kind| kind.read));
             let served = is_front(hook, &kind.read) && is_backend(&after.read);
+            if let Some((id, false)) = kind.fragment.filter(|_| served) {
+                let key = (kind.read.src, kind.read.dst, kind.read.protocol, id);
+                self.fragments.insert(key, (kind.read, after.read));
+            }
+            if kind.unwrapped {
+                return self.check_unwrapped(hook, &kind, served);
+            }
             let later = kind.fragment.is_some_and(|(_, later)| later);
-            return if same || served || later || unwrapped || kind.quotes.is_some() {
+            return if same || served || later || kind.quotes.is_some() {
                 Ok(())
             } else {
                 Err("it is for no service, and is another".into())
@@ -160,6 +166,17 @@ impl Oracle {
             None => knows(&kind.read) || kind.fragment.is_some(),
         };
         if same || known { Ok(()) } else { Err("it answers nothing, and is another".into()) }
+    }
+
+    /// What came in another packet, and goes to the node's stack, is for a service.
+    fn check_unwrapped(&self, hook: u8, kind: &Kind, served: bool) -> Result<(), String> {
+        let key = |id: u32| (kind.read.src, kind.read.dst, kind.read.protocol, id);
+        let right = match (kind.quotes, kind.fragment) {
+            (Some(quoted), _) => is_front(hook, &quoted.turned()),
+            (None, Some((id, true))) => self.fragments.contains_key(&key(id)),
+            _ => served,
+        };
+        if right { Ok(()) } else { Err("it came in another packet, and is for no service".into()) }
     }
 
     /// In IPIP to a backend: a service's, or an error about it.
@@ -223,6 +240,9 @@ impl Oracle {
 
     /// An error goes against a packet that passed, to its sender.
     fn check_error(&self, hook: u8, kind: &Kind, after: &Kind, quoted: Read, continues: bool) -> Result<(), String> {
+        if kind.unwrapped && !kind.quotes.is_some_and(|quoted| is_front(hook, &quoted.turned())) {
+            return Err("the error came in another packet, and is about no service".into());
+        }
         let own = is(&after.read.src, "n1") || is(&after.read.dst, "n1");
         if continues && own && hook != Hook::FROM_NETWORK {
             return Ok(());
@@ -274,6 +294,9 @@ impl Oracle {
         // What somebody there began is no service's.
         let began = left == came && !kind.syn && self.opened.contains(&came.turned());
         let front = is_front(hook, &came) && !began;
+        if kind.unwrapped && !front {
+            return Err("it came in another packet, and is for no service".into());
+        }
         let mut read = if hook == Hook::FROM_WORKLOAD { came } else { left };
         if front && !kind.unwrapped {
             read = Read { dst: left.dst, dport: left.dport, ..came };

@@ -312,6 +312,14 @@ impl Tuple {
     }
 }
 
+impl Recipe {
+    /// Whether packets of this go to a service's backend.
+    #[inline(always)]
+    pub const fn is_to_backend(&self) -> bool {
+        self.flags & recipe_flag::REPLY == 0 && self.slots[2] != 0
+    }
+}
+
 impl FlowKey4 {
     /// The same in the form of both families.
     #[inline(always)]

@@ -19,7 +19,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use cirri_abi::{Hook, node_flag};
-use cirri_datapath::{Packet, Services, Verdict, fast_path, is_outer_of_host};
+use cirri_datapath::{Packet, Services, Verdict, fast_path, unwrap_for_host};
 
 use crate::{services::Maps, skb::Skb, tables::Kernel, xdp::Raw};
 
@@ -66,16 +66,10 @@ pub fn to_network(ctx: TcContext) -> i32 {
 }
 
 /// For a plain host behind a load balancer that sends in IPIP: takes the outer header off what is for
-/// this host. The stack then sees the packet as its client sent it.
+/// a service of this host. The stack then sees the packet as its client sent it.
 #[classifier]
 pub fn unwrap(ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(ctx.skb.skb);
-    if let Some(header) = is_outer_of_host(&skb, &Maps) {
-        if !skb.close(header) {
-            return TC_ACT_SHOT;
-        }
-    }
-    TC_ACT_OK
+    act(unwrap_for_host(&mut Skb::new(ctx.skb.skb), &Kernel(ctx.skb.skb)).verdict())
 }
 
 /// Packets out of the overlay: tcx ingress of the overlay device.

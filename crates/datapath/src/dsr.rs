@@ -9,7 +9,7 @@ use crate::{
     place::{is_host, is_peer},
     service,
     slow::Scratch,
-    traits::{Packet, Services, Tables},
+    traits::{Packet, Tables},
     wire::{self, L3},
 };
 
@@ -192,33 +192,6 @@ pub(crate) fn unwrap<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
         return Err(DropReason::INVALID_PACKET);
     }
     Ok(())
-}
-
-/// For a plain host behind a load balancer: the length of a packet's outer IP header, bytes, if it holds
-/// another packet of its family and both are for this host. It never forwards for strangers.
-#[inline(always)]
-pub fn is_outer_of_host<P: Packet, T: Services>(packet: &P, tables: &T) -> Option<u32> {
-    let eth = packet.load::<wire::Ethernet>(0)?;
-    let (outer, inner, header) = match u16::from_be(eth.ethertype) {
-        wire::ETHERTYPE_IPV4 => {
-            let ip = packet.load::<wire::Ipv4>(L3)?;
-            if ip.version_ihl != 0x45 || ip.proto != dsr::IPIP || ip.fragment & wire::FRAGMENT_MASK != 0 {
-                return None;
-            }
-            let within = packet.load::<wire::Ipv4>(L3 + IPV4_HEADER)?;
-            (Addr::v4_word(ip.dst), Addr::v4_word(within.dst), IPV4_HEADER)
-        }
-        wire::ETHERTYPE_IPV6 => {
-            let ip = packet.load::<wire::Ipv6>(L3)?;
-            if ip.next != dsr::IPV6 {
-                return None;
-            }
-            let within = packet.load::<wire::Ipv6>(L3 + IPV6_HEADER)?;
-            (Addr { words: ip.dst }, Addr { words: within.dst }, IPV6_HEADER)
-        }
-        _ => return None,
-    };
-    (is_host(tables, &outer) && is_host(tables, &inner)).then_some(header)
 }
 
 /// Whether an address is of a workload of this node, or of this node itself if it serves.

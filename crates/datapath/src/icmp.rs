@@ -45,7 +45,7 @@ pub(crate) fn related<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
         Hook::FROM_OVERLAY => true,
         _ => door(hook, packet) == s.forward.door,
     };
-    if s.forward.hook != hook || !through {
+    if s.forward.hook != hook || !through || (s.is_unwrapped() && !s.forward.is_to_backend()) {
         return unrelated(packet, tables, s);
     }
     if epochs(tables, &s.forward.slots) != s.forward.epoch {
@@ -75,7 +75,7 @@ fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> O
         Hook::TO_WORKLOAD => is_host(tables, &s.parsed.tuple.src),
         _ => is_host(tables, &s.parsed.tuple.dst),
     };
-    if !own || s.outer_dst != Addr::UNSPECIFIED {
+    if !own || s.is_unwrapped() {
         return Err(DropReason::UNKNOWN_STATE.into());
     }
     if s.hook == Hook::FROM_OVERLAY {
@@ -89,7 +89,7 @@ const FRAGMENT: u8 = 44;
 
 /// The tuple of the quoted packet; answers the offset of its transport header.
 #[inline(always)]
-fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<u32, DropReason> {
+pub(crate) fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<u32, DropReason> {
     *out = Tuple::default();
     let l4 = if v6 {
         let Some(ip) = packet.load::<wire::Ipv6>(inner) else {

@@ -29,6 +29,7 @@ mod icmp;
 mod neighbour;
 mod parse;
 mod place;
+mod plain;
 mod policy;
 mod service;
 mod slow;
@@ -38,9 +39,9 @@ mod translate;
 mod verdict;
 mod wire;
 
-pub use dsr::is_outer_of_host;
 pub use parse::Parsed;
 pub use place::{Place, PlaceKind};
+pub use plain::unwrap_for_host;
 pub use service::Served;
 pub use slow::{Current, Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
 pub use socket::{Attempt, Socket, SocketVerdict, bind, reach, restore};

@@ -154,7 +154,7 @@ fn kind_of(entry: &Ipcache) -> PlaceKind {
 /// loopback, one link's, or the workloads' gateway. Other IPv4 link-local addresses are places: clouds
 /// have services there that the node's routes lead to.
 #[inline(always)]
-fn is_no_place(addr: &Addr) -> bool {
+pub(crate) fn is_no_place(addr: &Addr) -> bool {
     if addr.is_v4() {
         let first = (u32::from_be(addr.word()) >> 24) as u8;
         first >= 224 || first == 0 || first == 127 || addr.word() == GATEWAY_V4.word()

@@ -190,10 +190,10 @@ pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scrat
     let Tuple { src, dst, dport, proto, .. } = s.parsed.tuple;
     let workload = s.hook == Hook::FROM_WORKLOAD;
     // What another node has handed on may be for one of its own ports.
-    let any_node = workload || s.outer_dst != Addr::UNSPECIFIED;
+    let any_node = workload || s.is_unwrapped();
     let Some(service) = find(tables, &dst, dport, proto, any_node) else {
         // What another node has packed up is for a service, or nobody's.
-        return if s.outer_dst == Addr::UNSPECIFIED { Ok(Next::Go) } else { Err(DropReason::UNSUPPORTED_DSR.into()) };
+        return if s.is_unwrapped() { Err(DropReason::UNSUPPORTED_DSR.into()) } else { Ok(Next::Go) };
     };
     // Nobody is refused, and so told, in another's name.
     if s.hook == Hook::FROM_NETWORK
@@ -216,7 +216,7 @@ pub(crate) fn serve<P: Packet, T: Tables>(_packet: &P, tables: &T, s: &mut Scrat
             return Err(DropReason::SOURCE_RANGE.into());
         }
     }
-    if s.outer_dst != Addr::UNSPECIFIED {
+    if s.is_unwrapped() {
         // Another node has chosen, and sent it here in IPIP.
         if service.forwarding != Forwarding::DSR_IPIP {
             return Err(DropReason::UNSUPPORTED_DSR.into());

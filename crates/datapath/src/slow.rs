@@ -111,6 +111,13 @@ impl Scratch {
             Current::Old => &self.old,
         }
     }
+
+    /// Whether an outer header was taken off. Then the packet is for a service, or nobody's: whatever filter
+    /// the outer one went through has not seen this one.
+    #[inline(always)]
+    pub(crate) fn is_unwrapped(&self) -> bool {
+        self.outer_dst != Addr::UNSPECIFIED
+    }
 }
 
 /// Stages of the slow path, in the order that a new connection goes through them.
@@ -289,6 +296,9 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     }
     match tables.stage(Stage::Meet, packet, s)? {
         Next::Carry if P::RAW && !carry::is_raw(packet, tables, &s.old) => return Ok(Next::Done(Packed::CONTINUE)),
+        Next::Carry if !P::RAW && s.is_unwrapped() && !s.old.is_to_backend() => {
+            return Err(DropReason::UNSUPPORTED_DSR.into());
+        }
         Next::Carry => return known(packet, tables, s),
         _ => {}
     }
@@ -410,10 +420,11 @@ fn walk_extensions<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scr
 }
 
 /// What the packet path cannot read, and the node's stack perhaps can, is the node's own business
-/// unless it is for a workload.
+/// unless it is for a workload, or was taken out of another packet.
 #[inline(always)]
 fn unreadable<T: Tables>(tables: &T, s: &Scratch, reason: DropReason) -> Outcome {
-    if s.hook == Hook::TO_NETWORK || (s.hook == Hook::FROM_NETWORK && tables.endpoint(&s.parsed.tuple.dst).is_none()) {
+    let from_network = s.hook == Hook::FROM_NETWORK && !s.is_unwrapped();
+    if s.hook == Hook::TO_NETWORK || (from_network && tables.endpoint(&s.parsed.tuple.dst).is_none()) {
         return Ok(Next::Done(Packed::CONTINUE));
     }
     Err(reason.into())
@@ -586,6 +597,7 @@ fn link_local<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> 
         Hook::FROM_WORKLOAD => {}
         // No node sends such a thing through the overlay.
         Hook::FROM_OVERLAY => return Err(quiet(DropReason::UNSUPPORTED_L2)),
+        _ if s.is_unwrapped() => return Err(DropReason::UNSUPPORTED_DSR.into()),
         _ => return Ok(Next::Done(Packed::CONTINUE)),
     }
     let Some(endpoint) = tables.device(packet.ifindex()) else {

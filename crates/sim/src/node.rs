@@ -8,7 +8,7 @@ use cirri_abi::{
     Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Hook, Ipcache, IpcacheKey,
     NodeConfig, PolicyEntry, PolicyKey, Recipe, RulesetSlot, SnatPool, Tick, Tuple,
 };
-use cirri_datapath::{Flow, NextHop, Scratch, Table, Tables, Verdict, process, slow_path};
+use cirri_datapath::{Flow, NextHop, Scratch, Table, Tables, Verdict, process, slow_path, unwrap_for_host};
 
 use crate::frame::{Frame, RawFrame};
 use crate::prefix::{Prefixes, cut};
@@ -150,6 +150,12 @@ impl Node {
         let mut frame = RawFrame(frame);
         let verdict = process(hook, &mut frame, self, |frame, node| slow_path(hook, frame, node, &mut scratch));
         Ran { verdict, frame: frame.0 }
+    }
+
+    /// Takes a packet out of its outer header, as a plain host behind a load balancer does.
+    pub fn run_unwrap(&self, mut frame: Frame) -> Ran {
+        let verdict = unwrap_for_host(&mut frame, self).verdict();
+        Ran { verdict, frame }
     }
 
     /// The recipe of a tuple in a table.

@@ -18,7 +18,7 @@ use cirri_abi::{
     Tuple, VXLAN_PORT,
 };
 use cirri_datapath::Table;
-use cirri_e2e::fixtures::{Answer, BACKENDS, Change, Devices, EDGE, Host, NODE_MAC, Output, ROUTES, WIRE_MAC};
+use cirri_e2e::fixtures::{Answer, BACKENDS, Change, Devices, EDGE, Host, NODE_MAC, Output, ROUTES, UNWRAP, WIRE_MAC};
 use cirri_e2e::kernel::{TestInstance, TestNamespace};
 use cirri_loader::net::{Address, Namespace, Neighbour, Net, Route, VethEnd};
 use cirri_loader::{Datapath, Events, Tables};
@@ -342,6 +342,7 @@ impl Host for Kernel {
             Hook::FROM_NETWORK => "from_network",
             Hook::TO_NETWORK => "to_network",
             EDGE => return self.edge_run(frame),
+            UNWRAP => "unwrap",
             Hook::TO_OVERLAY => "to_overlay",
             _ if frame.tunnel.is_none() => "from_overlay",
             _ => return self.through_overlay(frame),

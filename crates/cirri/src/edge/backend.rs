@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use cirri_abi::map;
-use cirri_loader::net::{Address, Net};
+use cirri_loader::net::{Address, Net, NetError};
 use cirri_loader::{Attachment, Datapath, LoadOptions};
 
 use super::devices;
@@ -27,6 +27,8 @@ pub struct BackendHost {
 
 /// The device that services' addresses stand on: nobody outside hears of them there.
 const LOOPBACK: &str = "lo";
+/// The kind of device that others put them on.
+const DUMMY: &str = "dummy";
 /// The name of the program.
 const UNWRAP: &str = "unwrap";
 /// The kernel answers for an address on whatever device it stands, unless it is told not to: settings
@@ -85,9 +87,10 @@ impl BackendHost {
             self.add(net, device).await?;
         }
         let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
-        // Only what is for this host itself is unwrapped.
-        let own: Vec<IpAddr> = net.addresses().await.because(Failure::Failed)?.into_iter().map(|it| it.ip).collect();
+        // Only what is for this host, and in it for a service of it, is unwrapped.
+        let (own, served) = self.addresses(net).await.because(Failure::Failed)?;
         devices::tell_own(datapath.tables(), &own).because(Failure::Failed)?;
+        devices::tell_served(datapath.tables(), &served).because(Failure::Failed)?;
         for device in &self.devices {
             datapath.attach_unwrap(device).because(Failure::Failed)?;
         }
@@ -141,6 +144,15 @@ impl BackendHost {
             }
         }
         Ok(())
+    }
+
+    /// Every address of the host, and those of services: they stand on a device that no packet comes in by.
+    async fn addresses(&self, net: &Net) -> std::result::Result<(Vec<IpAddr>, Vec<IpAddr>), NetError> {
+        let links = net.links().await?;
+        let quiet = |index| links.iter().any(|it| it.index == index && (it.name == LOOPBACK || it.kind == DUMMY));
+        let all = net.addresses().await?;
+        let served = all.iter().filter(|it| quiet(it.device)).map(|it| it.ip).collect();
+        Ok((all.into_iter().map(|it| it.ip).collect(), served))
     }
 
     /// The addresses are the host's, but nobody on its network may hear so: the load balancer is asked for them.

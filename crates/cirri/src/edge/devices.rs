@@ -1,9 +1,12 @@
 //! The machine's side: devices with their programs, and what the packet path knows about addresses.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use cirri_abi::{Addr, Identity, Ipcache, IpcacheKey, NodeConfig, Port, epoch_slot, ipcache_flag, node_flag};
+use cirri_abi::{
+    Addr, Identity, Ipcache, IpcacheKey, NodeConfig, Port, Service, ServiceKey, epoch_slot, ipcache_flag, node_flag,
+    service_flag,
+};
 use cirri_loader::net::{Link, Net, NetError};
 use cirri_loader::{Datapath, EdgeStatus, EdgeWanted, LoadError, MapError, Tables};
 
@@ -184,6 +187,23 @@ impl Machine {
 /// The kernel's.
 pub fn tell_own(tables: &Tables, addresses: &[IpAddr]) -> Result<(), MapError> {
     put_places(tables, &addresses.iter().copied().filter(is_global).map(host_row).collect()).map(drop)
+}
+
+/// For a host that unwraps: the addresses of its services, and no others.
+///
+/// # Errors
+/// The kernel's.
+pub fn tell_served(tables: &Tables, addresses: &[IpAddr]) -> Result<(), MapError> {
+    let row = Service { flags: service_flag::REFUSE, ..Service::default() };
+    let key = |ip: &IpAddr| ServiceKey { addr: (*ip).into(), ..ServiceKey::default() };
+    let wanted: HashSet<ServiceKey> = addresses.iter().filter(|ip| is_global(ip)).map(key).collect();
+    for (key, _) in tables.services.entries()?.into_iter().filter(|(key, _)| !wanted.contains(key)) {
+        tables.services.delete(&key)?;
+    }
+    for key in &wanted {
+        tables.services.put(key, &row)?;
+    }
+    Ok(())
 }
 
 /// Makes the address cache hold exactly these rows; whether anything changed.
