@@ -18,7 +18,10 @@ plain! {
         /// [`endpoint_flag`].
         pub flags: u8,
         /// Zero.
-        pub _pad: [u8; 5],
+        pub _pad: u8,
+        /// Who other nodes are told that it is, by the VNI, as long as they may not know its identity;
+        /// 0: that.
+        pub tunnel_identity: Identity,
         /// Its IPv4 address, or [`Addr::UNSPECIFIED`].
         pub v4: Addr,
         /// Its IPv6 address, or [`Addr::UNSPECIFIED`].

@@ -130,6 +130,10 @@ pub mod map {
     /// bit `port % 64`.
     pub const NODE_PORTS: Map =
         new::<u32, u64>("NODE_PORTS", MapKind::Array, 1024, 0, "ports of the node that services are behind (bits)");
+    /// A bit for each identity that the rule sets in force were made with knowledge of: word
+    /// `identity / 64`, bit `identity % 64`.
+    pub const IDENTITIES: Map =
+        new::<u32, u64>("IDENTITIES", MapKind::Array, 1024, 0, "identities that the rule sets know (bits)");
     /// Devices (by number) that take frames before the stack: the last four bytes of their Ethernet
     /// address, as in a packet; 0 for others.
     pub const EDGE_DEVICES: Map =
@@ -197,6 +201,7 @@ pub mod map {
         SOURCE_RANGES,
         SNAT_POOLS,
         NODE_PORTS,
+        IDENTITIES,
         EDGE_DEVICES,
         BACKEND_COUNTERS,
         PER_PACKET,
@@ -222,8 +227,12 @@ pub mod epoch_slot {
     /// change concerns. No recipe rests on it: the packet path asks it at the beginning and at the end
     /// of a decision, to see whether what it found in between still led to the right slots.
     pub const PLACES: u16 = 20_480;
+    /// No epoch: while user space changes places and rule sets, the [`crate::Tick`] of its last sign of
+    /// life; else 0. Rule sets and addresses disagree meanwhile, so what is known goes on as it was
+    /// decided, for two ticks at the most.
+    pub const WRITING: u16 = 20_481;
     /// First slot of services. With more services than slots, several share one.
-    pub const FIRST_SERVICE: u16 = 20_481;
+    pub const FIRST_SERVICE: u16 = 20_482;
     /// Last slot of services.
     pub const LAST_SERVICE: u16 = 65_535;
 }

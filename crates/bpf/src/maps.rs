@@ -71,6 +71,8 @@ pub static SNAT_POOLS: Array<SnatPool, { entries(&map::SNAT_POOLS) }> = Array::n
 #[btf_map]
 pub static NODE_PORTS: Array<u64, { entries(&map::NODE_PORTS) }> = Array::new();
 #[btf_map]
+pub static IDENTITIES: Array<u64, { entries(&map::IDENTITIES) }> = Array::new();
+#[btf_map]
 pub static EDGE_DEVICES: Array<u32, { entries(&map::EDGE_DEVICES) }> = Array::new();
 #[btf_map]
 pub static BACKEND_COUNTERS: PerCpuArray<BackendCounter, { entries(&map::BACKEND_COUNTERS) }> = PerCpuArray::new();

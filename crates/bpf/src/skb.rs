@@ -93,8 +93,9 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn ifindex(&self) -> u32 {
-        // SAFETY: a field of the context.
-        unsafe { (*self.ctx).ifindex }
+        // SAFETY: a field of the context, volatile so that LLVM makes no pointer out of a choice between
+        // this and another number: the verifier allows only plain context pointers.
+        unsafe { ptr::read_volatile(&raw const (*self.ctx).ifindex) }
     }
 
     #[inline(always)]

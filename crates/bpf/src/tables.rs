@@ -20,7 +20,7 @@ use cirri_datapath::{Flow, NextHop, Outcome, Packet, Scratch, Stage, Table, Tabl
 use crate::{
     maps::{
         BACKEND_COUNTERS, COUNTERS, DEVICES, EDGE_DEVICES, ENDPOINTS, EPOCHS, EVENTS, FLOWS4, FLOWS6, FRAGMENTS,
-        PENDING4, PENDING6, RULESETS, SNAT_POOLS,
+        IDENTITIES, PENDING4, PENDING6, RULESETS, SNAT_POOLS,
     },
     skb::AF_INET,
 };
@@ -145,6 +145,14 @@ impl<C: Context> Tables for Kernel<C> {
         match EPOCHS.get(slot as u32) {
             Some(epoch) => *epoch,
             None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn knows_identity(&self, identity: u32) -> bool {
+        match IDENTITIES.get(identity / 64) {
+            Some(word) => *word & (1 << (identity % 64)) != 0,
+            None => false,
         }
     }
 

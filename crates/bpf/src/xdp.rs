@@ -98,8 +98,8 @@ impl Packet for Raw {
 
     #[inline(always)]
     fn ifindex(&self) -> u32 {
-        // SAFETY: a field of the context.
-        unsafe { (*self.ctx).ingress_ifindex }
+        // SAFETY: a field of the context, volatile for the reason given at `Skb::ifindex`.
+        unsafe { ptr::read_volatile(&raw const (*self.ctx).ingress_ifindex) }
     }
 
     /// All that a driver gives before the stack is linear.

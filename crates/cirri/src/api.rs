@@ -218,6 +218,9 @@ pub struct EndpointInfo {
     pub state: String,
     /// Its identity.
     pub identity: u32,
+    /// Who other nodes are told that it is, as long as they may not know its identity; 0: that.
+    #[serde(default)]
+    pub tunnel_identity: u32,
     /// What the identity stands for.
     pub labels: Vec<String>,
     /// Its addresses.

@@ -64,11 +64,14 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     // A service would choose anew, and break what lives: there the old one must be over. Else the receiver
     // answers as RFC 5961 has it.
     s.reopened = syn && if s.old.backend != 0 { s.old.state == State::CLOSING } else { !s.pending };
-    s.stale = s.reopened || !same || epochs(tables, &s.old.slots) != s.old.epoch;
+    s.foreign = !same && !syn && is_foreign(packet, tables, s);
+    s.stale = s.reopened || (!same && !s.foreign) || epochs(tables, &s.old.slots) != s.old.epoch;
     s.current = Current::Old;
     if s.stale && !keeps_backend(tables, s) {
         return Ok(Next::Go);
     }
+    // In the middle of a change it would be judged by halves. It stays stale in its table.
+    s.stale = s.stale && (s.reopened || !is_being_written(tables));
     s.from.identity = s.old.src_identity;
     s.to.identity = s.old.dst_identity;
     Ok(Next::Carry)
@@ -111,6 +114,27 @@ fn is_known_sender<P: Packet, T: Tables>(packet: &P, tables: &T, s: &Scratch) ->
     }
 }
 
+/// Whether a known sender has an identity that the rules here were made without. They cannot judge it, so
+/// its connections stay with what was said of it before: those of the same node, and no new ones.
+#[inline(always)]
+fn is_foreign<P: Packet, T: Tables>(packet: &P, tables: &T, s: &Scratch) -> bool {
+    let (Some(key), Some(entry)) = (packet.tunnel_key(), tables.ipcache(&s.parsed.tuple.src)) else {
+        return false;
+    };
+    let sender = if s.old.flags & recipe_flag::REPLY != 0 { s.old.slots[1] } else { s.old.slots[0] };
+    entry.slot == sender && key.vni >= Identity::MIN_ALLOCATED && !tables.knows_identity(key.vni)
+}
+
+/// Whether user space is changing what decisions rest on, and lives.
+#[inline(always)]
+fn is_being_written<T: Tables>(tables: &T) -> bool {
+    let since = tables.epoch(epoch_slot::WRITING);
+    since != 0 && tables.now().count.wrapping_sub(since) < WRITING_TICKS
+}
+
+/// Ticks without a sign of life after which nobody is writing any more.
+const WRITING_TICKS: u32 = 2;
+
 /// Before policy is asked again for a connection that something it rests on has changed for, or
 /// whose opener begins anew: both tuples, whichever of the two this packet has, and both ends.
 #[inline(always)]
@@ -138,7 +162,7 @@ pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         && let Some(key) = packet.tunnel_key()
     {
         let sender = if reply { &mut s.to } else { &mut s.from };
-        sender.identity = peer_identity(key.vni);
+        sender.identity = if s.foreign { s.old.src_identity } else { peer_identity(key.vni) };
     }
     snapshot(tables, s);
     s.icmp_type = if s.opener.proto == proto::ICMPV6 { ECHO_REQUEST_V6 } else { ECHO_REQUEST };
@@ -152,7 +176,8 @@ pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     let reply = s.old.flags & recipe_flag::REPLY != 0;
     let (own, other) = if reply { (&mut s.reverse, &mut s.forward) } else { (&mut s.forward, &mut s.reverse) };
     keep(own, &s.old, s.reopened);
-    through(own, s.hook, door(s.hook, packet));
+    // A foreign sender is looked at with every packet, until it is known.
+    through(own, s.hook, if s.foreign { s.old.door } else { door(s.hook, packet) });
     if own.flags & recipe_flag::ONE_WAY != 0 {
         tables.insert(table, &s.opener, own, false);
         tables.count(CounterIndex::RENEWED, packet.length());
@@ -313,6 +338,9 @@ fn direction<T: Tables>(
         PlaceKind::Host => recipe.action = Action::CONTINUE,
         PlaceKind::Remote if overlay[1] != 0 => {
             recipe.action = Action::TUNNEL;
+            if from.kind == PlaceKind::Local {
+                recipe.src_identity = from.tunnel_identity;
+            }
             recipe.out = overlay[1];
             recipe.peer = to.peer;
         }

@@ -12,6 +12,8 @@ use crate::{
 pub struct Place {
     /// Who.
     pub identity: Identity,
+    /// Local: who other nodes are told that it is.
+    pub tunnel_identity: Identity,
     /// The policy CIDR block that its address is in, 0 for none.
     pub block: u32,
     /// Local: the node's side of its device.
@@ -56,6 +58,10 @@ impl Place {
     #[inline(always)]
     pub(crate) fn set_endpoint(&mut self, endpoint: &Endpoint, block: u32) {
         self.identity = endpoint.identity;
+        self.tunnel_identity = match endpoint.tunnel_identity {
+            Identity::UNKNOWN => endpoint.identity,
+            other => other,
+        };
         self.block = block;
         self.ifindex = endpoint.ifindex;
         self.peer = 0;

@@ -74,6 +74,8 @@ pub struct Scratch {
     pub pending: bool,
     /// It must be renewed before it is obeyed.
     pub stale: bool,
+    /// It comes from another node under an identity that the rules here know nothing of.
+    pub foreign: bool,
     /// Its opener begins anew.
     pub reopened: bool,
     /// The recipe that this packet is to obey.
@@ -539,6 +541,7 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
     s.replaces = false;
     s.claimed = false;
     s.stale = false;
+    s.foreign = false;
     s.event.reason = 0;
     s.mtu = 0;
     s.outer_dst = Addr::UNSPECIFIED;

@@ -152,6 +152,8 @@ pub trait Tables: Services {
 
     /// The epoch of a slot; see `cirri_abi::epoch_slot`.
     fn epoch(&self, slot: u16) -> u32;
+    /// Whether the rule sets in force were made with knowledge of an identity.
+    fn knows_identity(&self, identity: u32) -> bool;
     /// The workload of this node that has this address.
     fn endpoint(&self, addr: &Addr) -> Option<&Endpoint>;
     /// The workload of this node behind this device.

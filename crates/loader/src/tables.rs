@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use cirri_abi::{
     Addr, Affinity, AffinityKey, Backend, BackendCounter, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey,
     FragmentPorts, Ipcache, IpcacheKey, Map, MapKind, NodeConfig, Plain, PolicyEntry, PolicyKey, RangeKey, Recipe,
-    RulesetSlot, Service, ServiceKey, ServiceSlot, SnatPool, Tuple, epoch_slot, map,
+    RulesetSlot, Service, ServiceKey, ServiceSlot, SnatPool, Tick, Tuple, epoch_slot, map,
 };
 
 use crate::{
@@ -53,6 +53,8 @@ pub struct Tables {
     /// Ports of the node's own addresses that a service may be behind: bit `port % 64` of word
     /// `port / 64`.
     pub node_ports: Table<u32, u64>,
+    /// `IDENTITIES`: bits of identities that the rule sets know.
+    pub identities: Table<u32, u64>,
     /// Devices that take frames before the stack.
     pub(crate) edge_devices: Table<u32, u32>,
     /// Network namespaces (by [`crate::net::Namespace::cookie`]) whose packets are translated, not
@@ -107,6 +109,7 @@ impl Tables {
             source_ranges: Table::new(raw(&map::SOURCE_RANGES)?, &map::SOURCE_RANGES)?,
             snat_pools: Table::new(raw(&map::SNAT_POOLS)?, &map::SNAT_POOLS)?,
             node_ports: Table::new(raw(&map::NODE_PORTS)?, &map::NODE_PORTS)?,
+            identities: Table::new(raw(&map::IDENTITIES)?, &map::IDENTITIES)?,
             edge_devices: Table::new(raw(&map::EDGE_DEVICES)?, &map::EDGE_DEVICES)?,
             per_packet: Table::new(raw(&map::PER_PACKET)?, &map::PER_PACKET)?,
             epochs: Table::new(raw(&map::EPOCHS)?, &map::EPOCHS)?,
@@ -161,6 +164,13 @@ impl Tables {
         let next = self.epoch(slot)?.wrapping_add(1);
         self.epochs.put(&slot.into(), &next)?;
         Ok(next)
+    }
+
+    /// Says that rule sets and places are being changed, as of that tick, or not any more. What is known goes
+    /// on as it was decided meanwhile; a writer that takes longer than a second says so again.
+    pub fn set_writing(&self, since: Option<Tick>) -> Result<(), MapError> {
+        // 0 says that nobody writes.
+        self.epochs.put(&epoch_slot::WRITING.into(), &since.map_or(0, |tick| tick.count.max(1)))
     }
 
     // === Rule sets ===

@@ -1,7 +1,7 @@
 //! One node: the tables, the clock, and packets run through it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use cirri_abi::{
@@ -26,6 +26,7 @@ pub struct Node {
     pub(crate) ipcache: Prefixes<[u8; 16], Ipcache>,
     rulesets: HashMap<RulesetSlot, Ruleset>,
     epochs: HashMap<u16, u32>,
+    identities: HashSet<u32>,
     routes: Prefixes<[u8; 16], NextHop>,
     pub(crate) config: NodeConfig,
     pub(crate) services: ServiceTables,
@@ -118,6 +119,17 @@ impl Node {
     pub fn set_config(&mut self, config: NodeConfig) {
         self.config = config;
         self.bump(cirri_abi::epoch_slot::NODE);
+    }
+
+    /// The rule sets were made with knowledge of an identity.
+    pub fn know_identity(&mut self, identity: u32) {
+        self.identities.insert(identity);
+    }
+
+    /// Rule sets and places are being changed from now on, or not any more.
+    pub fn set_writing(&mut self, writing: bool) {
+        let now = Tick::from_ns(self.now_ns.get()).count;
+        self.epochs.insert(cirri_abi::epoch_slot::WRITING, if writing { now } else { 0 });
     }
 
     /// Moves an epoch.
@@ -303,6 +315,10 @@ impl Tables for Node {
 
     fn epoch(&self, slot: u16) -> u32 {
         self.epochs.get(&slot).copied().unwrap_or_default()
+    }
+
+    fn knows_identity(&self, identity: u32) -> bool {
+        self.identities.contains(&identity)
     }
 
     fn endpoint(&self, addr: &Addr) -> Option<&Endpoint> {

@@ -135,6 +135,8 @@ impl Kernel {
                     }
                 }
                 Change::Pool(number, _) => t.snat_pools.put(&number, &SnatPool::default()).expect("written"),
+                Change::Identities(word, _) => t.identities.put(&word, &0).expect("written"),
+                Change::Writing(_) => t.set_writing(None).expect("written"),
                 Change::NodePort(port) => t.node_ports.put(&(u32::from(port) / 64), &0).expect("written"),
                 _ => {}
             }
@@ -160,6 +162,10 @@ impl Kernel {
             for (key, recipe) in table.entries().expect("listed") {
                 table.put(&key, &older(recipe)).expect("written");
             }
+        }
+        let since = t.epoch(cirri_abi::epoch_slot::WRITING).expect("read");
+        if since != 0 {
+            t.set_writing(Some(Tick { count: since.wrapping_sub(ticks) })).expect("written");
         }
         for (key, kept) in t.affinity.entries().expect("listed") {
             let last_used = earlier(kept.last_used);
@@ -328,6 +334,8 @@ impl Host for Kernel {
                 let bits = t.node_ports.get(&word).expect("read").unwrap_or_default();
                 t.node_ports.put(&word, &(bits | bit)).expect("written");
             }
+            Change::Identities(word, bits) => t.identities.put(word, bits).expect("written"),
+            Change::Writing(writing) => t.set_writing(writing.then(cirri_loader::gc::now)).expect("written"),
         }
     }
 

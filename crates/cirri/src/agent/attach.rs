@@ -233,6 +233,7 @@ async fn reserve(
         namespace: wanted.namespace.clone(),
         pod: wanted.pod.clone(),
         identity: identity.id,
+        tunnel_identity: 0,
         labels,
         mac,
         v4: addresses.iter().find_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }),

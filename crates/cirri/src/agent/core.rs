@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::time::Instant;
 
 use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, RulesetSlot, epoch_slot};
 use cirri_control::ipam::{IpamError, Pool};
@@ -30,7 +31,7 @@ use super::services::Serving;
 use super::slots::Slots;
 use super::view::{Change, Named, View};
 use crate::api::Attachment;
-use crate::config::Config;
+use crate::config::{Config, RoutingMode};
 use crate::settings::Settings;
 
 /// All state of the agent. Behind one lock; see the module.
@@ -72,6 +73,12 @@ pub struct Core {
     pub rows: Rows,
     /// Services.
     pub serving: Serving,
+    /// Workloads here that other nodes still know by an earlier identity, and until when at the latest.
+    pub announcing: BTreeMap<u16, Instant>,
+    /// Revision of the newest identity that the rule sets know when they are as desired, ...
+    pub newest_identity: u64,
+    /// ... and that they know in the kernel.
+    pub known_identities: u64,
     /// Labels of workloads here that have no number yet: somebody must allocate them.
     pub unnumbered: BTreeSet<IdentityLabels>,
     /// What is wrong with manifests in the folder.
@@ -102,6 +109,8 @@ pub struct Core {
     dirty: BTreeSet<u32>,
     /// Who workloads are must be looked at again.
     labels_stale: bool,
+    /// Which identities are known must be looked at again.
+    identities_stale: bool,
     /// Rows of tables other than the rule sets' must be made again.
     rows_stale: bool,
 }
@@ -132,6 +141,9 @@ impl Core {
             ruleset_slots: Slots::new(epoch_slot::FIRST_RULESET..=epoch_slot::LAST_RULESET),
             peer_slots: Slots::new(epoch_slot::FIRST_PEER..=epoch_slot::LAST_PEER),
             rows: Rows::new(),
+            announcing: BTreeMap::new(),
+            newest_identity: 0,
+            known_identities: 0,
             unnumbered: BTreeSet::new(),
             folder_errors: Vec::new(),
             spoilt_files: Vec::new(),
@@ -147,6 +159,7 @@ impl Core {
             retired: false,
             dirty: BTreeSet::new(),
             labels_stale: true,
+            identities_stale: true,
             rows_stale: true,
         }
     }
@@ -197,13 +210,17 @@ impl Core {
                 }
                 Change::IdentityPut(identity) => {
                     self.labels_stale = true;
+                    self.identities_stale = true;
                     if let Some(labels) = self.view.identities.labels(identity) {
                         changed.merge(self.cluster.upsert_identity(identity, labels.clone()));
                     }
                 }
                 // Who a workload is does not become unknown because a record is gone.
                 Change::IdentityGone(identity) if self.is_here(identity) => self.labels_stale = true,
-                Change::IdentityGone(identity) => changed.merge(self.cluster.remove_identity(identity)),
+                Change::IdentityGone(identity) => {
+                    self.identities_stale = true;
+                    changed.merge(self.cluster.remove_identity(identity));
+                }
                 Change::Labels => self.labels_stale = true,
                 Change::Addresses => self.rows_stale = true,
                 Change::Workload(named) => self.place(&named),
@@ -223,6 +240,7 @@ impl Core {
     pub fn learn_identity(&mut self, identity: Identity, labels: &IdentityLabels) {
         if self.view.identities.insert(identity, labels.clone()) {
             self.labels_stale = true;
+            self.identities_stale = true;
             let changed = self.cluster.upsert_identity(identity, labels.clone());
             self.dirty.extend(changed.identities().map(|identity| identity.id));
         }
@@ -343,6 +361,9 @@ impl Core {
         if self.rows_stale || !self.dirty.is_empty() {
             self.desire_rulesets();
         }
+        if std::mem::take(&mut self.identities_stale) {
+            self.desire_identities();
+        }
         if std::mem::take(&mut self.rows_stale) {
             self.desire_rows();
         }
@@ -374,6 +395,7 @@ impl Core {
             }
         }
         self.unnumbered = unnumbered;
+        let (now, tunnelled) = (Instant::now(), self.config.routing.mode == RoutingMode::Overlay);
         for (id, identity, labels) in moved {
             let Some(slot) = self.ruleset_slots.take(&identity.id) else {
                 tracing::error!(endpoint = id, "no slot left for a rule set; the workload keeps its old identity");
@@ -382,6 +404,12 @@ impl Core {
             let Some(endpoint) = self.endpoints.get_mut(&id) else { continue };
             tracing::info!(endpoint = id, from = endpoint.identity, to = identity.id, "identity changed");
             self.rows_stale = true;
+            if tunnelled {
+                // The others may not know it yet: `announce` tells them when they do.
+                let told = if endpoint.tunnel_identity == 0 { endpoint.identity } else { endpoint.tunnel_identity };
+                endpoint.tunnel_identity = if told == identity.id { 0 } else { told };
+                self.announcing.entry(id).or_insert(now + self.config.cluster.identity_grace());
+            }
             endpoint.identity = identity.id;
             endpoint.labels = labels;
             endpoint.ruleset = slot;

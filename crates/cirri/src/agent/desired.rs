@@ -240,6 +240,7 @@ impl Core {
             pod_v6: v6(self.pod_cidr(true)),
         };
         insert_json(&mut rows, records::node_key(&self.node.name), &node);
+        rows.extend([self.enforced_record()]);
         for endpoint in self.endpoints.values() {
             for ip in endpoint.addresses() {
                 insert_json(&mut rows, records::ip_key(&self.node.name, ip), &self.ip_record(endpoint, ip));

@@ -39,7 +39,8 @@ pub fn dump(tables: &Tables, name: &str, limit: usize) -> Result<Vec<MapEntry>, 
         "AFFINITY" => walk(&tables.affinity, limit, affinity_key, affinity),
         "SOURCE_RANGES" => walk(&tables.source_ranges, limit, range, |_| String::new()),
         "SNAT_POOLS" => occupied(&tables.snat_pools, limit, pool),
-        "NODE_PORTS" => node_ports(tables, limit),
+        "NODE_PORTS" => bits(&tables.node_ports, limit, "port", "served"),
+        "IDENTITIES" => bits(&tables.identities, limit, "identity", "known"),
         "BACKEND_COUNTERS" => backend_counters(tables, limit),
         "PER_PACKET" => {
             walk(&tables.per_packet, limit, |cookie| format!("network namespace {cookie}"), |_| String::new())
@@ -101,13 +102,13 @@ fn occupied<V: Plain + Default + PartialEq>(
     }
 }
 
-fn node_ports(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {
-    let words = tables.node_ports.entries()?;
+fn bits(table: &Table<u32, u64>, limit: usize, what: &str, value: &str) -> Result<Vec<MapEntry>, MapError> {
+    let words = table.entries()?;
     let of_word = |(word, bits): &(u32, u64)| {
         let (word, bits) = (*word, *bits);
         (0..64).filter(move |bit| bits & (1 << bit) != 0).map(move |bit| word * 64 + bit)
     };
-    Ok(words.iter().flat_map(of_word).take(limit).map(|port| entry(format!("port {port}"), "served")).collect())
+    Ok(words.iter().flat_map(of_word).take(limit).map(|number| entry(format!("{what} {number}"), value)).collect())
 }
 
 fn backend_counters(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {

@@ -32,6 +32,9 @@ pub struct Endpoint {
     pub pod: String,
     /// Its identity.
     pub identity: u32,
+    /// Who other nodes are told that it is, as long as they may not know its identity; 0: that.
+    #[serde(default)]
+    pub tunnel_identity: u32,
     /// What the identity stands for: the canonical line.
     pub labels: String,
     /// Ethernet address inside.
@@ -177,7 +180,8 @@ impl Endpoint {
             ruleset: self.ruleset,
             mac: self.mac,
             flags: 0,
-            _pad: [0; 5],
+            _pad: 0,
+            tunnel_identity: Identity { id: self.tunnel_identity },
             v4: self.v4.map_or(Addr::UNSPECIFIED, |v4| Addr::v4(v4.octets())),
             v6: self.v6.map_or(Addr::UNSPECIFIED, |v6| Addr::v6(v6.octets())),
         }
@@ -277,6 +281,7 @@ mod tests {
             namespace: "shop".into(),
             pod: "web".into(),
             identity: 300,
+            tunnel_identity: 299,
             labels: "k8s:app=web".into(),
             mac: [2, 0, 0, 0, 0, 1],
             v4: Some([10, 244, 0, 5].into()),

@@ -4,6 +4,7 @@
 //! is done under it takes milliseconds.
 
 mod allocate;
+mod announce;
 mod attach;
 mod catch_up;
 mod check;

@@ -30,6 +30,7 @@ impl Core {
             pod: endpoint.pod.clone(),
             state,
             identity: endpoint.identity,
+            tunnel_identity: endpoint.tunnel_identity,
             labels: split(&endpoint.labels),
             addresses: endpoint.addresses().collect(),
             host_ifname: endpoint.host_ifname.clone(),

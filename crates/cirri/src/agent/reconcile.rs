@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cirri_abi::{Addr, Identity, Ipcache, epoch_slot, ipcache_flag};
 use cirri_loader::net::Neighbour;
@@ -15,6 +15,9 @@ use super::core::Core;
 use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
 use super::table::Due;
 use crate::config::Acceleration;
+
+/// How often a long change says that somebody is still at it.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
 
 /// A row of the address cache to work on.
 type DueAddress = Due<IpNet, Ipcache>;
@@ -43,6 +46,9 @@ impl Core {
                 self.rows.ipcache.adopt(net, row);
             }
         }
+        for (word, bits) in self.tables.identities.entries()?.into_iter().filter(|(_, bits)| *bits != 0) {
+            self.rows.identities.adopt(word, bits);
+        }
         for (cookie, value) in self.tables.per_packet.entries()? {
             self.rows.per_packet.adopt(cookie, value);
         }
@@ -60,6 +66,13 @@ impl Core {
             return;
         }
         let mut bumps = BTreeSet::new();
+        let writing = !(self.rows.node.is_done()
+            && self.rows.ipcache.is_done()
+            && self.rows.rulesets.is_done()
+            && self.rows.endpoints.is_done());
+        if writing {
+            self.set_writing(true);
+        }
         self.reconcile_node(now, &mut bumps);
         let (early, late) = self.split_ipcache(now);
         self.reconcile_ipcache(early, now, &mut bumps);
@@ -77,6 +90,10 @@ impl Core {
                 tracing::error!(slot, %error, "established connections may not feel the last change");
             }
         }
+        if writing {
+            self.set_writing(false);
+        }
+        self.reconcile_identities(now);
         self.reconcile_per_packet(now);
         self.serving.carry_out(&self.tables, now);
         self.reconcile_routes(now).await;
@@ -94,6 +111,25 @@ impl Core {
             Ok(retired) if retired.map_sets.is_empty() => {}
             Ok(retired) => tracing::info!(sets = ?retired.map_sets, "tables of other versions removed"),
             Err(error) => tracing::warn!(%error, "pins of an earlier run stay until the next start"),
+        }
+    }
+
+    /// See `epoch_slot::WRITING`.
+    fn set_writing(&self, writing: bool) {
+        if let Err(error) = self.tables.set_writing(writing.then(cirri_loader::gc::now)) {
+            tracing::warn!(%error, "established connections may lose packets while tables change");
+        }
+    }
+
+    /// The rule sets know these identities from now on: those that all of them were made with.
+    fn reconcile_identities(&mut self, now: Instant) {
+        if self.rows.rulesets.due(now).iter().any(|due| due.desired.is_some()) {
+            return;
+        }
+        for Due { key, desired, .. } in self.rows.identities.due(now) {
+            let outcome = self.tables.identities.put(&key, &desired.unwrap_or_default());
+            report("identities", &key, &outcome);
+            self.rows.identities.settle(&key, desired, outcome, now);
         }
     }
 
@@ -161,8 +197,13 @@ impl Core {
     /// Installs rule sets; answers the slots whose epoch moved.
     fn reconcile_rulesets(&mut self, now: Instant) -> Vec<u16> {
         let mut changed = Vec::new();
+        let mut seen = Instant::now();
         for Due { key, desired, .. } in self.rows.rulesets.due(now) {
             let Some(entries) = &desired else { continue };
+            if seen.elapsed() > SIGN_OF_LIFE {
+                seen = Instant::now();
+                self.set_writing(true);
+            }
             let outcome = self.tables.install_ruleset(key, entries).map(drop);
             report("rule set", &key, &outcome);
             changed.push(key);

@@ -35,6 +35,14 @@ pub struct IpRecord {
     pub pod: String,
 }
 
+/// `enforced/<node>`, bound to the agent's lease: what the others may rely on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnforcedRecord {
+    /// Revision of the newest identity that the node's rule sets in force were made with knowledge of;
+    /// so they know every earlier one.
+    pub identities: u64,
+}
+
 /// `identities/labels/<hash>`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdentityRecord {
@@ -47,6 +55,11 @@ pub struct IdentityRecord {
 /// The whole key of a node's record.
 pub fn node_key(name: &str) -> String {
     format!("{}nodes/{name}", cirri_store::PREFIX)
+}
+
+/// The whole key of what a node enforces.
+pub fn enforced_key(name: &str) -> String {
+    format!("{}enforced/{name}", cirri_store::PREFIX)
 }
 
 /// The whole key of an address's record.

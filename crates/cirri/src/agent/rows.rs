@@ -20,6 +20,8 @@ pub struct Rows {
     pub node: Table<&'static str, NodeConfig>,
     /// Compiled rule sets by slot.
     pub rulesets: Table<RulesetSlot, Arc<Vec<(PolicyKey, PolicyEntry)>>>,
+    /// Which identities the rule sets know: bits, by word.
+    pub identities: Table<u32, u64>,
     /// Workloads of this node by number.
     pub endpoints: Table<u16, cirri_abi::Endpoint>,
     /// The address cache.
@@ -71,6 +73,7 @@ impl Rows {
         Rows {
             node: Table::new("node"),
             rulesets: Table::new("rulesets"),
+            identities: Table::new("identities"),
             endpoints: Table::new("endpoints"),
             ipcache: Table::new("ipcache"),
             routes: Table::new("routes"),
@@ -85,6 +88,7 @@ impl Rows {
     pub fn is_done(&self) -> bool {
         self.node.is_done()
             && self.rulesets.is_done()
+            && self.identities.is_done()
             && self.endpoints.is_done()
             && self.ipcache.is_done()
             && self.routes.is_done()
@@ -99,6 +103,7 @@ impl Rows {
         [
             self.node.next_due(),
             self.rulesets.next_due(),
+            self.identities.next_due(),
             self.endpoints.next_due(),
             self.ipcache.next_due(),
             self.routes.next_due(),
@@ -116,6 +121,7 @@ impl Rows {
         vec![
             self.node.status(),
             self.rulesets.status(),
+            self.identities.status(),
             self.endpoints.status(),
             self.ipcache.status(),
             self.routes.status(),

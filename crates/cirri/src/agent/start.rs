@@ -262,6 +262,10 @@ async fn restore(core: &mut Core) -> Result<()> {
             // An earlier version did not ask.
             endpoint.netns_cookie = Namespace::open(&endpoint.netns).and_then(|it| it.cookie()).unwrap_or_default();
         }
+        if endpoint.tunnel_identity != 0 {
+            let grace = core.config.cluster.identity_grace();
+            core.announcing.insert(endpoint.id, Instant::now() + grace);
+        }
         let named = (endpoint.namespace.clone(), endpoint.pod.clone());
         core.endpoints.insert(endpoint.id, endpoint);
         core.place(&named);

@@ -126,9 +126,14 @@ pub async fn reconcile(shared: Arc<Shared>) {
     loop {
         let next = {
             let mut core = shared.core.lock().await;
+            let grace = core.announce(Instant::now());
             core.reconcile(Instant::now()).await;
+            if core.note_enforced() {
+                shared.publish.notify_one();
+            }
             shared.sockets.notify_one();
-            if core.filled && core.unnumbered.is_empty() && core.rows.is_done() && core.serving.is_done() {
+            let numbered = core.unnumbered.is_empty() && core.announcing.is_empty();
+            if core.filled && numbered && core.rows.is_done() && core.serving.is_done() {
                 core.retire();
                 if core.enforced_revision != core.desired_revision {
                     core.latency.in_force(Instant::now());
@@ -138,7 +143,7 @@ pub async fn reconcile(shared: Arc<Shared>) {
             } else {
                 shared.enforced.send_modify(|_| {});
             }
-            core.rows.next_due().into_iter().chain(core.serving.next_due()).min()
+            core.rows.next_due().into_iter().chain(core.serving.next_due()).chain(grace).min()
         };
         let pause = async {
             match next {

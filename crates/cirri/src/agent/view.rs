@@ -12,7 +12,7 @@ use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource};
 use cirri_store::{Entry, Event};
 use serde::de::DeserializeOwned;
 
-use super::records::{IdentityRecord, IpRecord, NodeRecord};
+use super::records::{EnforcedRecord, IdentityRecord, IpRecord, NodeRecord};
 
 /// Namespace and name.
 pub type Named = (String, String);
@@ -36,8 +36,12 @@ pub struct View {
     pub policies: BTreeMap<Named, (NetworkPolicy, u64)>,
     /// Nodes by name.
     pub nodes: BTreeMap<String, NodeRecord>,
+    /// What nodes say that they enforce, by name.
+    pub enforced: BTreeMap<String, EnforcedRecord>,
     /// Identities and what they stand for.
     pub identities: Identities,
+    /// The revisions that wrote them; not of one that was just allocated here.
+    pub identity_revisions: BTreeMap<u32, u64>,
     /// Workload addresses of the whole cluster.
     pub ips: BTreeMap<IpAddr, IpRecord>,
     /// The same by the workload that has them.
@@ -257,15 +261,19 @@ impl View {
                 changes.push(Change::Addresses);
                 changes.push(Change::Peer(name.to_owned()));
             }
+            Key::Enforced(name) => {
+                self.enforced.insert(name.to_owned(), json(text)?);
+            }
             Key::Identity(id) => {
                 let labels = IdentityLabels::parse(text).map_err(|error| error.to_string())?;
                 if text.is_empty() || labels.canonical() != text {
                     return Err("it is no line of labels".to_owned());
                 }
                 let identity = Identity { id };
-                if self.identities.insert(identity, labels) {
-                    changes.push(Change::IdentityPut(identity));
-                }
+                self.identity_revisions.insert(id, entry.revision);
+                // One that was allocated here is known already; since when, only now.
+                self.identities.insert(identity, labels);
+                changes.push(Change::IdentityPut(identity));
             }
             Key::Ip(node, ip) => {
                 let record: IpRecord = json(text)?;
@@ -313,8 +321,12 @@ impl View {
                 changes.push(Change::Addresses);
                 changes.push(Change::Peer(name.to_owned()));
             }
+            Key::Enforced(name) => {
+                self.enforced.remove(name);
+            }
             Key::Identity(id) => {
                 let identity = Identity { id };
+                self.identity_revisions.remove(&id);
                 if self.identities.remove(identity).is_some() {
                     changes.push(Change::IdentityGone(identity));
                 }
@@ -347,6 +359,7 @@ impl View {
 enum Key<'a> {
     Resource,
     Node(&'a str),
+    Enforced(&'a str),
     Identity(u32),
     /// The key of labels that have a number.
     Labels,
@@ -363,6 +376,7 @@ fn parse_key(key: &str) -> Key<'_> {
         "resources" => Key::Resource,
         "nodes" => Key::Node(rest),
         "identities" if rest.starts_with("labels/") => Key::Labels,
+        "enforced" => Key::Enforced(rest),
         "identities" => {
             let number = rest.strip_prefix("id/").and_then(|id| id.parse().ok());
             let allocated = Identity::MIN_ALLOCATED..=Identity::MAX_ALLOCATED;

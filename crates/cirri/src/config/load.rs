@@ -172,6 +172,9 @@ fn check(config: &Config) -> Result<(), ConfigError> {
     if !(1..=25).contains(&config.pods.patience_seconds) {
         return refuse(format!("pods.patienceSeconds is {}; take 1 to 25", config.pods.patience_seconds));
     }
+    if cluster.identity_grace_seconds > 300 {
+        return refuse(format!("cluster.identityGraceSeconds is {}; take 0 to 300", cluster.identity_grace_seconds));
+    }
     if config.store.kind == StoreKind::Folder && config.store.folder.as_os_str().is_empty() {
         return refuse(
             "store.kind is folder but store.folder is empty; name the directory that holds the manifests".to_owned(),

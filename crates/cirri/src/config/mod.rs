@@ -10,6 +10,7 @@ mod services;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
@@ -81,6 +82,16 @@ pub struct Cluster {
     pub pod_cidr_v6: Ipv6Net,
     /// Prefix length of a node's IPv6 pod range.
     pub pod_cidr_v6_per_node: u8,
+    /// Seconds, 0 to 300, that a workload whose labels changed is known to other nodes by its old identity
+    /// at the most, if not all of them have said that they know the new one. With the overlay only.
+    pub identity_grace_seconds: u64,
+}
+
+impl Cluster {
+    /// [`Cluster::identity_grace_seconds`].
+    pub fn identity_grace(&self) -> Duration {
+        Duration::from_secs(self.identity_grace_seconds)
+    }
 }
 
 /// How packets reach other nodes.
@@ -246,6 +257,7 @@ impl Default for Cluster {
             pod_cidr_v4_per_node: 24,
             pod_cidr_v6: Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0), 48),
             pod_cidr_v6_per_node: 64,
+            identity_grace_seconds: 5,
         }
     }
 }
