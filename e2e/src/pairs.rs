@@ -84,7 +84,7 @@ pub fn agrees(native: Verdict, other: Answer) -> bool {
             code == match native {
                 Verdict::Continue => 0,
                 Verdict::Drop(_) => 2,
-                Verdict::Local { .. } | Verdict::Device { .. } | Verdict::Neighbour { .. } => 7,
+                Verdict::Local { .. } | Verdict::Device { .. } | Verdict::Neighbour { .. } | Verdict::Up { .. } => 7,
             }
         }
         Answer::Edge(action) => {
@@ -93,7 +93,7 @@ pub fn agrees(native: Verdict, other: Answer) -> bool {
                     Verdict::Continue => 2,
                     Verdict::Drop(_) => 1,
                     Verdict::Device { .. } => 3,
-                    Verdict::Local { .. } | Verdict::Neighbour { .. } => return false,
+                    Verdict::Local { .. } | Verdict::Neighbour { .. } | Verdict::Up { .. } => return false,
                 }
         }
         Answer::Delivered(workloads) => workloads.iter().all(|(device, packets)| {

@@ -84,9 +84,10 @@ impl Oracle {
     fn judge(&mut self, hook: u8, frame: &Frame, verdict: Verdict, out: &Frame) -> Result<(), String> {
         let to = match verdict {
             Verdict::Drop(_) => return Ok(()),
-            Verdict::Local { ifindex } | Verdict::Device { ifindex } | Verdict::Neighbour { ifindex, .. } => {
-                Some(ifindex)
-            }
+            Verdict::Local { ifindex }
+            | Verdict::Device { ifindex }
+            | Verdict::Up { ifindex }
+            | Verdict::Neighbour { ifindex, .. } => Some(ifindex),
             Verdict::Continue => None,
         };
         if matches!(verdict, Verdict::Local { .. }) && is_gateways_answer(hook, frame, out) {
@@ -115,7 +116,7 @@ impl Oracle {
         if to.is_none() && hook == Hook::TO_OVERLAY {
             return if is(&kind.read.src, "n1") { Ok(()) } else { Err("the node sends as somebody else".into()) };
         }
-        if is_refusal(hook, frame, verdict, &kind, out) {
+        if is_refusal(hook, frame, verdict, &kind, out) || is_echo(hook, frame, verdict, &kind, out) {
             return Ok(());
         }
         let Some(after) = parse(&out.bytes) else { return Err("it became nothing".into()) };
@@ -412,6 +413,26 @@ fn is_refusal(hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Fram
         after.icmp.is_some() && (!served || is_at(&kind.read.dst, "lb"))
     };
     back && named && asked && said && (after.read.src, after.read.dst) == (kind.read.dst, kind.read.src)
+}
+
+/// The reply to a ping of a service's address, to who asked.
+fn is_echo(hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Frame) -> bool {
+    let Some(after) = parse(&out.bytes) else { return false };
+    let named = match (hook, verdict) {
+        (Hook::FROM_WORKLOAD, Verdict::Local { ifindex }) => {
+            ifindex == frame.ifindex && device(&kind.read.src) == Some(ifindex)
+        }
+        (Hook::FROM_NETWORK, Verdict::Device { ifindex }) => {
+            ifindex == frame.ifindex && device(&kind.read.src).is_none() && !is(&kind.read.src, "n1")
+        }
+        (Hook::TO_NETWORK, Verdict::Up { ifindex }) => ifindex == frame.ifindex,
+        _ => false,
+    };
+    let asked = ["vip", "lb"].iter().any(|name| is_at(&kind.read.dst, name)) && !kind.unwrapped;
+    let (request, reply) = if kind.read.src.is_ipv4() { (8, 0) } else { (128, 129) };
+    let kinds = kind.icmp == Some(request) && after.icmp == Some(reply) && kind.fragment.is_none();
+    let back = (after.read.src, after.read.dst, after.read.dport) == (kind.read.dst, kind.read.src, kind.read.sport);
+    named && asked && kinds && back && frame.bytes.len() == out.bytes.len()
 }
 
 /// The rules of `mutate::tables`, said once more.

@@ -13,13 +13,13 @@ mod wrap;
 mod xdp;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_action, xdp_md},
+    bindings::{BPF_F_INGRESS, __sk_buff, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_action, xdp_md},
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use cirri_abi::{Hook, node_flag};
-use cirri_datapath::{Packet, Services, Verdict, fast_path, unwrap_for_host};
+use cirri_datapath::{Packet, Services, Verdict, fast_path, is_echo_request, unwrap_for_host};
 
 use crate::{services::Maps, skb::Skb, tables::Kernel, xdp::Raw};
 
@@ -52,14 +52,15 @@ pub fn edge(ctx: XdpContext) -> u32 {
 }
 
 /// Packets that the node's stack sends to the network: tcx egress of the node's devices. Only answers of
-/// the node's own backends are of interest.
+/// the node's own backends are of interest, and echo requests, which may be for a service's address.
 #[classifier]
 pub fn to_network(ctx: TcContext) -> i32 {
     let serves = match Maps.node() {
         Some(node) => node.flags & node_flag::HOST_BACKENDS != 0,
         None => false,
     };
-    if !serves || Skb::new(ctx.skb.skb).decided() {
+    let skb = Skb::new(ctx.skb.skb);
+    if !(serves || is_echo_request(&skb)) || skb.decided() {
         return TC_ACT_OK;
     }
     run::<{ Hook::TO_NETWORK }>(ctx)
@@ -150,6 +151,8 @@ fn act(verdict: Verdict) -> i32 {
         Verdict::Local { ifindex } => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
         // SAFETY: as above.
         Verdict::Device { ifindex } => unsafe { bpf_redirect(ifindex, 0) as i32 },
+        // SAFETY: as above.
+        Verdict::Up { ifindex } => unsafe { bpf_redirect(ifindex, BPF_F_INGRESS as u64) as i32 },
         Verdict::Neighbour { ifindex, peer: 0 } => {
             // SAFETY: a null parameter block asks the kernel's routes (bpf-helpers(7)).
             unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }

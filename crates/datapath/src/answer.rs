@@ -48,7 +48,7 @@ const ANSWERS: u32 = 1000;
 
 /// Whether enough was answered in this tick.
 #[inline(always)]
-fn is_enough(now: u32, s: &mut Scratch) -> bool {
+pub(crate) fn is_enough(now: u32, s: &mut Scratch) -> bool {
     if s.answered_at != now {
         s.answered_at = now;
         s.answered = 0;

@@ -24,6 +24,7 @@ mod answer;
 mod carry;
 mod connection;
 mod dsr;
+mod echo;
 mod ends;
 mod icmp;
 mod neighbour;
@@ -39,6 +40,7 @@ mod translate;
 mod verdict;
 mod wire;
 
+pub use echo::is_echo_request;
 pub use parse::Parsed;
 pub use place::{Place, PlaceKind};
 pub use plain::unwrap_for_host;

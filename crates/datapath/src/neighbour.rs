@@ -16,8 +16,14 @@ const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
 /// Router, solicited, override (RFC 4861, 4.4).
 const ADVERTISEMENT_FLAGS: u32 = 0xe000_0000u32.to_be();
-/// Length of a neighbour message with its one option.
+/// Router, override: nobody is known to have asked.
+const UNASKED_FLAGS: u32 = 0xa000_0000u32.to_be();
+/// Length of a neighbour message with its one option, and without.
 const ADVERTISEMENT_LENGTH: u32 = 32;
+const PROBE_LENGTH: u32 = 24;
+/// Where an answer goes to who has no address (RFC 4861, 7.2.4), and its Ethernet address (RFC 2464, 7).
+const ALL_NODES: Addr = Addr::v6([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+const ALL_NODES_MAC: [u16; 3] = wire::mac_words([0x33, 0x33, 0, 0, 0, 1]);
 
 /// A workload's ARP. The gateway's address is answered; nothing else on this link is anybody's.
 #[inline(always)]
@@ -26,7 +32,8 @@ pub(crate) fn answer_arp<P: Packet>(packet: &mut P, endpoint: &Endpoint) -> Resu
         return Err(DropReason::INVALID_PACKET);
     };
     let sender = word(arp.sender_ip);
-    if sender != endpoint.v4.word() {
+    // Who probes whether an address is taken has none yet (RFC 5227, 2.1.1).
+    if sender != endpoint.v4.word() && sender != 0 {
         return Err(DropReason::INVALID_SOURCE_IP);
     }
     if arp.operation != ARP_REQUEST || word(arp.target_ip) != GATEWAY_V4.word() {
@@ -53,12 +60,21 @@ pub(crate) fn answer_solicitation<P: Packet>(
     parsed: &Parsed,
     endpoint: &Endpoint,
 ) -> Result<Packed, DropReason> {
-    if parsed.icmp[0] != SOLICITATION || parsed.length != 40 + ADVERTISEMENT_LENGTH || parsed.l4 != L3 + 40 {
+    let asker = parsed.tuple.src;
+    // Who looks whether an address is taken has none yet, and names no Ethernet address (RFC 4862, 5.4.2).
+    let probe = asker == Addr::UNSPECIFIED;
+    let length = if probe { PROBE_LENGTH } else { ADVERTISEMENT_LENGTH };
+    if parsed.icmp[0] != SOLICITATION || parsed.length != 40 + length || parsed.l4 != L3 + 40 {
         return Err(DropReason::FORBIDDEN_ICMPV6);
     }
-    let asker = parsed.tuple.src;
-    if asker != endpoint.v6 && !is_link_local(&asker) {
+    if asker != endpoint.v6 && !is_link_local(&asker) && !probe {
         return Err(DropReason::INVALID_SOURCE_IP);
+    }
+    if packet.load::<[u32; 4]>(L3 + 40 + 8) != Some(GATEWAY_V6.words) {
+        return Err(DropReason::FORBIDDEN_ICMPV6);
+    }
+    if probe && !packet.resize(L3 + 40 + ADVERTISEMENT_LENGTH) {
+        return Err(DropReason::WRITE_ERROR);
     }
     let Some(mut message) = packet.load::<wire::Neighbour>(L3 + 40) else {
         return Err(DropReason::INVALID_PACKET);
@@ -69,23 +85,21 @@ pub(crate) fn answer_solicitation<P: Packet>(
     let Some(mut ip) = packet.load::<wire::Ipv6>(L3) else {
         return Err(DropReason::INVALID_PACKET);
     };
-    if message.target != GATEWAY_V6.words {
-        return Err(DropReason::FORBIDDEN_ICMPV6);
-    }
     message.kind = ADVERTISEMENT;
     message.code = 0;
     message.checksum = 0;
-    message.flags = ADVERTISEMENT_FLAGS;
+    message.flags = if probe { UNASKED_FLAGS } else { ADVERTISEMENT_FLAGS };
     message.option = 2;
     message.option_length = 1;
     message.mac = GATEWAY_WORDS;
     ip.src = GATEWAY_V6.words;
-    ip.dst = asker.words;
+    ip.dst = if probe { ALL_NODES.words } else { asker.words };
+    ip.length = (ADVERTISEMENT_LENGTH as u16).to_be();
     ip.hop_limit = 255;
     message.checksum = checksum(&ip, &message);
     if !packet.store(L3 + 40, &message)
         || !packet.store(L3, &ip)
-        || !packet.store(0, &wire::Macs { dst: macs.src, src: GATEWAY_WORDS })
+        || !packet.store(0, &wire::Macs { dst: if probe { ALL_NODES_MAC } else { macs.src }, src: GATEWAY_WORDS })
     {
         return Err(DropReason::WRITE_ERROR);
     }

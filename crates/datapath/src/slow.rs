@@ -6,7 +6,7 @@ use cirri_abi::{
 };
 
 use crate::{
-    Packed, carry, connection, door, dsr, ends, icmp, neighbour,
+    Packed, carry, connection, door, dsr, echo, ends, icmp, neighbour,
     parse::{Class, MAX_EXTENSIONS, Parsed, is_extension, parse_network, parse_transport, step_over},
     place::{Place, PlaceKind, is_host},
     policy::{Judgement, judge},
@@ -147,6 +147,8 @@ pub enum Stage {
     CheckSource,
     /// Find the receiver.
     Locate,
+    /// Answer an echo request for a service's address.
+    Echo,
     /// Find the service that it is for, and choose a backend.
     Serve,
     /// Ask policy.
@@ -309,6 +311,12 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     if matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_OVERLAY) {
         tables.stage(Stage::CheckSource, packet, s)?;
     }
+    if echo::asks(&s.parsed)
+        && matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_NETWORK | Hook::TO_NETWORK)
+        && let done @ Next::Done(_) = tables.stage(Stage::Echo, packet, s)?
+    {
+        return Ok(done);
+    }
     match s.hook {
         // What the node's stack sends is its own, unless it answers.
         Hook::TO_NETWORK => return Ok(Next::Done(Packed::CONTINUE)),
@@ -456,6 +464,7 @@ pub fn run_stage<P: Packet, T: Tables>(stage: Stage, packet: &mut P, tables: &T,
         Stage::Advance => connection::advance(packet, tables, s),
         Stage::CheckSource => ends::check_source(packet, tables, s),
         Stage::Locate => ends::locate(packet, tables, s),
+        Stage::Echo => echo::answer(packet, tables, s),
         Stage::Serve => service::serve(packet, tables, s),
         Stage::Judge => {
             judge(tables, &s.from, &s.to, &s.translated, s.icmp_type, &mut s.judgement)?;

@@ -24,6 +24,11 @@ pub enum Verdict {
         /// IPv4 neighbour in network order; 0 to ask the routes.
         peer: u32,
     },
+    /// Up to this node's own stack, as if it had come by this device.
+    Up {
+        /// The device.
+        ifindex: u32,
+    },
     /// Drop it.
     Drop(DropReason),
 }
@@ -35,7 +40,7 @@ pub enum Verdict {
 /// so much as moves them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packed {
-    /// The register. The values 0, 1 and from 7 on are nobody's, and free for hosts.
+    /// The register. The values 0, 1, 7, 8, 9 and from 11 on are nobody's, and free for hosts.
     pub word: u64,
 }
 
@@ -61,6 +66,12 @@ impl Packed {
         Packed { word: 5 | device(ifindex) | (peer as u64) << 32 }
     }
 
+    /// [`Verdict::Up`].
+    #[inline(always)]
+    pub const fn up(ifindex: u32) -> Packed {
+        Packed { word: 10 | device(ifindex) }
+    }
+
     /// [`Verdict::Drop`].
     #[inline(always)]
     pub const fn drop(reason: DropReason) -> Packed {
@@ -75,6 +86,7 @@ impl Packed {
             3 => Verdict::Local { ifindex },
             4 => Verdict::Device { ifindex },
             5 => Verdict::Neighbour { ifindex, peer: (self.word >> 32) as u32 },
+            10 => Verdict::Up { ifindex },
             6 => Verdict::Drop(DropReason { code: (self.word >> 8) as u8 }),
             _ => Verdict::Continue,
         }
