@@ -79,6 +79,8 @@ impl Containerd {
             fs::create_dir_all(path(part)).unwrap();
         }
         std::os::unix::fs::symlink(lab::binary().unwrap(), path("bin/cirri-cni")).unwrap();
+        // containerd brings `lo` up by a plugin of its own before it asks for networks.
+        std::os::unix::fs::symlink("/usr/lib/cni/loopback", path("bin/loopback")).unwrap();
         let plugin = json!({"type": "cirri-cni", "socket": lab.socket("node1")});
         let list = json!({"cniVersion": "1.0.0", "name": "cirri", "plugins": [plugin]});
         fs::write(path("net.d/10-cirri.conflist"), list.to_string()).unwrap();

@@ -56,6 +56,7 @@ pub const PACKAGES: &[Package] = &[
     // The first that speaks CNI 1.0.
     package("containerd", "containerd", Need::Test, "a real runtime that calls the CNI plugin").since("1.6"),
     package("runc", "runc", Need::Test, "starts containerd's containers"),
+    package("containernetworking-plugins", "/usr/lib/cni/loopback", Need::Test, "containerd's CRI asks it first"),
     // Networks by CNI, several on a container.
     package("podman", "podman", Need::Test, "another, with two networks on a container").since("4.0"),
     package("bird2", "bird", Need::Test, "announces a load balancer's addresses by BGP"),
