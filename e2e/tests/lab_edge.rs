@@ -83,7 +83,7 @@ fn a_socket_that_the_environment_names_for_an_agent_is_not_the_load_balancers() 
     let file = lab.file();
     let asked = |more: &[&str]| {
         let mut command = std::process::Command::new(cirri_e2e::lab::binary().unwrap());
-        command.env("CIRRI_SOCKET", "/run/cirri/agent.sock").args(["lb", "status"]).args(more).arg("--config");
+        command.env("CIRRI_SOCKET", "/run/an-agents.sock").args(["lb", "status"]).args(more).arg("--config");
         command.arg(&file).output().unwrap()
     };
     let output = asked(&[]);
