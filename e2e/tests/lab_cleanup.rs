@@ -64,6 +64,8 @@ impl Machine {
         ] {
             machine.ip(line);
         }
+        // What the kernel does by itself at first must not look like a difference.
+        eventually("the addresses are good", PATIENCE, || !machine.ip("addr").contains("tentative"));
         // What an administrator has set: none of it may be lost.
         machine.set("ipv4/ip_local_reserved_ports", "8472,32768-32800");
         machine.set("ipv4/conf/all/rp_filter", "2");
@@ -176,7 +178,7 @@ impl Machine {
         BTreeMap::from([
             ("links", shell("ip -d -o link | sed 's/ promiscuity.*//'")),
             ("qdiscs", shell("tc qdisc show")),
-            ("addresses", shell("ip -o addr | sed 's/ tentative//; s/valid_lft.*//'")),
+            ("addresses", shell("ip -o addr | sed 's/valid_lft.*//'")),
             ("routes", shell("ip route show table all; ip -6 route show table all | sed 's/ expires [0-9]*sec//'")),
             ("rules", shell("ip rule; ip -6 rule")),
             ("neighbours", shell("ip neigh show nud permanent")),

@@ -555,7 +555,7 @@ fn two_who_manage_one_route_do_not_fight_for_ever_and_status_says_so() {
 #[test]
 fn a_workload_whose_namespace_goes_without_del_is_named_and_then_its_address_is_free() {
     let lab = Lab::up("drift_gone", 1, &["--set", "node.releaseAfterSeconds=4"]).unwrap();
-    lab.apply(SHOP).unwrap();
+    lab.apply(&SHOP.replace("nodeName: node2", "nodeName: node1")).unwrap();
     let socket = lab.socket("node1");
     let pod = lab.list().unwrap().pods.into_iter().find(|pod| pod.name == "near").unwrap();
     // One that lost its name only is alive: its processes hold it.

@@ -134,7 +134,10 @@ impl Shared {
         let mut outcome = if network { core.compare_network(now).await } else { Ok(()) };
         if rest && outcome.is_ok() {
             outcome = core.compare_rest(now);
-            core.release_gone(now).await;
+            if core.release_gone(now).await {
+                // Who is gone for good is no problem any more.
+                outcome = outcome.and(core.compare_network(now).await);
+            }
         }
         if let Err(error) = outcome {
             tracing::warn!(%error, "the kernel cannot be compared with what should be there; it is tried again");
@@ -187,7 +190,8 @@ impl Core {
             let held = held.filter_map(|((_, object), repairs)| Some((object.clone(), repairs.held.clone()?)));
             let found = findings.iter().filter(|(of, ..)| of == kind);
             let found = found.map(|(_, object, finding)| (object.clone(), finding.clone()));
-            self.problems.replace(*kind, held.chain(found).collect::<Vec<_>>());
+            // Of one thing, that somebody changes it again and again says more than what it is now.
+            self.problems.replace(*kind, found.chain(held).collect::<Vec<_>>());
         }
     }
 

@@ -67,17 +67,16 @@ impl Core {
         let known: Vec<u32> = self.endpoints.values().map(|endpoint| endpoint.ifindex).collect();
         self.drift.mtus.retain(|ifindex, _| known.contains(ifindex));
         self.drift.gone.retain(|id, _| gone.contains(id));
-        let grace = Duration::from_secs(self.config.node.release_after_seconds);
+        let grace = self.config.node.release_after_seconds;
         for id in gone {
             let Some(endpoint) = self.endpoints.get(&id) else { continue };
-            let since = *self.drift.gone.entry(id).or_insert(now);
+            self.drift.gone.entry(id).or_insert(now);
             let found = format!("its device {} is gone", endpoint.host_ifname);
             let finding = if has_namespace(endpoint) {
                 Finding::new(found, "delete the container and add it again: its namespace lives, its device does not")
             } else {
-                let left = grace.saturating_sub(now.duration_since(since)).as_secs();
                 let found = format!("{found}, and so is its network namespace, and nobody said DEL");
-                Finding::new(found, format!("none; its addresses are free again in {left} s"))
+                Finding::new(found, format!("none; its addresses are free again {grace} s after that"))
             };
             let object = format!("{}/{} ({})", endpoint.namespace, endpoint.pod, endpoint.attachment.container_id);
             findings.push((ProblemKind::Endpoint, object, finding.wanted("as it was attached")));
@@ -85,20 +84,22 @@ impl Core {
         Ok(())
     }
 
-    /// Takes away workloads whose device and namespace have been gone for long.
-    pub(super) async fn release_gone(&mut self, now: Instant) {
+    /// Takes away workloads whose device and namespace have been gone for long; whether there were any.
+    pub(super) async fn release_gone(&mut self, now: Instant) -> bool {
         let grace = Duration::from_secs(self.config.node.release_after_seconds);
         let over = self.drift.gone.iter().filter(|(_, since)| now.duration_since(**since) >= grace);
         let over: Vec<u16> = over.map(|(id, _)| *id).collect();
+        let mut any = false;
         for id in over {
             let Some(endpoint) = self.endpoints.get(&id).filter(|endpoint| !has_namespace(endpoint)) else { continue };
             let Endpoint { attachment, namespace, pod, .. } = endpoint.clone();
             tracing::warn!(endpoint = id, namespace, pod, "its network namespace is gone without DEL; it is released");
             match attach::remove(self, &attachment).await {
-                Ok(_) => drop(self.drift.gone.remove(&id)),
+                Ok(_) => any |= self.drift.gone.remove(&id).is_some(),
                 Err(error) => tracing::warn!(endpoint = id, %error, "it cannot be released; it is tried again"),
             }
         }
+        any
     }
 }
 
