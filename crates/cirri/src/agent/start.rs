@@ -39,7 +39,7 @@ pub struct Started {
 /// What an agent keeps in its state directory.
 const STATE_DIRECTORIES: [&str; 3] = ["endpoints", "endpoints.copy", "deletions"];
 /// The lock last: until then nobody else begins.
-const STATE_FILES: [&str; 4] = ["store.redb", "agent.sock", "agent.lock", "seen.redb"];
+const STATE_FILES: [&str; 4] = ["store.redb", "seen.redb", "agent.sock", "agent.lock"];
 /// Events that a monitor may be behind.
 const MONITOR_BACKLOG: usize = 8192;
 
