@@ -332,9 +332,12 @@ fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_
     machine.well(&["lb", "down", "--config", &second]);
     machine.assert_state(&running, "the second of two has left");
     assert_eq!(machine.get("ipv4/ip_local_reserved_ports"), reserved);
-    // One that cannot start: its source is nobody's. And one whose device refuses it.
-    for broken in [write("three", "address: 192.0.2.99\n"), write("three", "").replace("three", "nowhere")] {
-        assert!(!machine.cirri(&["lb", "--config", &broken]).status.success());
+    // Those that cannot start: its source is nobody's; one of its devices is not there.
+    for (broken, more) in [("address: 192.0.2.99\n", "eth0"), ("", "eth0, eth9")] {
+        let file = write("three", broken);
+        let text = fs::read_to_string(&file).unwrap().replacen("[eth0]", &format!("[{more}]"), 1);
+        fs::write(&file, text).unwrap();
+        assert!(!machine.cirri(&["lb", "--config", &file]).status.success(), "{broken}");
         let _ = fs::remove_dir_all(machine.path("state-three"));
         machine.assert_state(&running, "one that could not start");
     }
