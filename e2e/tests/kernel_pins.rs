@@ -5,7 +5,7 @@ use std::{fs, process::Command};
 use aya::programs::{SchedClassifier, TcAttachType};
 use cirri_abi::{Addr, Endpoint, map};
 use cirri_e2e::kernel::{TestInstance, TestNamespace, names_in, veth};
-use cirri_loader::{Datapath, Hooking, LoadError, LoadOptions};
+use cirri_loader::{Datapath, Hooking, LoadError, LoadOptions, Use};
 
 const POD: Addr = Addr::v4([10, 9, 8, 7]);
 
@@ -17,6 +17,21 @@ fn endpoint(id: u16) -> Endpoint {
 fn programs_on(device: &str, direction: TcAttachType) -> Vec<u32> {
     let (_, programs) = SchedClassifier::query_tcx(device, direction).expect("tcx answers");
     programs.iter().map(|program| program.id()).collect()
+}
+
+/// Makes the programs that are kept look like those of an earlier build.
+fn as_of_another_object(instance: &TestInstance) {
+    let dir = instance.dir().join("programs");
+    for name in names_in(&dir) {
+        let (program, _) = name.rsplit_once('-').expect("a program and a hash");
+        fs::rename(dir.join(&name), dir.join(format!("{program}-0123456789abcdef"))).expect("renamed");
+    }
+}
+
+/// The programs that are kept for the next start, without their hashes.
+fn kept(instance: &TestInstance) -> Vec<String> {
+    let names = names_in(&instance.dir().join("programs"));
+    names.iter().map(|name| name.rsplit_once('-').expect("a program and a hash").0.to_owned()).collect()
 }
 
 #[test]
@@ -134,6 +149,13 @@ async fn attached_programs_outlive_the_process_and_an_upgrade_replaces_them_in_p
     let pins = names_in(&instance.dir().join("links"));
     assert_eq!(pins, [format!("from_workload-{ifindex}"), format!("to_workload-{ifindex}")]);
 
+    let again = place.namespace.run(|| {
+        drop(attach(&instance));
+        [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| programs_on("lxc1", direction))
+    });
+    assert_eq!(again.expect("in the namespace"), before, "a restart goes on with the same programs");
+
+    as_of_another_object(&instance);
     let after = place.namespace.run(|| {
         drop(attach(&instance));
         [TcAttachType::Ingress, TcAttachType::Egress].map(|direction| programs_on("lxc1", direction))
@@ -294,4 +316,64 @@ async fn a_device_that_is_not_there_is_named() {
     let error =
         place.namespace.run(|| instance.load().attach_network("eth9").expect_err("must be refused").to_string());
     assert!(error.expect("in the namespace").contains("eth9"));
+}
+
+#[tokio::test]
+async fn a_program_is_loaded_when_something_is_attached_to_it_and_not_before() {
+    let (mut instance, place) = (TestInstance::new(), TestNamespace::new());
+    veth(&place.net(), "eth0", "peer").await;
+    drop(instance.load());
+    assert!(!instance.dir().join("programs").exists(), "nothing is attached: nothing is loaded");
+
+    place.namespace.run(|| instance.load().attach_network("eth0").expect("attached")).expect("in the namespace");
+    assert_eq!(kept(&instance), ["from_network", "to_network"]);
+    instance.options.uses = vec![Use::Unwrap];
+    drop(instance.load());
+    assert_eq!(kept(&instance), ["from_network", "to_network", "unwrap"], "what will be attached is loaded at once");
+}
+
+#[test]
+fn programs_of_another_object_stay_until_those_of_this_one_are_attached() {
+    let mut instance = TestInstance::new();
+    instance.options.uses = vec![Use::Unwrap];
+    drop(instance.load());
+    as_of_another_object(&instance);
+    let mut datapath = instance.load();
+    assert_eq!(kept(&instance), ["unwrap", "unwrap"]);
+    datapath.retire().expect("retired");
+    assert_eq!(kept(&instance), ["unwrap"]);
+    assert!(!names_in(&instance.dir().join("programs"))[0].ends_with("0123456789abcdef"));
+}
+
+#[test]
+fn programs_on_maps_that_were_replaced_are_not_taken_over() {
+    let mut instance = TestInstance::new();
+    instance.options.uses = vec![Use::Unwrap, Use::Sockets];
+    let number = |datapath: &mut Datapath| {
+        datapath.programs().expect("listed").into_iter().find(|it| it.name == "connect4").expect("there").id
+    };
+    let first = number(&mut instance.load());
+    assert_eq!(number(&mut instance.load()), first);
+    instance.options.sizes.insert("SERVICES".into(), 64);
+    let mut replaced = instance.load();
+    assert!(!replaced.resumed());
+    let second = number(&mut replaced);
+    assert_ne!(second, first, "it works on the maps that are gone");
+    drop(replaced);
+    assert_eq!(number(&mut instance.load()), second);
+}
+
+#[test]
+fn what_is_kept_as_a_program_and_is_none_is_replaced() {
+    let mut instance = TestInstance::new();
+    instance.options.uses = vec![Use::Unwrap];
+    drop(instance.load());
+    let dir = instance.dir().join("programs");
+    let pin = dir.join(&names_in(&dir)[0]);
+    fs::remove_file(&pin).expect("unpinned");
+    let other = aya::maps::HashMap::<_, u32, u32>::create(1, 0).expect("a map");
+    other.pin(&pin).expect("pinned in its place");
+    instance.load().program_mut("unwrap").expect("loaded from the object");
+    assert_eq!(kept(&instance), ["unwrap"]);
+    aya::programs::SchedClassifier::from_pin(&pin).expect("a program again");
 }

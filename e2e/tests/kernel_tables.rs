@@ -320,6 +320,51 @@ async fn a_reader_that_waits_is_woken_by_the_first_event() {
     assert_eq!(read, 1);
 }
 
+#[tokio::test]
+async fn a_reader_sleeps_while_nothing_comes() {
+    let instance = TestInstance::new();
+    let mut datapath = instance.load();
+    let mut events = datapath.events().expect("opened").expect("the first reader");
+    let mut next = std::pin::pin!(events.next());
+    let mut looks = 0;
+    let counted = std::future::poll_fn(|context| {
+        looks += 1;
+        next.as_mut().poll(context)
+    });
+    let quiet = tokio::time::timeout(Duration::from_secs(1), counted).await;
+    assert!(quiet.is_err(), "nothing came");
+    // Once to begin, and once for the end of the second; and the kernel may wake it in vain.
+    assert!(looks < 5, "{looks} looks into an empty ring within a second");
+}
+
+#[tokio::test]
+async fn no_event_falls_between_the_last_look_and_sleep() {
+    let instance = TestInstance::new();
+    let mut datapath = instance.load();
+    let mut events = datapath.events().expect("opened").expect("the first reader");
+    let (seen, news) = std::sync::mpsc::channel::<()>();
+    const ROUNDS: usize = 300;
+    // Each event comes when the reader has just been given the one before, a little later every time.
+    let sender = std::thread::spawn(move || {
+        let frame = frame();
+        for round in 0..ROUNDS {
+            let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() };
+            datapath.program_mut("from_workload").expect("it is there").test_run(options).expect("it runs");
+            if news.recv().is_err() {
+                return;
+            }
+            (0..round * 300).for_each(|_| std::hint::spin_loop());
+        }
+    });
+    for round in 0..ROUNDS {
+        let batch = tokio::time::timeout(Duration::from_secs(60), events.next()).await;
+        let batch = batch.unwrap_or_else(|_| panic!("event {round} woke nobody")).expect("read");
+        assert_eq!(batch.events.len(), 1);
+        seen.send(()).expect("it waits");
+    }
+    sender.join().expect("sent");
+}
+
 #[test]
 fn collection_removes_ended_connections_in_pairs_and_leaves_the_living() {
     let instance = TestInstance::new();

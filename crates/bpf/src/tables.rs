@@ -4,7 +4,7 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, bpf_fib_lookup as FibParams,
+        BPF_ANY, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, bpf_fib_lookup as FibParams,
     },
     helpers::{
         bpf_fib_lookup, bpf_ktime_get_ns, bpf_map_delete_elem, bpf_map_lookup_elem, bpf_map_update_elem,
@@ -265,12 +265,12 @@ impl<C: Context> Tables for Kernel<C> {
     fn emit(&self, event: &mut FlowEvent) {
         // SAFETY: helper without arguments.
         event.time_ns = unsafe { bpf_ktime_get_ns() };
-        // The reader looks by itself every few milliseconds; waking it for each event would cost
-        // more than the packet. It is woken when much has gathered.
+        // Without a flag the kernel wakes the reader if it has read all before this event, as one does that
+        // sleeps; while there is traffic it lets events gather, and is woken when that are many.
         // SAFETY: the map is a ring buffer.
         let gathered = unsafe { bpf_ringbuf_query((&raw const EVENTS).cast_mut().cast(), BPF_RB_AVAIL_DATA as u64) };
         let crosses = gathered / WAKE_AT != (gathered + EVENT_IN_RING) / WAKE_AT;
-        let flags = if crosses { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
+        let flags = if crosses { BPF_RB_FORCE_WAKEUP } else { 0 };
         if EVENTS.output_untyped::<FlowEvent>(&*event, flags as u64).is_err() {
             self.count(CounterIndex::LOST_EVENTS, 0);
         }

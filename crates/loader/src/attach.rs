@@ -14,7 +14,7 @@ use aya::programs::{
 };
 
 use crate::{
-    datapath::{Datapath, classifier},
+    datapath::Datapath,
     edge,
     error::LoadError,
     features::Hooking,
@@ -39,11 +39,6 @@ pub(crate) const NETWORK: &[(&str, TcAttachType)] =
 pub(crate) const OVERLAY: &[(&str, TcAttachType)] =
     &[("from_overlay", TcAttachType::Ingress), ("to_overlay", TcAttachType::Egress)];
 pub(crate) const UNWRAP: &[(&str, TcAttachType)] = &[("unwrap", TcAttachType::Ingress)];
-
-/// The names of the programs that are attached here.
-pub(crate) fn programs() -> impl Iterator<Item = &'static str> {
-    [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten().map(|(name, _)| *name)
-}
 
 /// The names of these programs.
 pub(crate) fn names(programs: &[(&'static str, TcAttachType)]) -> Vec<&'static str> {
@@ -139,9 +134,10 @@ impl Datapath {
 
     fn attach(&mut self, device: &str, programs: &[(&'static str, TcAttachType)]) -> Result<u32, LoadError> {
         let ifindex = device_number(device)?;
+        self.programs.load(&names(programs))?;
         for &(program, direction) in programs {
             let pin = self.pins.link(program, ifindex);
-            let classifier = classifier(&mut self.ebpf, program)?;
+            let classifier = self.programs.classifier(program)?;
             match self.hooking {
                 Hooking::Tcx => attach_tcx(classifier, program, direction, device, ifindex, &pin)?,
                 Hooking::Clsact => attach_clsact(classifier, direction, device).map_err(attaching(program, device))?,

@@ -15,7 +15,7 @@ use cirri_abi::map;
 
 use crate::{
     attach::{self, Attachment},
-    datapath::{Datapath, program_fd},
+    datapath::Datapath,
     edge,
     error::LoadError,
     features::Hooking,
@@ -142,7 +142,9 @@ impl Datapath {
         if !pin.exists() {
             put_back(&pin, format!("links/{program}-{ifindex}"), link, audit);
         }
-        let ours = program_fd(&mut self.ebpf, program)
+        let ours = self
+            .programs
+            .fd(program)
             .and_then(|fd| sys::program_id(fd.as_fd()).map_err(at(&pin, "ask for the program of")));
         match ours {
             Ok(ours) if ours == info.program => None,

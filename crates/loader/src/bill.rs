@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, os::fd::AsFd};
 
-use crate::{Datapath, LoadError, datapath::program_fd, sys};
+use crate::{Datapath, LoadError, sys};
 
 /// One program's bill.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -25,7 +25,7 @@ impl Datapath {
     pub fn bills(&mut self) -> Result<Vec<Bill>, LoadError> {
         let mut bills = Vec::new();
         for status in self.programs()? {
-            let program = program_fd(&mut self.ebpf, &status.name)?;
+            let program = self.programs.fd(&status.name)?;
             let code = sys::program_code(program.as_fd())
                 .map_err(|error| LoadError::Object(format!("{}: {error}", status.name)))?;
             bills.push(Bill {

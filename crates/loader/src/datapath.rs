@@ -3,16 +3,12 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    num::NonZero,
-    panic::resume_unwind,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
-    thread,
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, Program, ProgramError, ProgramFd, SchedClassifier, Xdp},
+    EbpfLoader,
+    programs::{SchedClassifier, Xdp},
 };
 use cirri_abi::map;
 
@@ -20,14 +16,16 @@ use crate::{
     attach::{self, Attachment},
     audit::Held,
     edge,
-    error::{LoadError, MapError, VerifierLog, telling_lines},
+    error::{LoadError, MapError},
     events::Events,
     features::{self, Hooking},
     pins::{Found, Pins, open_set},
+    programs::{Programs, in_program},
+    rulesets,
     sizes::sizes,
     socket_hooks,
     tables::Tables,
-    trial::{self, Trial},
+    trial::Trial,
     warnings,
 };
 
@@ -40,7 +38,7 @@ use crate::{
 /// One agent at a time may use an instance. Devices are looked up in the network namespace of the
 /// calling thread.
 pub struct Datapath {
-    pub(crate) ebpf: Ebpf,
+    pub(crate) programs: Programs,
     pub(crate) pins: Pins,
     pub(crate) hooking: Hooking,
     /// Links that outlive their pins.
@@ -48,7 +46,6 @@ pub struct Datapath {
     tables: Tables,
     /// Whether the maps, and with them all flows, came from an earlier run.
     resumed: bool,
-    warnings: Vec<String>,
 }
 
 /// Where and how large.
@@ -62,6 +59,39 @@ pub struct LoadOptions {
     pub sizes: BTreeMap<String, u32>,
     /// How to attach, if the best way that the kernel has shall not be used.
     pub hooking: Option<Hooking>,
+    /// What the programs will be attached to. Those programs are loaded at once, others when something is
+    /// attached to them: no time is lost on what a node does not use.
+    pub uses: Vec<Use>,
+}
+
+/// What programs are attached to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Use {
+    /// Workloads' devices: [`Datapath::attach_workload`].
+    Workloads,
+    /// The node's devices: [`Datapath::attach_network`].
+    Network,
+    /// The overlay device: [`Datapath::attach_overlay`].
+    Overlay,
+    /// The devices of a plain backend host: [`Datapath::attach_unwrap`].
+    Unwrap,
+    /// The node's devices before the stack: [`Datapath::attach_edge`].
+    Edge,
+    /// Sockets: [`Datapath::attach_sockets`].
+    Sockets,
+}
+
+impl Use {
+    fn programs(self) -> Vec<&'static str> {
+        match self {
+            Use::Workloads => attach::names(attach::WORKLOAD),
+            Use::Network => attach::names(attach::NETWORK),
+            Use::Overlay => attach::names(attach::OVERLAY),
+            Use::Unwrap => attach::names(attach::UNWRAP),
+            Use::Edge => vec![edge::PROGRAM],
+            Use::Sockets => socket_hooks::PROGRAMS.to_vec(),
+        }
+    }
 }
 
 /// One loaded program, as `cargo xtask verify` and `cirri status` show it.
@@ -91,19 +121,27 @@ pub(crate) const PIN_ROOT: &str = "/sys/fs/bpf/cirri";
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        LoadOptions { pin_root: PIN_ROOT.into(), instance: "default".into(), sizes: BTreeMap::new(), hooking: None }
+        let (pin_root, instance) = (PIN_ROOT.into(), "default".into());
+        LoadOptions { pin_root, instance, sizes: BTreeMap::new(), hooking: None, uses: Vec::new() }
     }
 }
 
 /// The object, aligned as aya's parser needs it.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CIRRI_BPF_OBJECT"));
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CIRRI_BPF_OBJECT"));
 
 impl Datapath {
+    /// Tries whether the kernel has what will be used, and whether this process may use it. Changes nothing, so
+    /// that it can come before everything that does.
+    pub fn check_kernel() -> Result<(), LoadError> {
+        features::check().map(drop)
+    }
+
     /// Loads the programs of this build onto the maps of the instance: those of an earlier run if
     /// they have the right shape, else new ones. Nothing that runs is changed yet.
     pub fn load(options: &LoadOptions) -> Result<Datapath, LoadError> {
         let sizes = sizes(&options.sizes)?;
-        let best = features::check(&options.pin_root)?;
+        let best = features::check()?;
+        features::bpffs(&options.pin_root)?;
         let pins = Pins::open(&options.pin_root, &options.instance)?;
         let found = pins.inspect(&sizes)?;
         if let Found::Unusable(why) = &found {
@@ -111,26 +149,19 @@ impl Datapath {
         }
         let resumed = found == Found::Usable;
         let dir = if resumed { pins.live() } else { pins.begin()? };
-        let loaded = load_onto(&dir, &sizes).and_then(|loaded| {
+        let made = if resumed { Ok(()) } else { rulesets::pin_outer(&dir, sizes[map::RULESETS.name]) };
+        let loaded = made.and_then(|()| load_onto(&dir, &sizes, &pins, &options.uses)).and_then(|loaded| {
             if !resumed {
                 pins.commit()?;
             }
             Ok(loaded)
         });
-        let (ebpf, tables, warnings) = loaded.inspect_err(|_| {
+        let (programs, tables) = loaded.inspect_err(|_| {
             if !resumed {
                 pins.abandon();
             }
         })?;
-        Ok(Datapath {
-            ebpf,
-            pins,
-            hooking: options.hooking.unwrap_or(best),
-            held: Held::new(),
-            tables,
-            resumed,
-            warnings,
-        })
+        Ok(Datapath { programs, pins, hooking: options.hooking.unwrap_or(best), held: Held::new(), tables, resumed })
     }
 
     /// Says that nobody else may use or remove an instance as long as the answer is kept.
@@ -162,12 +193,12 @@ impl Datapath {
 
     /// What aya warned about while it loaded. Anything here is a fault of the object.
     pub fn warnings(&self) -> &[String] {
-        &self.warnings
+        self.programs.warnings()
     }
 
     /// The reader of events. There is one per node: a second call answers `None`.
     pub fn events(&mut self) -> Result<Option<Events>, LoadError> {
-        match self.ebpf.take_map(map::EVENTS.name) {
+        match self.programs.object_mut().take_map(map::EVENTS.name) {
             Some(map) => Ok(Some(Events::new(map, self.tables.clone())?)),
             None => Ok(None),
         }
@@ -177,6 +208,7 @@ impl Datapath {
     /// cgroup is gone, and maps of other ABIs. Call it once every device is attached.
     pub fn retire(&mut self) -> Result<Retired, LoadError> {
         let links = self.collect_links()?;
+        self.programs.retire_others()?;
         Ok(Retired { map_sets: self.pins.retire_others()?, links })
     }
 
@@ -204,51 +236,55 @@ impl Datapath {
 
     /// A loaded classifier, for `BPF_PROG_TEST_RUN` and for pinning it elsewhere.
     pub fn program_mut(&mut self, name: &str) -> Result<&mut SchedClassifier, LoadError> {
-        classifier(&mut self.ebpf, name)
+        self.programs.classifier(name)
     }
 
     /// The program before the stack, likewise.
     pub fn edge_mut(&mut self) -> Result<&mut Xdp, LoadError> {
-        xdp(&mut self.ebpf, edge::PROGRAM)
+        self.programs.xdp(edge::PROGRAM)
     }
 
     /// Pins a loaded program of any kind on a BPF file system, for tools beside the agent.
     pub fn pin_program(&mut self, name: &str, path: &Path) -> Result<(), LoadError> {
         let failed = |error: aya::pin::PinError| LoadError::Object(format!("{}: {error}", path.display()));
-        program(&mut self.ebpf, name)?.pin(path).map_err(failed)
+        self.programs.loaded(name)?.pin(path).map_err(failed)
     }
 
     /// The names of the programs, sorted.
     pub fn program_names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.ebpf.programs().map(|(name, _)| name.to_owned()).collect();
-        names.sort();
-        names
+        self.programs.names()
     }
 
-    /// All loaded programs.
-    pub fn programs(&self) -> Result<Vec<ProgramStatus>, LoadError> {
-        let mut all = Vec::new();
-        for (name, program) in self.ebpf.programs() {
-            let info =
-                program.info().map_err(|error| LoadError::Program { program: name.into(), error: Box::new(error) })?;
-            all.push(ProgramStatus {
-                name: name.into(),
+    /// All programs; those that were not wanted so far are loaded for it.
+    pub fn programs(&mut self) -> Result<Vec<ProgramStatus>, LoadError> {
+        let names = self.program_names();
+        let borrowed: Vec<&str> = names.iter().map(String::as_str).collect();
+        self.programs.load(&borrowed)?;
+        let status = |name: String| {
+            let info = self.programs.loaded(&name)?.info().map_err(in_program(&name))?;
+            Ok(ProgramStatus {
                 id: info.id(),
                 verified_instructions: info.verified_instruction_count().unwrap_or_default(),
                 size: info.size_translated().unwrap_or_default(),
-            });
-        }
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(all)
+                name,
+            })
+        };
+        names.into_iter().map(status).collect()
     }
 
     /// The means to run and time programs without a device. There is one: a second call is refused.
     pub fn trial(&mut self) -> Result<Trial<'_>, LoadError> {
-        Trial::new(&mut self.ebpf)
+        Trial::new(&mut self.programs)
     }
 }
 
-fn load_onto(dir: &Path, sizes: &BTreeMap<&'static str, u32>) -> Result<(Ebpf, Tables, Vec<String>), LoadError> {
+/// The object on the maps of a set, with the programs that will be used at once.
+fn load_onto(
+    dir: &Path,
+    sizes: &BTreeMap<&'static str, u32>,
+    pins: &Pins,
+    uses: &[Use],
+) -> Result<(Programs, Tables), LoadError> {
     let mut loader = EbpfLoader::new();
     // No program is relocated against the kernel's types; parsing them would cost 100 ms.
     loader.btf(None);
@@ -258,98 +294,16 @@ fn load_onto(dir: &Path, sizes: &BTreeMap<&'static str, u32>) -> Result<(Ebpf, T
     for (name, size) in sizes {
         loader.map_max_entries(name, *size);
     }
-    let (ebpf, mut warnings) = warnings::collect(|| loader.load(OBJECT));
-    let mut ebpf = ebpf.map_err(|error| LoadError::Load { error: Box::new(error), warnings: warnings.clone() })?;
+    let (ebpf, warnings) = warnings::collect(|| loader.load(OBJECT));
+    let ebpf = ebpf.map_err(|error| LoadError::Load { error: Box::new(error), warnings: warnings.clone() })?;
     let maps = open_set(dir, sizes).map_err(|error| match error {
         LoadError::Map(error @ MapError::Incompatible { .. }) => LoadError::Object(error.to_string()),
         LoadError::Pin { path, .. } => LoadError::Object(format!("it does not make {}", path.display())),
         error => error,
     })?;
     let tables = Tables::new(maps)?;
-    load_programs(&mut ebpf, &mut warnings)?;
-    for name in attach::programs().chain([trial::WRAP]) {
-        classifier(&mut ebpf, name)?;
-    }
-    for name in [edge::PROGRAM, trial::WRAP_EDGE] {
-        xdp(&mut ebpf, name)?;
-    }
-    for name in socket_hooks::PROGRAMS {
-        sock_addr(&mut ebpf, name)?;
-    }
-    Ok((ebpf, tables, warnings))
-}
-
-/// Loads every program, several at once: the verifier takes seconds for all of them on one CPU.
-fn load_programs(ebpf: &mut Ebpf, warnings: &mut Vec<String>) -> Result<(), LoadError> {
-    let workers = thread::available_parallelism().map_or(1, NonZero::get);
-    let queue = Mutex::new(ebpf.programs_mut());
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || {
-        let load = |(name, program)| (name, warnings::collect(|| load_program(program)));
-        std::iter::from_fn(next).map(load).collect::<Vec<_>>()
-    };
-    let loaded = thread::scope(|scope| {
-        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
-        let done = |worker: thread::ScopedJoinHandle<'_, _>| worker.join().unwrap_or_else(|panic| resume_unwind(panic));
-        workers.into_iter().flat_map(done).collect::<Vec<_>>()
-    });
-    let mut first = Ok(());
-    for (name, (loaded, more)) in loaded {
-        warnings.extend(more);
-        let failed = match loaded {
-            Some(Ok(())) => continue,
-            Some(Err(error)) => rejected(name, error, warnings),
-            None => LoadError::Object(format!("{name} is of a kind that nothing is made of")),
-        };
-        first = first.and(Err(failed));
-    }
-    first
-}
-
-/// `None`: nothing is made of such programs.
-fn load_program(program: &mut Program) -> Option<Result<(), ProgramError>> {
-    match program {
-        Program::SchedClassifier(program) => Some(program.load()),
-        Program::Xdp(program) => Some(program.load()),
-        Program::CgroupSockAddr(program) => Some(program.load()),
-        _ => None,
-    }
-}
-
-fn rejected(program: &str, error: ProgramError, warnings: &[String]) -> LoadError {
-    if let ProgramError::LoadError { verifier_log, .. } = &error {
-        let log = verifier_log.to_string();
-        if !log.trim().is_empty() {
-            let telling = telling_lines(&log);
-            return LoadError::Verifier {
-                program: program.into(),
-                telling,
-                log: VerifierLog(log),
-                warnings: warnings.to_vec(),
-            };
-        }
-    }
-    LoadError::Program { program: program.into(), error: Box::new(error) }
-}
-
-pub(crate) fn classifier<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, LoadError> {
-    program(ebpf, name)?.try_into().map_err(|_| LoadError::Object(format!("{name} is not a classifier")))
-}
-
-pub(crate) fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp, LoadError> {
-    program(ebpf, name)?.try_into().map_err(|_| LoadError::Object(format!("{name} is no XDP program")))
-}
-
-pub(crate) fn sock_addr<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut CgroupSockAddr, LoadError> {
-    program(ebpf, name)?.try_into().map_err(|_| LoadError::Object(format!("{name} is no program for sockets")))
-}
-
-/// The descriptor of a loaded program, whatever its kind.
-pub(crate) fn program_fd<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, LoadError> {
-    let program = program(ebpf, name)?;
-    program.fd().map_err(|error| LoadError::Program { program: name.into(), error: Box::new(error) })
-}
-
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Program, LoadError> {
-    ebpf.program_mut(name).ok_or_else(|| LoadError::Object(format!("there is no program {name}")))
+    let mut programs = Programs::new(ebpf, OBJECT, pins.programs(), &tables, warnings);
+    let names: Vec<&str> = uses.iter().flat_map(|it| it.programs()).collect();
+    programs.load(&names)?;
+    Ok((programs, tables))
 }

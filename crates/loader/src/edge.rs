@@ -4,7 +4,7 @@ use std::{fmt, io, os::fd::AsFd, path::Path};
 
 use crate::{
     attach::{attaching, device_number, pinned_on},
-    datapath::{Datapath, program_fd},
+    datapath::Datapath,
     error::LoadError,
     ethernet,
     net::xdp_on,
@@ -93,7 +93,7 @@ impl Datapath {
                 return Err(LoadError::ForeignLink { path: pin, ifindex });
             };
             if modes.first() == Some(&now.mode) {
-                let program = program_fd(&mut self.ebpf, PROGRAM)?;
+                let program = self.programs.fd(PROGRAM)?;
                 sys::update_link(link.as_fd(), program.as_fd()).map_err(attaching(PROGRAM, device))?;
                 return Ok(status(now.mode, String::new()));
             }
@@ -135,7 +135,7 @@ impl Datapath {
         const GENERIC: u32 = 1 << 1;
         const NATIVE: u32 = 1 << 2;
         let flags = if mode == EdgeMode::Native { NATIVE } else { GENERIC };
-        let program = program_fd(&mut self.ebpf, PROGRAM).map_err(LinkRefused::Else)?;
+        let program = self.programs.fd(PROGRAM).map_err(LinkRefused::Else)?;
         let link = sys::link_xdp(program.as_fd(), ifindex, flags).map_err(LinkRefused::ByKernel)?;
         let pinned = sys::pin(link.as_fd(), pin);
         pinned.map_err(|error| LinkRefused::Else(crate::pins::at(pin, "pin")(error)))

@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use crate::features::OLDEST_KERNEL;
+
 /// Loading, pinning or attaching failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -13,6 +15,14 @@ pub enum LoadError {
         what: String,
         /// What to do.
         hint: &'static str,
+    },
+    /// The kernel lacks what Cirri is made of.
+    #[error("Linux {release} lacks {}; Cirri needs Linux {}.{} or later", .lacks.join(", "), OLDEST_KERNEL.0, OLDEST_KERNEL.1)]
+    Kernel {
+        /// What it calls itself.
+        release: String,
+        /// Each thing, with a version that has it.
+        lacks: Vec<String>,
     },
     /// The embedded object cannot be used by this build.
     #[error("the embedded packet programs do not belong to this build: {0}; run `cargo xtask build` and build again")]

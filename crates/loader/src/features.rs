@@ -1,15 +1,34 @@
-//! What the kernel must have, asked before anything is loaded: one clear line each.
+//! What the kernel must have, tried before anything is changed: one clear line that names all it lacks.
+//!
+//! Versions say little: distributions take things into older kernels, and leave others out of new ones. So
+//! each thing is tried with what will really be used: maps are made, and rule sets put where they belong; a
+//! small program calls each helper; hooks are attached to, in a network namespace that is gone afterwards.
 
-use std::{os::unix::fs::MetadataExt as _, path::Path};
+use std::{io, net::UdpSocket, os::fd::AsFd, os::unix::fs::MetadataExt as _, path::Path, thread};
 
-use aya::{maps::MapType, util::KernelVersion};
+use aya::{
+    maps::MapType,
+    programs::{ProgramType, tc::qdisc_add_clsact},
+    sys::{BpfHelper, is_helper_supported, is_map_supported},
+    util::KernelVersion,
+};
 use rustix::{
     fs::statfs,
     mount::{MountFlags, mount},
     process::{Resource, Rlimit, setrlimit},
+    thread::{UnshareFlags, unshare_unsafe},
 };
 
-use crate::error::LoadError;
+use crate::{
+    error::LoadError,
+    net::put_filter,
+    rulesets,
+    sys::{self, ProbeKind},
+};
+
+/// The oldest kernel that Cirri is for: the oldest that `cargo xtask kernels` tries. The guide and `cargo xtask
+/// doctor` say the same.
+pub const OLDEST_KERNEL: (u8, u8) = (6, 1);
 
 /// How programs are attached to devices.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,42 +39,183 @@ pub enum Hooking {
     Clsact,
 }
 
-/// Checks privileges and the kernel, and makes sure that `pin_root` is on a BPF file system.
-pub(crate) fn check(pin_root: &Path) -> Result<Hooking, LoadError> {
+/// Checks privileges and tries what Cirri uses of the kernel. Changes nothing. Answers the best way to attach.
+pub(crate) fn check() -> Result<Hooking, LoadError> {
     privileges()?;
-    bpffs(pin_root)?;
-    if aya::features().btf().is_none() {
-        return Err(LoadError::Missing {
-            what: "the kernel does not load BTF".into(),
-            hint: "it needs Linux 5.15 or later with CONFIG_BPF_SYSCALL and CONFIG_DEBUG_INFO_BTF",
-        });
-    }
-    let kinds = [
-        (MapType::LruHash, "LRU hash maps"),
-        (MapType::LpmTrie, "longest-prefix maps"),
-        (MapType::HashOfMaps, "maps of maps"),
-        (MapType::RingBuf, "ring buffers"),
-        (MapType::SkStorage, "storage in sockets"),
-    ];
-    for (kind, name) in kinds {
-        if !matches!(aya::sys::is_map_supported(kind), Ok(true)) {
-            return Err(LoadError::Missing {
-                what: format!("the kernel has no {name}"),
-                hint: "it needs Linux 5.15 or later",
-            });
-        }
-    }
     let version = KernelVersion::current().ok();
     if version.is_some_and(|version| version < KernelVersion::new(5, 11, 0)) {
         lift_memlock();
     }
-    // tcx came with Linux 6.6 (commit e420bed02507).
-    if version.is_some_and(|version| version >= KernelVersion::new(6, 6, 0)) {
-        return Ok(Hooking::Tcx);
+    let mut lacks = Vec::new();
+    lacks.extend(NEEDS.iter().filter(|need| (need.try_it)().is_err()).map(|need| named(need.what, need.since)));
+    lacks.extend(HELPERS.iter().filter(|helper| !helper.is_there()).map(Helper::named));
+    let hooking = hooking(version).unwrap_or_else(|lacking| {
+        lacks.extend(lacking);
+        Hooking::Clsact
+    });
+    if !lacks.is_empty() {
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        return Err(LoadError::Kernel { release, lacks });
     }
-    tracing::info!("the kernel has no tcx (Linux 6.6); programs are attached with clsact");
-    Ok(Hooking::Clsact)
+    let (major, minor) = OLDEST_KERNEL;
+    if version.is_some_and(|version| version < KernelVersion::new(major, minor, 0)) {
+        tracing::warn!("this kernel has all that is used, but is older than Linux {major}.{minor}, the oldest tried");
+    }
+    if hooking == Hooking::Clsact {
+        tracing::info!("the kernel has no tcx (Linux 6.6); programs are attached with clsact");
+    }
+    Ok(hooking)
 }
+
+fn named(what: &str, since: &str) -> String {
+    format!("{what} (Linux {since})")
+}
+
+// === Maps ===
+
+/// Something that is tried.
+struct Need {
+    what: &'static str,
+    /// A version that has it; the first one where that is known.
+    since: &'static str,
+    try_it: fn() -> io::Result<()>,
+}
+
+const NEEDS: &[Need] = &[
+    Need { what: "BTF (CONFIG_DEBUG_INFO_BTF)", since: "4.18", try_it: || there(aya::features().btf().is_some()) },
+    Need { what: "LRU hash maps", since: "4.10", try_it: || map(MapType::LruHash) },
+    Need { what: "per-CPU maps", since: "4.6", try_it: || map(MapType::PerCpuArray) },
+    Need { what: "longest-prefix maps", since: "4.11", try_it: || map(MapType::LpmTrie) },
+    Need { what: "ring buffers", since: "5.8", try_it: || map(MapType::RingBuf) },
+    Need { what: "storage in sockets", since: "5.2", try_it: || map(MapType::SkStorage) },
+    Need { what: "maps in maps, read in batches", since: "5.19", try_it: rulesets::try_out },
+    Need { what: "cookies of network namespaces", since: "5.14", try_it: cookie },
+    Need { what: "programs on the sockets of a cgroup (CONFIG_CGROUP_BPF)", since: "5.8", try_it: sockets },
+    Need { what: "XDP links", since: "5.9", try_it: || in_trial_namespace(xdp).unwrap_or(Ok(())) },
+];
+
+fn there(is: bool) -> io::Result<()> {
+    if is { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+}
+
+fn map(kind: MapType) -> io::Result<()> {
+    there(matches!(is_map_supported(kind), Ok(true)))
+}
+
+fn cookie() -> io::Result<()> {
+    sys::namespace_cookie(UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::1", 0)))?.as_fd()).map(drop)
+}
+
+// === Helpers ===
+
+/// A helper as one kind of program calls it.
+struct Helper {
+    of: ProgramType,
+    number: BpfHelper,
+    name: &'static str,
+    /// As for [`Need`].
+    since: &'static str,
+}
+
+impl Helper {
+    const fn new(of: ProgramType, number: BpfHelper, name: &'static str, since: &'static str) -> Helper {
+        Helper { of, number, name, since }
+    }
+
+    /// A question that cannot be answered is left to the verifier, which says more.
+    fn is_there(&self) -> bool {
+        is_helper_supported(self.of, self.number).unwrap_or(true)
+    }
+
+    fn named(&self) -> String {
+        let of = match self.of {
+            ProgramType::Xdp => "XDP",
+            ProgramType::CgroupSockAddr => "sockets",
+            _ => "tc",
+        };
+        format!("{} in programs of {of} (Linux {})", self.name, self.since)
+    }
+}
+
+const TC: ProgramType = ProgramType::SchedClassifier;
+const XDP: ProgramType = ProgramType::Xdp;
+const SOCKETS: ProgramType = ProgramType::CgroupSockAddr;
+
+/// Every helper that the object calls (a test compares), those that every kernel with BTF has left out.
+const HELPERS: &[Helper] = &[
+    Helper::new(TC, BpfHelper::BPF_FUNC_redirect_peer, "bpf_redirect_peer", "5.10"),
+    Helper::new(TC, BpfHelper::BPF_FUNC_redirect_neigh, "bpf_redirect_neigh", "5.10"),
+    Helper::new(TC, BpfHelper::BPF_FUNC_fib_lookup, "bpf_fib_lookup", "4.18"),
+    Helper::new(TC, BpfHelper::BPF_FUNC_skb_adjust_room, "bpf_skb_adjust_room", "4.13"),
+    Helper::new(TC, BpfHelper::BPF_FUNC_ktime_get_coarse_ns, "bpf_ktime_get_coarse_ns", "5.11"),
+    Helper::new(TC, BpfHelper::BPF_FUNC_ringbuf_output, "bpf_ringbuf_output", "5.8"),
+    Helper::new(TC, BpfHelper::BPF_FUNC_ringbuf_query, "bpf_ringbuf_query", "5.8"),
+    Helper::new(XDP, BpfHelper::BPF_FUNC_fib_lookup, "bpf_fib_lookup", "4.18"),
+    Helper::new(XDP, BpfHelper::BPF_FUNC_xdp_adjust_tail, "bpf_xdp_adjust_tail", "4.18"),
+    Helper::new(XDP, BpfHelper::BPF_FUNC_ktime_get_coarse_ns, "bpf_ktime_get_coarse_ns", "5.11"),
+    Helper::new(SOCKETS, BpfHelper::BPF_FUNC_get_netns_cookie, "bpf_get_netns_cookie", "5.7"),
+    Helper::new(SOCKETS, BpfHelper::BPF_FUNC_sk_storage_get, "bpf_sk_storage_get", "6.1"),
+    Helper::new(SOCKETS, BpfHelper::BPF_FUNC_ktime_get_coarse_ns, "bpf_ktime_get_coarse_ns", "5.11"),
+    Helper::new(SOCKETS, BpfHelper::BPF_FUNC_set_retval, "bpf_set_retval", "5.18"),
+];
+
+// === Hooks ===
+
+/// `lo`, in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// Every hook of sockets: the kernel says at loading whether it has it.
+fn sockets() -> io::Result<()> {
+    const CONNECT_TO_BIND_AND_NAMES: [u32; 10] = [8, 9, 10, 11, 14, 15, 19, 20, 29, 30];
+    CONNECT_TO_BIND_AND_NAMES.iter().try_for_each(|hook| sys::load_probe(ProbeKind::SockAddr { hook: *hook }).map(drop))
+}
+
+fn xdp() -> io::Result<()> {
+    const GENERIC: u32 = 1 << 1;
+    let program = sys::load_probe(ProbeKind::Xdp)?;
+    sys::link_xdp(program.as_fd(), LOOPBACK, GENERIC).map(drop)
+}
+
+/// tcx if it can be attached to, else clsact; else what is missing.
+fn hooking(version: Option<KernelVersion>) -> Result<Hooking, Vec<String>> {
+    match in_trial_namespace(tcx) {
+        Some(Ok(())) => return Ok(Hooking::Tcx),
+        Some(Err(_)) => {}
+        // tcx came with Linux 6.6 (commit e420bed02507).
+        None if version.is_some_and(|version| version >= KernelVersion::new(6, 6, 0)) => return Ok(Hooking::Tcx),
+        None => return Ok(Hooking::Clsact),
+    }
+    match in_trial_namespace(clsact).unwrap_or(Ok(())) {
+        Ok(()) => Ok(Hooking::Clsact),
+        Err(error) => {
+            Err(vec![named("tcx", "6.6"), format!("clsact (CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF; {error})")])
+        }
+    }
+}
+
+fn tcx() -> io::Result<()> {
+    let program = sys::load_probe(ProbeKind::Classifier)?;
+    sys::link_tcx_ingress(program.as_fd(), LOOPBACK).map(drop)
+}
+
+fn clsact() -> io::Result<()> {
+    let program = sys::load_probe(ProbeKind::Classifier)?;
+    qdisc_add_clsact("lo").map_err(io::Error::other)?;
+    put_filter(LOOPBACK, program.as_fd())
+}
+
+/// Runs it on a thread of its own, in a network namespace that goes with it. `None`: this process may not make
+/// one, so that nothing is tried.
+fn in_trial_namespace(inside: fn() -> io::Result<()>) -> Option<io::Result<()>> {
+    let body = move || {
+        // SAFETY: only NEWNET is unshared, which concerns this thread's sockets to be and nothing that
+        // another thread could observe; descriptors stay shared.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.ok().map(|()| inside())
+    };
+    thread::scope(|scope| scope.spawn(body).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+// === Privileges and the file system ===
 
 fn privileges() -> Result<(), LoadError> {
     const NET_ADMIN: u64 = 1 << 12;
@@ -75,7 +235,7 @@ fn privileges() -> Result<(), LoadError> {
     })
 }
 
-/// Mounts the BPF file system in its usual place if nobody has.
+/// Mounts the BPF file system in its usual place if nobody has, and makes sure that `pin_root` is on one.
 pub(crate) fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
     const USUAL: &str = "/sys/fs/bpf";
     if is_bpffs(pin_root) {
@@ -132,7 +292,37 @@ fn lift_memlock() {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    /// Helpers by number that every kernel has which loads BTF: maps, the clocks, packets' bytes and checksums.
+    const OLD: &[u32] = &[1, 2, 3, 5, 7, 10, 11, 12, 20, 21, 23, 31, 32, 38, 39, 44];
+
+    #[test]
+    fn every_helper_that_the_object_calls_is_asked_for() {
+        let object = aya_obj::Object::parse(crate::datapath::OBJECT).expect("it parses");
+        let asked: BTreeSet<u32> = HELPERS.iter().map(|helper| helper.number as u32).collect();
+        let calls = object.functions.values().flat_map(|function| &function.instructions);
+        let called: BTreeSet<u32> =
+            calls.filter(|it| it.code == 0x85 && it.src_reg() == 0).map(|it| it.imm as u32).collect();
+        assert!(called.len() > 10, "{called:?}");
+        let unasked: Vec<_> = called.iter().filter(|it| !asked.contains(it) && !OLD.contains(it)).collect();
+        assert!(unasked.is_empty(), "not asked for: {unasked:?}");
+        let uncalled: Vec<_> = asked.difference(&called).collect();
+        assert!(uncalled.is_empty(), "asked for in vain: {uncalled:?}");
+    }
+
+    #[test]
+    fn what_is_lacking_is_told_in_one_line() {
+        let lacks = vec![named("ring buffers", "5.8"), HELPERS.last().map(Helper::named).unwrap_or_default()];
+        let error = LoadError::Kernel { release: "5.4.0-1".into(), lacks };
+        assert_eq!(
+            error.to_string(),
+            "Linux 5.4.0-1 lacks ring buffers (Linux 5.8), bpf_set_retval in programs of sockets (Linux 5.18); Cirri \
+             needs Linux 6.1 or later"
+        );
+    }
 
     #[test]
     fn a_file_system_is_found_among_the_mounts_by_its_number() {

@@ -3,6 +3,8 @@
 //! The tables evict their oldest entries by themselves when they are full, so nothing depends on
 //! this being fast. It keeps what is shown true, frees the ports of masquerade, and leaves room.
 
+use std::time::Duration;
+
 use cirri_abi::{FlowKey4, Plain, Recipe, State, Tick, Tuple, proto, recipe_flag};
 
 use crate::{
@@ -31,6 +33,9 @@ pub struct Collector {
     tables: Tables,
     at: Stage,
     cursor: Option<Cursor>,
+    /// Of the walk so far.
+    seen: usize,
+    removed: usize,
 }
 
 /// What one step did.
@@ -44,6 +49,24 @@ pub struct Swept {
     pub kept_for_opposite: usize,
     /// Whether the last table came to its end: the next step begins anew.
     pub complete: bool,
+    /// Entries looked at since the first table was begun.
+    pub seen_so_far: usize,
+    /// Entries removed since then.
+    pub removed_so_far: usize,
+}
+
+/// How long a collector may rest that found little and nothing over. Looking through tables costs their size,
+/// however few their entries are; what ends meanwhile stays a little longer.
+const REST: Duration = Duration::from_secs(10);
+/// So few entries are little.
+const FEW: usize = 1024;
+
+impl Swept {
+    /// When the next step is due, if steps follow each other at this pace.
+    pub fn pause(&self, pace: Duration) -> Duration {
+        let quiet = self.complete && self.seen_so_far < FEW && self.removed_so_far == 0;
+        if quiet { REST } else { pace }
+    }
 }
 
 /// Which table is being walked.
@@ -61,7 +84,7 @@ const CHUNK: usize = 512;
 impl Collector {
     /// A collector that begins with the unfinished connections.
     pub fn new(tables: Tables) -> Collector {
-        Collector { tables, at: Stage::Pending4, cursor: None }
+        Collector { tables, at: Stage::Pending4, cursor: None, seen: 0, removed: 0 }
     }
 
     /// Looks at about `budget` more entries. An entry goes only together with its opposite
@@ -93,6 +116,9 @@ impl Collector {
                 }
             }
         }
+        swept.seen_so_far = self.seen + swept.seen;
+        swept.removed_so_far = self.removed + swept.removed;
+        (self.seen, self.removed) = if swept.complete { (0, 0) } else { (swept.seen_so_far, swept.removed_so_far) };
         Ok(swept)
     }
 }
@@ -319,6 +345,16 @@ mod tests {
         let reverse = opposite_of(&forward, &out);
         assert_eq!((reverse.src, reverse.dst, reverse.dport), (SERVER, NODE, Port::new(50_000)));
         assert_eq!(opposite_of(&reverse, &back), forward);
+    }
+
+    #[test]
+    fn a_collector_rests_only_after_a_whole_walk_that_found_little_and_nothing_over() {
+        let pace = Duration::from_millis(500);
+        let quiet = Swept { complete: true, seen_so_far: 10, ..Swept::default() };
+        assert_eq!(quiet.pause(pace), REST);
+        assert_eq!(Swept { complete: false, ..quiet }.pause(pace), pace);
+        assert_eq!(Swept { removed_so_far: 1, ..quiet }.pause(pace), pace);
+        assert_eq!(Swept { seen_so_far: FEW, ..quiet }.pause(pace), pace);
     }
 
     #[test]

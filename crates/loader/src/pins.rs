@@ -3,6 +3,7 @@
 //! ```text
 //! <pin root>/<instance>/<ABI hash>/FLOWS4 ...     the maps, one complete set
 //! <pin root>/<instance>/<ABI hash>-new/           a set being made; never used
+//! <pin root>/<instance>/programs/              programs that passed the verifier, for the next start
 //! <pin root>/<instance>/links/from_workload-12    program on device
 //! <pin root>/<instance>/links/connect4-0          program on the sockets of a cgroup
 //! ```
@@ -23,6 +24,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::{
     error::{LoadError, MapError},
+    rulesets,
     sys::{self, LinkInfo, RawMap},
     table::compatible,
 };
@@ -90,6 +92,11 @@ impl Pins {
         self.dir.join("links")
     }
 
+    /// The programs that passed the verifier.
+    pub fn programs(&self) -> PathBuf {
+        self.dir.join("programs")
+    }
+
     pub fn link(&self, program: &str, ifindex: u32) -> PathBuf {
         self.links().join(format!("{program}-{ifindex}"))
     }
@@ -101,7 +108,10 @@ impl Pins {
             return Ok(Found::Nothing);
         }
         match open_set(&live, sizes) {
-            Ok(_) => Ok(Found::Usable),
+            Ok(maps) => Ok(match maps.get(map::RULESETS.name).map_or(Ok(()), rulesets::try_outer) {
+                Ok(()) => Found::Usable,
+                Err(error) => Found::Unusable(format!("{} takes no rule sets: {error}", map::RULESETS.name)),
+            }),
             Err(LoadError::Map(error @ MapError::Incompatible { .. })) => Ok(Found::Unusable(error.to_string())),
             Err(LoadError::Pin { path, error, .. }) if error.kind() == io::ErrorKind::NotFound => {
                 Ok(Found::Unusable(format!("{} is missing", path.display())))

@@ -13,7 +13,7 @@ use rustix::fs::fstatfs;
 
 use crate::{
     attach::{attaching, pinned},
-    datapath::{Datapath, program_fd, sock_addr},
+    datapath::Datapath,
     error::LoadError,
     sys,
 };
@@ -43,15 +43,16 @@ impl Datapath {
     pub fn attach_sockets(&mut self, cgroup: &Path) -> Result<(), LoadError> {
         let (dir, number) = open_cgroup(cgroup)?;
         let shown = cgroup.display().to_string();
+        self.programs.load(&PROGRAMS)?;
         for program in PROGRAMS {
             let pin = self.pins.link(program, CGROUP);
             let there = pinned(&pin)?;
             if let Some((link, _)) = there.as_ref().filter(|(_, info)| info.cgroup() == number) {
-                let new = program_fd(&mut self.ebpf, program)?;
+                let new = self.programs.fd(program)?;
                 sys::update_link(link.as_fd(), new.as_fd()).map_err(attaching(program, &shown))?;
                 continue;
             }
-            let program_of = sock_addr(&mut self.ebpf, program)?;
+            let program_of = self.programs.sock_addr(program)?;
             // The name misleads: a link made with it runs beside others.
             let link = program_of.attach(&dir, CgroupAttachMode::Single).map_err(attaching(program, &shown))?;
             let link = program_of.take_link(link).map_err(attaching(program, &shown))?;

@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use cirri_abi::MapKind;
+use cirri_abi::{Map, MapKind};
 
 /// A map with the shape that the kernel says it has.
 #[derive(Debug)]
@@ -109,10 +109,12 @@ impl RawMap {
         RawMap::new(own(fd))
     }
 
-    /// Creates an LPM trie without a name in the file system.
-    pub fn create_trie(key_size: u32, value_size: u32, max_entries: u32, flags: u32, name: &str) -> io::Result<RawMap> {
+    /// Creates a map like this one, without a name in the file system. A map of maps takes such as `inner`.
+    pub fn create(map: &Map, max_entries: u32, inner: Option<&RawMap>, name: &str) -> io::Result<RawMap> {
+        let &Map { kind, key_size, value_size, flags, .. } = map;
+        let inner = inner.map_or(0, RawMap::raw);
         let mut attr =
-            Create { kind: MapKind::LpmTrie as u32, key_size, value_size, max_entries, flags, ..Create::default() };
+            Create { kind: kind as u32, key_size, value_size, max_entries, flags, inner, ..Create::default() };
         for (to, from) in attr.name.iter_mut().take(15).zip(name.bytes()) {
             *to = from;
         }
@@ -301,6 +303,50 @@ pub(crate) fn link_xdp(program: BorrowedFd<'_>, ifindex: u32, flags: u32) -> io:
     unsafe { bpf(Command::LinkCreate, &attr) }.map(own)
 }
 
+/// Attaches a classifier to what comes in by a device (Linux 6.6).
+pub(crate) fn link_tcx_ingress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    const TCX_INGRESS: u32 = 46;
+    let attr = LinkCreate { program: program.as_raw_fd() as u32, target: ifindex, attach_type: TCX_INGRESS, flags: 0 };
+    // SAFETY: `attr` is the whole argument and outlives the call.
+    unsafe { bpf(Command::LinkCreate, &attr) }.map(own)
+}
+
+/// Of what kind a program that does nothing is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ProbeKind {
+    /// For tc.
+    Classifier,
+    /// For XDP.
+    Xdp,
+    /// For a hook of a cgroup's sockets (`enum bpf_attach_type`).
+    SockAddr {
+        /// The hook.
+        hook: u32,
+    },
+}
+
+/// Loads a program that lets everything pass.
+pub(crate) fn load_probe(kind: ProbeKind) -> io::Result<OwnedFd> {
+    let (kind, passes, attach_type) = match kind {
+        ProbeKind::Classifier => (3, 0, 0),
+        ProbeKind::Xdp => (6, 2, 0),
+        ProbeKind::SockAddr { hook } => (18, 1, hook),
+    };
+    // r0 = passes; exit
+    let code: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, passes, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let attr = ProgramLoad {
+        kind,
+        instructions: code.len() as u32,
+        code: code.as_ptr() as u64,
+        licence: c"GPL".as_ptr() as u64,
+        attach_type,
+        ..ProgramLoad::default()
+    };
+    // SAFETY: the instructions and the licence outlive the call, and the kernel reads as many
+    // instructions as are said and the licence up to its end.
+    unsafe { bpf(Command::ProgramLoad, &attr) }.map(own)
+}
+
 /// Puts another program in the place of the link's, atomically.
 pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let attr =
@@ -434,6 +480,7 @@ enum Command {
     Lookup = 1,
     Update = 2,
     Delete = 3,
+    ProgramLoad = 5,
     ObjectPin = 6,
     ObjectGet = 7,
     MapGetFdById = 14,
@@ -457,6 +504,22 @@ struct Create {
     inner: u32,
     numa_node: u32,
     name: [u8; 16],
+}
+
+/// `struct bpf_attr` for loading, up to `expected_attach_type`.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramLoad {
+    kind: u32,
+    instructions: u32,
+    code: u64,
+    licence: u64,
+    log: [u64; 2],
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    ifindex: u32,
+    attach_type: u32,
 }
 
 #[repr(C)]

@@ -12,6 +12,7 @@ use crate::{
     error::{LoadError, MapError},
     pins::Pins,
     plain::{bytes, bytes_of_all, read},
+    rulesets,
     sys::RawMap,
     table::{self, BATCH, Table},
 };
@@ -131,6 +132,11 @@ impl Tables {
         self.all.get(name).map(AsRef::as_ref)
     }
 
+    /// The maps by the kernel's numbers of them.
+    pub(crate) fn ids(&self) -> BTreeMap<u32, &'static str> {
+        self.all.iter().map(|(name, raw)| (raw.info().id, *name)).collect()
+    }
+
     // === The node and its epochs ===
 
     /// What the programs know about their node.
@@ -186,8 +192,11 @@ impl Tables {
             return Err(MapError::Full { map: format!("rule set {slot}"), max_entries: ruleset.max_entries });
         }
         let name = format!("ruleset_{slot}");
-        let inner = RawMap::create_trie(ruleset.key_size, ruleset.value_size, capacity, ruleset.flags, &name)
-            .map_err(|error| MapError::Kernel { map: name.clone(), action: "create", error })?;
+        let inner = rulesets::inner(capacity, &name).map_err(|error| MapError::Kernel {
+            map: name.clone(),
+            action: "create",
+            error,
+        })?;
         for chunk in entries.chunks(BATCH) {
             let keys: Vec<PolicyKey> = chunk.iter().map(|entry| entry.0).collect();
             let values: Vec<PolicyEntry> = chunk.iter().map(|entry| entry.1).collect();
@@ -333,6 +342,8 @@ impl Tables {
                 error,
             })?;
             let info = raw.info();
+            // Before Linux 6.4 the kernel tells no memory of a ring.
+            let memory = if map.kind == MapKind::RingBuf { memory.max(info.max_entries.into()) } else { memory };
             Ok(MapStatus {
                 name: map.name,
                 about: map.about,

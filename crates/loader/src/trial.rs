@@ -8,11 +8,7 @@ use aya::{
     programs::{TestRun, TestRunOptions},
 };
 
-use crate::{
-    LoadError, MapError,
-    datapath::{classifier, program_fd, xdp},
-    edge,
-};
+use crate::{LoadError, MapError, edge, programs::Programs};
 
 /// Runs loaded programs on packets of the caller's making.
 ///
@@ -23,7 +19,7 @@ use crate::{
 ///
 /// Tables are the real ones: what a program writes in one run the next one finds.
 pub struct Trial<'a> {
-    ebpf: &'a mut Ebpf,
+    programs: &'a mut Programs,
     template: Array<MapData, [u64; 16]>,
     measured: ProgramArray<MapData>,
     measured_edge: ProgramArray<MapData>,
@@ -88,11 +84,12 @@ impl<'a> Trial<'a> {
     /// Bytes of a packet that are restored before each repetition.
     pub const HEADERS: usize = 80;
 
-    pub(crate) fn new(ebpf: &'a mut Ebpf) -> Result<Trial<'a>, LoadError> {
+    pub(crate) fn new(programs: &'a mut Programs) -> Result<Trial<'a>, LoadError> {
+        let ebpf = programs.object_mut();
         let template = taken(ebpf, TEMPLATE, Array::try_from)?;
         let measured = taken(ebpf, MEASURED, ProgramArray::try_from)?;
         let measured_edge = taken(ebpf, MEASURED_EDGE, ProgramArray::try_from)?;
-        Ok(Trial { ebpf, template, measured, measured_edge })
+        Ok(Trial { programs, template, measured, measured_edge })
     }
 
     /// Runs a program.
@@ -107,7 +104,7 @@ impl<'a> Trial<'a> {
         let at_edge = matches!(program, edge::PROGRAM | FLOOR_EDGE);
         let (measured, map) =
             if at_edge { (&mut self.measured_edge, MEASURED_EDGE) } else { (&mut self.measured, MEASURED) };
-        let target = program_fd(self.ebpf, program)?;
+        let target = self.programs.fd(program)?;
         measured.set(0, target, 0).map_err(|error| in_map(map, "update", error))?;
         self.template.set(0, template(shot, at_edge), 0).map_err(|error| in_map(TEMPLATE, "update", error))?;
         let mut out = vec![0; shot.packet.len() + 256];
@@ -120,8 +117,8 @@ impl<'a> Trial<'a> {
             ..TestRunOptions::default()
         };
         let result = match at_edge {
-            true => xdp(self.ebpf, WRAP_EDGE)?.test_run(options),
-            false => classifier(self.ebpf, WRAP)?.test_run(options),
+            true => self.programs.xdp(WRAP_EDGE)?.test_run(options),
+            false => self.programs.classifier(WRAP)?.test_run(options),
         };
         let result = result.map_err(failed(program))?;
         out.truncate(result.data_size_out as usize);
@@ -129,9 +126,15 @@ impl<'a> Trial<'a> {
     }
 }
 
-pub(crate) const WRAP: &str = "wrap";
-pub(crate) const WRAP_EDGE: &str = "wrap_edge";
-pub(crate) const FLOOR_EDGE: &str = "floor_edge";
+/// Whether a program is for trials: no device ever has it, and the next start does not want it.
+pub(crate) fn is_ours(name: &str) -> bool {
+    matches!(name, WRAP | WRAP_EDGE | FLOOR | FLOOR_EDGE)
+}
+
+const WRAP: &str = "wrap";
+const WRAP_EDGE: &str = "wrap_edge";
+const FLOOR: &str = "floor";
+const FLOOR_EDGE: &str = "floor_edge";
 const TEMPLATE: &str = "TEMPLATE";
 const MEASURED: &str = "MEASURED";
 const MEASURED_EDGE: &str = "MEASURED_EDGE";

@@ -11,7 +11,7 @@ use cirri_loader::gc::{self, Collector};
 
 use super::Shared;
 
-/// How often flow tables are swept, and how many entries at a time: a full table of half a million
+/// How often flow tables are swept while there is something to do, and how many entries at a time: a full table of half a million
 /// is seen through in about two minutes, and no sweep takes longer than a few milliseconds.
 const SWEEP_EVERY: Duration = Duration::from_millis(500);
 const SWEEP_BUDGET: usize = 4096;
@@ -51,13 +51,15 @@ pub async fn follow(shared: Arc<Shared>, mut events: Events) {
 /// Removes flows that ended, a bounded part of the tables at a time.
 pub async fn collect(shared: Arc<Shared>) {
     let mut collector = Collector::new(shared.core.lock().await.tables.clone());
-    let mut pause = tokio::time::interval(SWEEP_EVERY);
-    pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        pause.tick().await;
-        if let Err(error) = collector.sweep(gc::now(), SWEEP_BUDGET) {
-            tracing::warn!(%error, "flows that ended stay until the next sweep");
-        }
+        let pause = match collector.sweep(gc::now(), SWEEP_BUDGET) {
+            Ok(swept) => swept.pause(SWEEP_EVERY),
+            Err(error) => {
+                tracing::warn!(%error, "flows that ended stay until the next sweep");
+                SWEEP_EVERY
+            }
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 

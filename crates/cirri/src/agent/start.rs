@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_flow::{Decoder, Ring};
 use cirri_loader::net::{Namespace, Net};
-use cirri_loader::{Datapath, Events, LoadOptions};
+use cirri_loader::{Datapath, Events, LoadOptions, Use};
 use cirri_store::{Embedded, Etcd, EtcdOptions, PREFIX, Store, folder};
 use futures::stream::BoxStream;
 use tokio::sync::{Mutex, Notify, broadcast, watch};
@@ -20,7 +20,7 @@ use super::core::Core;
 use super::endpoint::{self, Endpoint, Found};
 use super::{Shared, attach, devices, flows, node};
 use crate::api::StoreStatus;
-use crate::config::{Config, Loaded, RoutingMode, StoreKind};
+use crate::config::{Acceleration, Config, Loaded, RoutingMode, SocketMode, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
 use crate::settings::Settings;
 
@@ -67,6 +67,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     let (store, changes) = open_store(&config).await?;
     let (folder, catch_up) = changes.unzip();
     let saved = Embedded::open(config.state_dir.0.join("seen.redb")).await.because(Failure::Failed)?;
+    Datapath::check_kernel().because(Failure::Failed)?;
     let instance = Datapath::claim(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
     let mut settings = Settings::of(&net, owner(&config)).because(Failure::Failed)?;
@@ -202,12 +203,28 @@ fn load_datapath(config: &Config) -> Result<Datapath> {
         instance: bpf.instance.clone(),
         sizes: bpf.maps.by_name(),
         hooking: None,
+        uses: uses(config),
     };
     let datapath = Datapath::load(&options).because(Failure::Failed)?;
     for warning in datapath.warnings() {
         tracing::warn!("{warning}");
     }
     Ok(datapath)
+}
+
+/// What this node's programs will be attached to.
+fn uses(config: &Config) -> Vec<Use> {
+    let mut uses = vec![Use::Workloads, Use::Network];
+    if config.routing.mode == RoutingMode::Overlay {
+        uses.push(Use::Overlay);
+    }
+    if config.services.socket.mode != SocketMode::Off {
+        uses.push(Use::Sockets);
+    }
+    if matches!(config.services.acceleration, Acceleration::Generic | Acceleration::Native) {
+        uses.push(Use::Edge);
+    }
+    uses
 }
 
 type Sources = (Arc<dyn Store>, Option<(BoxStream<'static, folder::Change>, folder::CatchUp)>);

@@ -44,6 +44,7 @@ impl BackendHost {
     pub async fn set_up(&self) -> Result<()> {
         let net = Net::here().because(Failure::Failed)?;
         self.check()?;
+        Datapath::check_kernel().because(Failure::Failed)?;
         self.check_devices(&net).await?;
         let instance = Datapath::claim(&self.pin_root, &self.instance).because(Failure::Failed)?;
         let mut fresh = Vec::new();
@@ -187,7 +188,8 @@ impl BackendHost {
         ];
         let mut sizes: BTreeMap<String, u32> = maps.iter().map(small).collect();
         sizes.insert(map::EVENTS.name.to_owned(), 64 * 1024);
-        LoadOptions { pin_root: self.pin_root.clone(), instance: self.instance.clone(), sizes, hooking: None }
+        let (pin_root, instance) = (self.pin_root.clone(), self.instance.clone());
+        LoadOptions { pin_root, instance, sizes, hooking: None, uses: Vec::new() }
     }
 }
 

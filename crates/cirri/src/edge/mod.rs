@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use cirri_abi::epoch_slot;
 use cirri_loader::gc::{self, Collector};
 use cirri_loader::net::{ForeignRoutes, NeighbourChange, Neighbours, Net};
-use cirri_loader::{Datapath, Events, LoadOptions, is_being_written};
+use cirri_loader::{Datapath, Events, LoadOptions, Use, is_being_written};
 use futures::FutureExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -46,6 +46,7 @@ use self::drops::Drops;
 use self::health::{Checks, Outcome};
 use self::watch::Watch;
 use crate::agent::notify;
+use crate::config::Acceleration;
 use crate::exit::{Because, Error, Failure, Result};
 use crate::settings::Settings;
 
@@ -86,7 +87,7 @@ struct ConfigState {
 const OUTCOMES: usize = 1024;
 /// How long changes of routes are gathered.
 const BURST: Duration = Duration::from_millis(20);
-/// How often flow tables are swept, and how many entries at a time: a load balancer's fill quickly.
+/// How often flow tables are swept while there is something to do, and how many entries at a time: a load balancer's fill quickly.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
 const SWEEP_BUDGET: usize = 32_768;
 
@@ -210,6 +211,7 @@ async fn start(file: PathBuf, plan: Plan, net: Net, mut settings: Settings) -> R
         instance: plan.bpf.instance.clone(),
         sizes: plan.bpf.maps.by_name(),
         hooking: None,
+        uses: uses(&plan),
     };
     let mut datapath = Datapath::load(&options).because(Failure::Failed)?;
     for warning in datapath.warnings() {
@@ -420,23 +422,34 @@ async fn follow_drops(shared: Arc<Shared>, mut events: Events) {
 /// Removes flows that ended, a bounded part of the tables at a time, beside everything else.
 async fn collect(shared: Arc<Shared>) {
     let mut collector = Collector::new(shared.core.lock().await.tables.clone());
-    let mut pause = tokio::time::interval(SWEEP_EVERY);
-    pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        pause.tick().await;
         let swept = tokio::task::spawn_blocking(move || {
             let outcome = collector.sweep(gc::now(), SWEEP_BUDGET);
             (collector, outcome)
         });
-        match swept.await {
+        let outcome = match swept.await {
             Ok((back, outcome)) => {
                 collector = back;
-                if let Err(error) = outcome {
-                    tracing::warn!(%error, "flows that ended stay until the next sweep");
-                }
+                outcome
             }
             Err(error) => return tracing::error!(%error, "flows that ended stay until the tables are full"),
-        }
+        };
+        let pause = match outcome {
+            Ok(swept) => swept.pause(SWEEP_EVERY),
+            Err(error) => {
+                tracing::warn!(%error, "flows that ended stay until the next sweep");
+                SWEEP_EVERY
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// What the load balancer's programs will be attached to.
+fn uses(plan: &Plan) -> Vec<Use> {
+    match plan.acceleration {
+        Acceleration::Generic | Acceleration::Native => vec![Use::Network, Use::Edge],
+        Acceleration::Off | Acceleration::BestEffort => vec![Use::Network],
     }
 }
 

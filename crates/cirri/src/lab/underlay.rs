@@ -134,6 +134,7 @@ pub fn prepare_xdp(lab: &Lab) -> anyhow::Result<()> {
             instance: lab.name.bpf_instance("net"),
             sizes: sizes.into(),
             hooking: None,
+            uses: Vec::new(),
         })?;
         for node in &lab.nodes {
             let port = port(node);

@@ -1,11 +1,14 @@
-//! Which filters are on a device's clsact qdisc.
+//! Filters of a device's clsact qdisc.
 
-use std::io;
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
 
 use rtnetlink::{
     packet_route::{
         RouteNetlinkMessage,
-        tc::{TcHandle, TcMessage},
+        tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
     },
     sys::protocols::NETLINK_ROUTE,
 };
@@ -32,4 +35,20 @@ pub(crate) fn filter_on(ifindex: u32, ingress: bool, priority: u16, handle: u32)
         }
         _ => false,
     }))
+}
+
+/// Puts a classifier on what comes in by a device of the calling thread's namespace that has such a qdisc.
+pub(crate) fn put_filter(ifindex: u32, program: BorrowedFd<'_>) -> io::Result<()> {
+    /// `ETH_P_ALL`, in network order as the kernel wants it.
+    const ALL: u32 = 0x0003u16.to_be() as u32;
+    const PRIORITY: u32 = 1;
+    let mut request = TcMessage::with_index(ifindex.cast_signed());
+    request.header.parent = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_INGRESS };
+    request.header.info = PRIORITY << 16 | ALL;
+    let options = vec![
+        TcOption::Bpf(TcFilterBpfOption::ProgFd(program.as_raw_fd().cast_unsigned())),
+        TcOption::Bpf(TcFilterBpfOption::ProgName("trial".into())),
+    ];
+    request.attributes = vec![TcAttribute::Kind("bpf".into()), TcAttribute::Options(options)];
+    ask(NETLINK_ROUTE, RouteNetlinkMessage::NewTrafficFilter(request), Scope::New).map(drop)
 }

@@ -17,7 +17,7 @@ mod xdp;
 
 use std::{io, net::IpAddr, path::PathBuf};
 
-pub(crate) use filter::filter_on;
+pub(crate) use filter::{filter_on, put_filter};
 pub use link::{Link, VethEnd, Vxlan};
 pub use lookup::{Lookup, has_main_rule, lookup};
 pub use namespace::{Namespace, in_netns};

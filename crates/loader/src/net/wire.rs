@@ -4,8 +4,8 @@ use std::io;
 
 use rtnetlink::{
     packet_core::{
-        NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-        NetlinkSerializable,
+        NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+        NetlinkPayload, NetlinkSerializable,
     },
     sys::{Socket, SocketAddr},
 };
@@ -15,6 +15,8 @@ use rtnetlink::{
 pub(super) enum Scope {
     /// One object; the kernel says when it is done.
     One,
+    /// One that shall be made.
+    New,
     /// All that match.
     All,
 }
@@ -28,7 +30,12 @@ where
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | if scope == Scope::All { NLM_F_DUMP } else { NLM_F_ACK };
+    header.flags = NLM_F_REQUEST
+        | match scope {
+            Scope::One => NLM_F_ACK,
+            Scope::New => NLM_F_ACK | NLM_F_CREATE,
+            Scope::All => NLM_F_DUMP,
+        };
     let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(request));
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
