@@ -1,6 +1,6 @@
 //! `doctor`: what is here, what is missing and how to get it, and what the kernel can do. Changes nothing.
 
-use crate::{apt, bpf, host, setup, sh, table, version};
+use crate::{apt, bpf, host, kernels, setup, sh, table, version};
 use anyhow::{Result, bail};
 use std::fs;
 use std::process::Command;
@@ -151,7 +151,12 @@ fn kernel() -> Vec<Row> {
         Row::new("tcx", State::Lacking, "needs Linux 6.6; programs are attached with clsact instead")
     };
     vec![
-        Row::needed("Linux", since(6, 3), &release, format!("{release} is too old: 6.3 or newer")),
+        Row::needed(
+            "Linux",
+            version >= kernel_version(kernels::SERIES[0]),
+            &release,
+            format!("{release} is too old: {} or newer", kernels::SERIES[0]),
+        ),
         Row::needed("processor", host::architecture().is_ok(), std::env::consts::ARCH, "x86_64 or aarch64"),
         Row::needed("root", host::is_root(), "yes", "privileged commands need it: run them with sudo"),
         Row::needed("capabilities", lacking.is_empty(), "all of them", format!("lacking {}", lacking.join(", "))),

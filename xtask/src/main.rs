@@ -11,6 +11,7 @@ mod build;
 mod doctor;
 mod fresh;
 mod host;
+mod kernels;
 mod product;
 mod rings;
 mod setup;
@@ -62,6 +63,7 @@ fn dispatch(args: &[String]) -> Result<()> {
             rings::test()
         }
         "e2e" => rings::e2e(rest),
+        "kernels" => kernels::command(rest),
         "verify" => verify::command(flag(command, rest, "--bless")?),
         "arch" => {
             no_arguments(command, rest)?;
@@ -109,6 +111,9 @@ cargo xtask COMMAND
   test              format, lints, architecture, and all three rings of tests (root)
   e2e [FILTER]      ring 3 alone: real agents in network namespaces (root)
   verify [--bless]  the verifier's bill for each program, against verify/budget.toml (root)
+  kernels [--load] [--bless] [VERSION]…
+                    the same, fixtures, pods, services and `lb` on Debian's Linux 6.1 and 6.12,
+                    under qemu, against verify/linux-VERSION.toml (root)
   arch              do the crates depend on each other as ARCHITECTURE.md says?
   bench [ARGS]      measure; writes docs/bench (root)
   fresh [--keep]    set-up and the demo on a Debian of its own with an old package index (root; an hour)

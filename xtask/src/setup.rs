@@ -15,12 +15,14 @@ pub enum Need {
     Lab,
     /// Run the privileged tests.
     Test,
+    /// Boot other kernels.
+    Kernels,
     /// Measure.
     Bench,
 }
 
 impl Need {
-    pub const ALL: &[Need] = &[Need::Build, Need::Lab, Need::Test, Need::Bench];
+    pub const ALL: &[Need] = &[Need::Build, Need::Lab, Need::Test, Need::Kernels, Need::Bench];
 }
 
 /// Something from Debian's archive.
@@ -60,6 +62,9 @@ pub const PACKAGES: &[Package] = &[
     // Networks by CNI, several on a container.
     package("podman", "podman", Need::Test, "another, with two networks on a container").since("4.0"),
     package("bird2", "bird", Need::Test, "announces a load balancer's addresses by BGP"),
+    package("qemu-system-x86", "qemu-system-x86_64", Need::Kernels, "boots other kernels"),
+    package("busybox-static", "busybox", Need::Kernels, "the system on such a kernel"),
+    package("kmod", "depmod", Need::Kernels, "finds what its modules need"),
     package("iptables", "iptables-legacy", Need::Bench, "services as kube-proxy makes them"),
     package("nftables", "nft", Need::Test, "packets that get lost on purpose; services by another filter"),
     package("iperf3", "iperf3", Need::Bench, "throughput and its kernel baseline"),

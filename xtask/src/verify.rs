@@ -20,38 +20,51 @@ pub fn command(bless: bool) -> Result<()> {
     setup::ensure(&[Need::Build, Need::Lab])?;
     build::object()?;
     let binary = build::binary(Profile::Debug)?;
-    if bless { self::bless(&binary) } else { check(&binary) }
+    if bless {
+        let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+        self::bless(&budget_path(), &kernel, &measure(&binary)?)
+    } else {
+        check(&binary)
+    }
 }
 
 /// Measures the programs in `binary`, prints the comparison, and fails when one is over budget.
 pub fn check(binary: &Path) -> Result<()> {
-    let path = budget_path();
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("{} is missing: `cargo xtask verify --bless` writes it", path.display()))?;
+    compare_with(&budget_path(), &measure(binary)?)
+}
+
+/// The budget of another kernel.
+pub fn budget_of(series: &str) -> PathBuf {
+    host::workspace().join(format!("verify/linux-{series}.toml"))
+}
+
+/// Holds what `cirri bench verify -o json` printed against a budget, prints the comparison, and fails when a
+/// program is over it.
+pub fn compare_with(path: &Path, json: &str) -> Result<()> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("{} is missing: the command with --bless writes it", path.display()))?;
     let budget = parse_budget(&text).with_context(|| format!("{} cannot be read", path.display()))?;
-    let measured = measure(binary)?;
-    let (rows, faults) = compare(&budget, &measured);
+    let (rows, faults) = compare(&budget, &parse_measured(json)?);
     println!("{}", table::render(&["program", "verified", "stack", "xlated", "jited"], &rows));
     if !faults.is_empty() {
         bail!(
-            "{}\nIf the growth is worth it: `cargo xtask verify --bless`, and say why in the commit",
+            "{}\nIf the growth is worth it: the same command with --bless, and say why in the commit",
             faults.join("\n")
         );
     }
     Ok(())
 }
 
-fn bless(binary: &Path) -> Result<()> {
-    let measured = measure(binary)?;
+/// Writes what was measured as the budget.
+pub fn bless(path: &Path, kernel: &str, json: &str) -> Result<()> {
+    let measured = parse_measured(json)?;
     let over: Vec<String> = measured.iter().filter_map(|(name, bill)| too_costly(name, bill)).collect();
     if !over.is_empty() {
         bail!("{}", over.join("\n"));
     }
-    let path = budget_path();
     let directory = path.parent().context("the budget's path has no directory")?;
     std::fs::create_dir_all(directory)?;
-    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-    std::fs::write(&path, write_budget(&measured, &kernel, host::architecture()?))?;
+    std::fs::write(path, write_budget(&measured, kernel, host::architecture()?))?;
     println!("{} programs written to {}", measured.len(), path.display());
     Ok(())
 }
@@ -94,14 +107,14 @@ fn budget_path() -> PathBuf {
     host::workspace().join("verify/budget.toml")
 }
 
-fn measure(binary: &Path) -> Result<Bills> {
-    let json = sh::capture(product::command(binary).args(["bench", "verify", "-o", "json"]))?;
-    parse_measured(&json).context("`cirri bench verify -o json` answered what this command cannot read")
+fn measure(binary: &Path) -> Result<String> {
+    sh::capture(product::command(binary).args(["bench", "verify", "-o", "json"]))
 }
 
 /// A list of programs, each with its name and the four figures.
 fn parse_measured(json: &str) -> Result<Bills> {
-    let value: serde_json::Value = serde_json::from_str(json)?;
+    let value: serde_json::Value =
+        serde_json::from_str(json).context("`cirri bench verify -o json` answered what this command cannot read")?;
     let programs = value.get("programs").unwrap_or(&value).as_array().context("no list of programs")?;
     let mut bills = Bills::new();
     for program in programs {
