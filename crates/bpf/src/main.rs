@@ -13,7 +13,10 @@ mod wrap;
 mod xdp;
 
 use aya_ebpf::{
-    bindings::{BPF_F_INGRESS, __sk_buff, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_action, xdp_md},
+    bindings::{
+        __sk_buff, BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_action,
+        xdp_md,
+    },
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},

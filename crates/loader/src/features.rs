@@ -103,7 +103,8 @@ fn map(kind: MapType) -> io::Result<()> {
 }
 
 fn cookie() -> io::Result<()> {
-    sys::namespace_cookie(UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::1", 0)))?.as_fd()).map(drop)
+    // Of any address: the namespace's loopback device may be down.
+    sys::namespace_cookie(UdpSocket::bind(("0.0.0.0", 0)).or_else(|_| UdpSocket::bind(("::", 0)))?.as_fd()).map(drop)
 }
 
 // === Helpers ===
