@@ -339,6 +339,15 @@ async fn a_question_is_answered_with_all_that_was_there_when_it_was_asked() {
         }
         assert_eq!(seen, written);
     }
+    fs::remove_file(dir.path().join("a0.yaml")).expect("remove");
+    let question = catch_up.ask();
+    let mut removed = Vec::new();
+    while {
+        let change = next(&mut changes).await;
+        removed.extend(change.removed);
+        change.caught_up < question
+    } {}
+    assert_eq!(removed, ["resources/Namespace/_/a0"], "what was gone is gone");
     let question = catch_up.ask();
     assert_eq!(
         next(&mut changes).await,

@@ -184,6 +184,12 @@ impl Folder {
                     asked = Some(*self.questions.borrow_and_update());
                     // What the kernel has reported may not have come here yet.
                     self.look(Occasion::News, BTreeSet::new()).await;
+                    if let Some(until) = self.leaving.values().max().copied() {
+                        // What is leaving is gone or back before the answer.
+                        tokio::time::sleep(until.saturating_duration_since(Instant::now())).await;
+                        self.look(Occasion::News, BTreeSet::new()).await;
+                        self.let_go();
+                    }
                 }
                 () = tokio::time::sleep(wait) => match until {
                     Some(_) => self.let_go(),
