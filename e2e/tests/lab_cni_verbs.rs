@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use cirri_e2e::cni::{Attachment, answer, assert_leftovers, endpoints, state_dir};
 use cirri_e2e::kernel::TestNamespace;
-use cirri_e2e::lab::{Lab, eventually, printed};
+use cirri_e2e::lab::{self, Lab, eventually, printed};
 use cirri_loader::net::Namespace;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -494,7 +494,11 @@ fn names_that_no_pod_can_have_are_refused() {
 fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     let lab = Lab::up("cnidie", 1, &[]).unwrap();
     let places: Vec<TestNamespace> = (0..3).map(|_| TestNamespace::new()).collect();
-    let container = |index: usize| Attachment::new(&lab, &format!("dies{index}"), places[index].namespace.path());
+    // Made while the agent can be asked where its node is.
+    let containers: Vec<Attachment> = (0..places.len())
+        .map(|index| Attachment::new(&lab, &format!("dies{index}"), places[index].namespace.path()))
+        .collect();
+    let container = |index: usize| &containers[index];
     container(0).call("ADD", json!({})).unwrap();
 
     let agent = lab.node("node1").unwrap().pid.unwrap();
@@ -504,7 +508,7 @@ fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     for plugin in [&added, &deleted] {
         eventually("the plugin waits for the answer", PATIENCE, || waits_for_answer(plugin.id()));
     }
-    lab.kill_agent("node1").unwrap();
+    lab::kill(agent).unwrap();
     let error = answer("ADD", added).unwrap_err();
     assert_eq!(error["code"], 11, "{error}");
     assert!(

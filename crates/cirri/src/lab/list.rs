@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::json;
@@ -12,10 +13,12 @@ use super::echo::Port;
 use super::state::{Lab, LabName, Node, PodKey, PodRecord, Routing};
 use super::up::WORLD_PORTS;
 use super::{cluster, netns, pods, underlay};
-use crate::api::EndpointInfo;
+use crate::api::{EndpointInfo, Status};
 use crate::client;
 use crate::output::{self, OutputArgs, Table};
 
+/// How long an agent may take to answer. A list says what there is now: one that hangs is shown as such.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The state of a pod without a network.
 const DETACHED: &str = "detached";
 /// The state of a lab without records.
@@ -167,8 +170,10 @@ fn describe(lab: &Lab) -> anyhow::Result<LabInfo> {
 /// The node, and what its agent knows of endpoints, if it answers.
 fn describe_node(lab: &Lab, node: &Node) -> (NodeInfo, Option<Vec<EndpointInfo>>) {
     let socket = lab.agent_socket(&node.name);
-    let status = cluster::status(lab, &node.name).ok();
-    let endpoints = client::call(&socket, "endpoint.list", &json!({}), cluster::ANSWER_TIMEOUT).ok();
+    let status = client::call::<Status>(&socket, "status", &json!({}), ANSWER_TIMEOUT).ok();
+    // One that hangs is waited for once.
+    let ask = || client::call(&socket, "endpoint.list", &json!({}), ANSWER_TIMEOUT).ok();
+    let endpoints = status.as_ref().and_then(|_| ask());
     let process = lab.agent_process(&node.name);
     let info = NodeInfo {
         name: node.name.clone(),

@@ -17,7 +17,7 @@ use super::cluster;
 use super::disk;
 use super::down;
 use super::echo::{Port, Transport};
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Interrupted};
 use super::manifests::{self, Rejected};
 use super::netns;
 use super::pods::{await_ready, echo_argv};
@@ -70,7 +70,8 @@ const fn udp(number: u16) -> Port {
     Port { number, protocol: Transport::Udp }
 }
 
-/// Carries the command out. Interrupted or failed, it leaves its logs behind, to which errors point, and nothing else.
+/// Carries the command out. Failed, it leaves its logs behind, to which errors point, and nothing else; interrupted,
+/// nothing.
 ///
 /// # Errors
 /// What is missing or went wrong, and what to do.
@@ -95,9 +96,12 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     }
     let interrupt = Interrupt::install()?;
     let outcome = begin(&args, &lab, resources, &interrupt).map_err(|error| disk::explain(&lab.name, error));
-    if outcome.is_err() {
-        output::complain(&format!("taking down what is there of the lab \"{}\"; its logs stay", args.name));
-        if let Err(problem) = down::remove_all_but_logs(&args.name) {
+    if let Err(error) = &outcome {
+        let interrupted = error.is::<Interrupted>();
+        let logs = if interrupted { "" } else { "; its logs stay" };
+        output::complain(&format!("taking down what is there of the lab \"{}\"{logs}", args.name));
+        let remove = if interrupted { down::remove } else { down::remove_all_but_logs };
+        if let Err(problem) = remove(&args.name) {
             output::complain(&format!("{problem:#}"));
         }
     }
