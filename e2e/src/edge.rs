@@ -35,7 +35,9 @@ use serde_json::Value;
 pub use offer::{Offer, Offered};
 
 /// How long what works may take.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// After how long a datagram is sent again: a busy machine's queues lose some.
+const AGAIN: Duration = Duration::from_millis(250);
 /// The services' addresses.
 pub const VIP: &str = "203.0.113.10";
 /// The IPv6 one.
@@ -252,7 +254,7 @@ impl EdgeLab {
         let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
         let socket = self.client.namespace.run(|| UdpSocket::bind(any)).expect("entered").expect("bound");
         socket.connect(to).expect("connected");
-        socket.set_read_timeout(Some(PATIENCE)).expect("set");
+        socket.set_read_timeout(Some(AGAIN)).expect("set");
         socket
     }
 }
@@ -487,15 +489,25 @@ impl Talk {
     }
 }
 
-/// Who answers a datagram, and whom it sees.
+/// Who answers a datagram, and whom it sees. Sent again until there is an answer, as a resolver does.
+///
+/// # Errors
+/// Nobody answers, or what answers is no [`Server`].
 pub fn ask_datagram(socket: &UdpSocket) -> io::Result<(String, IpAddr)> {
-    socket.send(b"who")?;
     let mut buffer = [0; 2048];
-    // A machine that was paused interrupts who waits.
+    // What answered an earlier question says nothing of now.
+    socket.set_nonblocking(true)?;
+    while socket.recv(&mut buffer).is_ok() {}
+    socket.set_nonblocking(false)?;
+    let deadline = Instant::now() + PATIENCE;
     let length = loop {
+        socket.send(b"who")?;
         match socket.recv(&mut buffer) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            other => break other?,
+            Ok(length) => break length,
+            // A machine that was paused interrupts who waits.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {}
+            Err(error) => return Err(error),
         }
     };
     let text = String::from_utf8_lossy(&buffer[..length]).into_owned();

@@ -363,7 +363,7 @@ fn the_backend_answers_itself_when_packets_come_in_ipip() {
     assert!(!instances.iter().any(|instance| lab.pins().with_file_name(instance).exists()));
     assert!(!lab.backends.values().any(|place| edge::run(place, "ip address show dev lo").contains(VIP)));
     let to = format!("{VIP}:80").parse().unwrap();
-    let connected = lab.client.namespace.run(|| std::net::TcpStream::connect_timeout(&to, PATIENCE / 5));
+    let connected = lab.client.namespace.run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_secs(1)));
     assert!(connected.unwrap().is_err(), "nobody unwraps any more");
 }
 
@@ -492,7 +492,7 @@ fn a_first_packet_with_a_dsr_option_names_the_service() {
         // Nobody answers as the service here, so it does not come to a connection.
         let client = lab.client.namespace.clone();
         let connecting = std::thread::spawn(move || {
-            client.run(|| std::net::TcpStream::connect_timeout(&to, PATIENCE / 10).is_ok()).unwrap()
+            client.run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(500)).is_ok()).unwrap()
         });
         let deadline = Instant::now() + PATIENCE;
         let frame = loop {
