@@ -21,6 +21,8 @@ const UNASKED_FLAGS: u32 = 0xa000_0000u32.to_be();
 /// Length of a neighbour message with its one option, and without.
 const ADVERTISEMENT_LENGTH: u32 = 32;
 const PROBE_LENGTH: u32 = 24;
+/// The option that holds such a number.
+const NONCE: u8 = 14;
 /// Where an answer goes to who has no address (RFC 4861, 7.2.4), and its Ethernet address (RFC 2464, 7).
 const ALL_NODES: Addr = Addr::v6([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 const ALL_NODES_MAC: [u16; 3] = wire::mac_words([0x33, 0x33, 0, 0, 0, 1]);
@@ -61,10 +63,13 @@ pub(crate) fn answer_solicitation<P: Packet>(
     endpoint: &Endpoint,
 ) -> Result<Packed, DropReason> {
     let asker = parsed.tuple.src;
-    // Who looks whether an address is taken has none yet, and names no Ethernet address (RFC 4862, 5.4.2).
+    // Who looks whether an address is taken has none yet, and names no Ethernet address (RFC 4862, 5.4.2); Linux
+    // puts a number there that tells its own from others (RFC 7527).
     let probe = asker == Addr::UNSPECIFIED;
-    let length = if probe { PROBE_LENGTH } else { ADVERTISEMENT_LENGTH };
-    if parsed.icmp[0] != SOLICITATION || parsed.length != 40 + length || parsed.l4 != L3 + 40 {
+    let short = probe && parsed.length == 40 + PROBE_LENGTH;
+    let whole = parsed.length == 40 + ADVERTISEMENT_LENGTH
+        && !(probe && packet.load::<u8>(L3 + 40 + PROBE_LENGTH) != Some(NONCE));
+    if parsed.icmp[0] != SOLICITATION || !(short || whole) || parsed.l4 != L3 + 40 {
         return Err(DropReason::FORBIDDEN_ICMPV6);
     }
     if asker != endpoint.v6 && !is_link_local(&asker) && !probe {
@@ -73,7 +78,7 @@ pub(crate) fn answer_solicitation<P: Packet>(
     if packet.load::<[u32; 4]>(L3 + 40 + 8) != Some(GATEWAY_V6.words) {
         return Err(DropReason::FORBIDDEN_ICMPV6);
     }
-    if probe && !packet.resize(L3 + 40 + ADVERTISEMENT_LENGTH) {
+    if short && !packet.resize(L3 + 40 + ADVERTISEMENT_LENGTH) {
         return Err(DropReason::WRITE_ERROR);
     }
     let Some(mut message) = packet.load::<wire::Neighbour>(L3 + 40) else {

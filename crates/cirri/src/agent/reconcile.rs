@@ -93,13 +93,13 @@ impl Core {
         if writing {
             self.set_writing(false);
         }
-        self.reconcile_identities(now);
         self.reconcile_per_packet(now);
         self.serving.carry_out(&self.tables, now);
         self.reconcile_routes(now).await;
         self.reconcile_attachments(now);
         self.reconcile_sockets(now);
         self.remove_rulesets(now);
+        self.reconcile_identities(now);
     }
 
     /// Once everything is reconciled: removes the tables of other versions, which nothing uses any more.
@@ -123,7 +123,7 @@ impl Core {
 
     /// The rule sets know these identities from now on: those that all of them were made with.
     fn reconcile_identities(&mut self, now: Instant) {
-        if self.rows.rulesets.due(now).iter().any(|due| due.desired.is_some()) {
+        if !self.rows.rulesets.is_done() {
             return;
         }
         for Due { key, desired, .. } in self.rows.identities.due(now) {
