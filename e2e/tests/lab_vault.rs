@@ -4,7 +4,7 @@
 mod vault;
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cirri_e2e::lab::{self, eventually};
 use serde_json::Value;
@@ -30,7 +30,9 @@ fn a_backlog_before_the_attachment(store: Store, ahead: usize) {
     let vault = Vault::new(&store, "first");
     store.put(&others(ahead, 0));
     store.put(&[pod("vault", "vault")]);
+    let asked = Instant::now();
     vault.add().unwrap();
+    println!("attached {:?} after it was asked for, with {ahead} policies ahead", asked.elapsed());
     assert!(labels(&store).contains("k8s:app=vault"), "{}", labels(&store));
     store.settle();
     assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids");
@@ -38,6 +40,34 @@ fn a_backlog_before_the_attachment(store: Store, ahead: usize) {
     store.delete(Kind::Policy, "deny-vault");
     eventually("datagrams pass without a policy", PATIENCE, || vault.received() > 0);
     vault.del().unwrap();
+}
+
+#[test]
+fn status_does_not_say_that_all_is_well_while_a_backlog_arrives_with_a_folder() {
+    a_backlog_shows(Store::folder("status_f"));
+}
+
+#[test]
+fn status_does_not_say_that_all_is_well_while_a_backlog_arrives_with_etcd() {
+    a_backlog_shows(Store::etcd("status_e"));
+}
+
+fn a_backlog_shows(store: Store) {
+    const AHEAD: usize = 2000;
+    store.settle();
+    let socket = store.lab.socket("node1");
+    let backlog = others(AHEAD, 0);
+    let is_well = || lab::output(["--socket", &socket, "status", "--check"]).unwrap().status.success();
+    let in_force = || {
+        let policies: Vec<Value> = store.lab.ask("node1", &["policy", "get"]).unwrap();
+        policies.iter().filter(|policy| policy["state"] == "enforced").count()
+    };
+    store.put(&backlog);
+    let well = is_well();
+    let count = in_force();
+    assert!(!well || count == AHEAD, "well with {count} of {AHEAD} policies in force");
+    eventually("all is well in the end", 2 * PATIENCE, is_well);
+    assert_eq!(in_force(), AHEAD);
 }
 
 #[test]

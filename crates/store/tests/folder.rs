@@ -2,7 +2,6 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use cirri_control::resource::Resource;
 use cirri_store::{
     StoreError,
     folder::{Change, watch},
@@ -19,7 +18,7 @@ async fn next(changes: &mut BoxStream<'static, Change>) -> Change {
 }
 
 fn names(change: &Change) -> Vec<&str> {
-    change.upserted.iter().map(Resource::name).collect()
+    change.upserted.iter().map(|resource| resource.name()).collect()
 }
 
 fn start(dir: &Path) -> BoxStream<'static, Change> {

@@ -304,11 +304,13 @@ enum Step {
     Backlog(usize),
     /// The policy is written.
     Policy,
+    /// The policy is deleted.
+    Unpolicy,
     /// The Pod is written, with this label.
     Pod(&'static str),
     /// The Pod's object is deleted.
     Unpod,
-    /// The runtime attaches.
+    /// The runtime attaches, once more if it already has: the container was made anew.
     Add,
     /// The agent is killed and started again.
     Restart,
@@ -332,6 +334,13 @@ pub fn order(store: &Store, seed: u64) -> String {
     if random.bool() {
         steps.push(Step::Unpod);
     }
+    if random.bool() {
+        steps.push(Step::Unpolicy);
+        steps.push(Step::Policy);
+    }
+    if random.u8(0..3) == 0 {
+        steps.push(Step::Add);
+    }
     if random.u8(0..4) == 0 {
         steps.push(Step::Restart);
     }
@@ -352,6 +361,11 @@ fn play(store: &Store, seed: u64, steps: &[Step]) {
                 store.put(&[deny("vault")]);
                 policy = true;
             }
+            Step::Unpolicy if policy => {
+                store.delete(Kind::Policy, "deny-vault");
+                policy = false;
+            }
+            Step::Unpolicy => {}
             Step::Pod(app) => {
                 store.put(&[pod("vault", app)]);
                 object = Some(app);
@@ -362,6 +376,10 @@ fn play(store: &Store, seed: u64, steps: &[Step]) {
             }
             Step::Unpod => {}
             Step::Add if object.is_none() => {
+                if attached {
+                    vault.del().unwrap();
+                    last = None;
+                }
                 // Whoever is not known waits; then it is written.
                 std::thread::scope(|scope| {
                     let added = scope.spawn(|| vault.add());
@@ -372,6 +390,10 @@ fn play(store: &Store, seed: u64, steps: &[Step]) {
                 attached = true;
             }
             Step::Add => {
+                if attached {
+                    vault.del().unwrap();
+                    last = None;
+                }
                 vault.add().unwrap_or_else(|error| panic!("{seed}: {steps:?} at {at}: {error}"));
                 attached = true;
             }

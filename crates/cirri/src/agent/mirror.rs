@@ -54,7 +54,7 @@ fn is_stand_in(json: &[u8]) -> bool {
 }
 
 async fn copy(shared: &Arc<Shared>, change: &folder::Change, all: Option<&BTreeSet<String>>) -> Result<(), StoreError> {
-    let entry = |resource: &Resource| (format!("{PREFIX}{}", resource.store_key()), resource.to_json());
+    let entry = |resource: &Arc<Resource>| (format!("{PREFIX}{}", resource.store_key()), resource.to_json());
     let mut upserted: Vec<(String, String)> = change.upserted.iter().map(entry).collect();
     for (key, json) in change.stand_ins.iter().map(entry) {
         // An earlier run may have stored a good version.

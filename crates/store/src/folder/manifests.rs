@@ -2,17 +2,26 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use cirri_control::resource::{Resource, read_documents};
 
 use super::{Change, FileError};
 
 /// The content of all files: of each document the last that could be understood.
+///
+/// A change costs what the files that changed hold, whatever the number of the others.
 #[derive(Default)]
 pub(super) struct Manifests {
     files: BTreeMap<String, File>,
+    /// Object → the files that speak of it.
+    mentions: BTreeMap<String, BTreeSet<String>>,
+    /// Objects that something may have changed about since the last change was handed out.
+    touched: BTreeSet<String>,
     /// Object → the file that defines it. The first one keeps it for as long as it does.
     owners: BTreeMap<String, String>,
+    /// Objects that more than one file defines.
+    contested: BTreeSet<String>,
     /// As last handed out.
     published: Whole,
     errors: Vec<FileError>,
@@ -23,9 +32,9 @@ pub(super) struct Manifests {
 #[derive(Default)]
 struct File {
     /// What its documents say, or said when they could last be understood.
-    resources: BTreeMap<String, Resource>,
+    resources: BTreeMap<String, Arc<Resource>>,
     /// Objects of which nothing could be understood yet, and what is sure about them.
-    unreadable: BTreeMap<String, Option<Resource>>,
+    unreadable: BTreeMap<String, Option<Arc<Resource>>>,
     /// A document of it does not say which object it is.
     opaque: bool,
     /// It was not so when the last change was handed out.
@@ -38,18 +47,14 @@ struct File {
 /// What all files come to: one definition for each object.
 #[derive(Default)]
 struct Whole {
-    resources: BTreeMap<String, Resource>,
+    resources: BTreeMap<String, Arc<Resource>>,
     /// Objects of which nothing could be understood yet.
-    unreadable: BTreeMap<String, Option<Resource>>,
+    unreadable: BTreeMap<String, Option<Arc<Resource>>>,
 }
 
 impl Whole {
     fn names(&self, key: &str) -> bool {
         self.resources.contains_key(key) || self.unreadable.contains_key(key)
-    }
-
-    fn keys(&self) -> impl Iterator<Item = &String> {
-        self.resources.keys().chain(self.unreadable.keys())
     }
 }
 
@@ -65,13 +70,17 @@ impl Manifests {
     /// The file was read, or could not be. What is understood of it counts at once. A document that is not keeps its
     /// last good version; one that does not say which object it is keeps all that the file held and does not name.
     pub(super) fn set(&mut self, name: &str, content: Result<&[u8], String>) {
-        let before = self.files.remove(name).unwrap_or_default();
+        let before = self.take(name).unwrap_or_default();
         let was_opaque = before.opaque && !before.newly_opaque;
         let mut file = match content {
             Ok(bytes) => File::read(name, bytes, before),
             Err(message) => File { opaque: true, leaving: false, errors: vec![message], ..before },
         };
         file.newly_opaque = file.opaque && !was_opaque;
+        for key in file.keys() {
+            self.mentions.entry(key.clone()).or_default().insert(name.to_owned());
+            self.touched.insert(key.clone());
+        }
         self.files.insert(name.to_owned(), file);
     }
 
@@ -81,6 +90,7 @@ impl Manifests {
         let Some(file) = self.files.get_mut(name) else { return false };
         file.leaving = true;
         file.errors.clear();
+        self.touched.extend(file.keys().cloned());
         true
     }
 
@@ -88,11 +98,23 @@ impl Manifests {
     pub(super) fn stay(&mut self, name: &str) -> bool {
         let Some(file) = self.files.get_mut(name) else { return false };
         file.leaving = false;
+        self.touched.extend(file.keys().cloned());
         true
     }
 
     pub(super) fn remove(&mut self, name: &str) {
-        self.files.remove(name);
+        self.take(name);
+    }
+
+    fn take(&mut self, name: &str) -> Option<File> {
+        let file = self.files.remove(name)?;
+        for key in file.keys() {
+            if let Some(files) = self.mentions.get_mut(key) {
+                files.remove(name);
+            }
+            self.touched.insert(key.clone());
+        }
+        Some(file)
     }
 
     pub(super) fn set_folder_error(&mut self, error: Option<FileError>) {
@@ -111,42 +133,45 @@ impl Manifests {
 
     /// What is different from what was last handed out; nothing if nothing is.
     pub(super) fn settle(&mut self) -> Option<Change> {
-        self.adopt();
-        let (whole, owners, errors) = self.agree();
-        let upserted = different(&self.published.resources, &whole.resources);
-        let stand_ins = different(&self.published.unreadable, &whole.unreadable).into_iter().flatten();
-        let change = Change {
-            upserted,
-            stand_ins: stand_ins.collect(),
-            removed: self.published.keys().filter(|key| !whole.names(key)).cloned().collect(),
-            unreadable: whole.unreadable.keys().cloned().collect(),
-            opaque: self.files.values().any(|file| file.opaque),
-            errors: errors.clone(),
-            caught_up: 0,
-        };
-        let news = !change.upserted.is_empty() || !change.removed.is_empty();
-        let same = !news && whole.unreadable == self.published.unreadable && errors == self.errors;
-        self.published = whole;
-        self.owners = owners;
+        let touched = std::mem::take(&mut self.touched);
+        self.adopt(&touched);
+        let mut change = Change::default();
+        let mut news = false;
+        for key in touched {
+            let had = self.published.names(&key);
+            let (definition, unreadable) = self.agree(&key);
+            let resource = replace(&mut self.published.resources, &key, definition);
+            change.upserted.extend(resource.new);
+            let stand_in = replace(&mut self.published.unreadable, &key, unreadable);
+            change.stand_ins.extend(stand_in.new.flatten());
+            news |= resource.changed || stand_in.changed;
+            if had && !self.published.names(&key) {
+                change.removed.push(key);
+            }
+        }
+        let errors = self.wrong();
+        news |= errors != self.errors;
         self.errors = errors;
-        (!same).then_some(change)
+        let Change { unreadable, opaque, errors, .. } = self.nothing_new();
+        news.then_some(Change { unreadable, opaque, errors, ..change })
     }
 
     /// A document that broke while it moved to another file, or while its file was renamed, keeps its last good
     /// version as well. What no file says any more goes with the document that is it, or that may be.
-    fn adopt(&mut self) {
-        let said: BTreeSet<&String> = self.files.values().flat_map(|file| file.resources.keys()).collect();
-        let lost = self.published.resources.iter().filter(|(key, _)| !said.contains(key));
-        let lost: Vec<(String, Resource)> = lost.map(|(key, it)| (key.clone(), it.clone())).collect();
-        for (key, resource) in lost {
-            let known = self.files.values_mut().find(|file| file.unreadable.contains_key(&key));
-            let file = match known {
-                Some(file) => Some(file),
-                None => self.files.values_mut().find(|file| file.newly_opaque),
-            };
-            if let Some(file) = file {
-                file.unreadable.remove(&key);
-                file.resources.insert(key, resource);
+    fn adopt(&mut self, touched: &BTreeSet<String>) {
+        for key in touched {
+            let Some(resource) = self.published.resources.get(key) else { continue };
+            let mentions = self.mentions.entry(key.clone()).or_default();
+            if mentions.iter().any(|name| self.files[name].resources.contains_key(key)) {
+                continue;
+            }
+            let vague = || self.files.iter().find(|(_, file)| file.newly_opaque).map(|(name, _)| name.clone());
+            if let Some(name) = mentions.first().cloned().or_else(vague)
+                && let Some(file) = self.files.get_mut(&name)
+            {
+                file.unreadable.remove(key);
+                file.resources.insert(key.clone(), Arc::clone(resource));
+                mentions.insert(name);
             }
         }
         // What leaves now may be what it is.
@@ -155,45 +180,62 @@ impl Manifests {
         }
     }
 
-    /// One definition for each object, who gave it, and all that is wrong.
-    fn agree(&self) -> (Whole, BTreeMap<String, String>, Vec<FileError>) {
-        let mut owners: BTreeMap<String, String> = BTreeMap::new();
-        let (leaving, staying): (Vec<_>, Vec<_>) = self.files.iter().partition(|(_, file)| file.leaving);
-        for (name, file) in staying.into_iter().chain(leaving) {
-            for key in file.resources.keys() {
-                let had_it = !file.leaving && self.owners.get(key) == Some(name);
-                if had_it || !owners.contains_key(key) {
-                    owners.insert(key.clone(), name.clone());
+    /// The one definition of an object; and without one, that nothing can be understood of it, with what is sure.
+    fn agree(&mut self, key: &str) -> (Option<Arc<Resource>>, Option<Option<Arc<Resource>>>) {
+        let mentions = self.mentions.get(key);
+        let files: Vec<(&String, &File)> =
+            mentions.into_iter().flatten().filter_map(|name| self.files.get_key_value(name)).collect();
+        let (leaving, staying): (Vec<_>, Vec<_>) =
+            files.iter().filter(|(_, file)| file.resources.contains_key(key)).partition(|(_, file)| file.leaving);
+        let had_it = staying.iter().find(|(name, _)| self.owners.get(key) == Some(name));
+        let owner = had_it.or(staying.first()).or(leaving.first()).copied();
+        match staying.len() > 1 {
+            true => self.contested.insert(key.to_owned()),
+            false => self.contested.remove(key),
+        };
+        let definition = owner.map(|(_, file)| Arc::clone(&file.resources[key]));
+        let doubts: Vec<_> = files.iter().filter_map(|(_, file)| file.unreadable.get(key)).collect();
+        let unreadable = match definition {
+            None if !doubts.is_empty() => Some(doubts.into_iter().flatten().next().cloned()),
+            _ => None,
+        };
+        match owner.map(|(name, _)| (*name).clone()) {
+            Some(name) => self.owners.insert(key.to_owned(), name),
+            None => self.owners.remove(key),
+        };
+        if mentions.is_none_or(BTreeSet::is_empty) {
+            self.mentions.remove(key);
+        }
+        (definition, unreadable)
+    }
+
+    /// All that is wrong, file by file.
+    fn wrong(&self) -> Vec<FileError> {
+        let error = |file: &String, message: String| FileError { file: file.clone(), message };
+        let own = self.files.iter().flat_map(|(name, file)| file.errors.iter().map(move |text| (name, text)));
+        let mut errors: Vec<FileError> = own.map(|(name, text)| error(name, text.clone())).collect();
+        for key in &self.contested {
+            let (owner, files) = (&self.owners[key], &self.mentions[key]);
+            for (name, file) in files.iter().filter_map(|name| self.files.get_key_value(name)) {
+                if let Some(resource) = file.resources.get(key)
+                    && name != owner
+                    && !file.leaving
+                {
+                    errors.push(error(name, twice(name, owner, resource)));
                 }
             }
         }
-        let mut whole = Whole::default();
-        let mut errors: Vec<FileError> = self.folder_error.iter().cloned().collect();
-        for (name, file) in &self.files {
-            let error = |message: String| FileError { file: name.clone(), message };
-            errors.extend(file.errors.iter().cloned().map(error));
-            for (key, resource) in &file.resources {
-                let owner = &owners[key];
-                if owner == name {
-                    whole.resources.insert(key.clone(), resource.clone());
-                } else if !file.leaving {
-                    errors.push(error(twice(name, owner, resource)));
-                }
-            }
-        }
-        for (key, stand_in) in self.files.values().flat_map(|file| &file.unreadable) {
-            if !whole.resources.contains_key(key) {
-                let sure = whole.unreadable.entry(key.clone()).or_default();
-                if sure.is_none() {
-                    sure.clone_from(stand_in);
-                }
-            }
-        }
-        (whole, owners, errors)
+        errors.sort_by(|one, other| one.file.cmp(&other.file));
+        self.folder_error.iter().cloned().chain(errors).collect()
     }
 }
 
 impl File {
+    /// The objects that it speaks of.
+    fn keys(&self) -> impl Iterator<Item = &String> {
+        self.resources.keys().chain(self.unreadable.keys())
+    }
+
     fn read(name: &str, bytes: &[u8], mut before: File) -> File {
         let documents = read_documents(name, bytes);
         let mut file = File { opaque: documents.opaque, ..File::default() };
@@ -204,13 +246,13 @@ impl File {
         for resource in documents.resources {
             match file.resources.entry(resource.store_key()) {
                 Entry::Vacant(place) => {
-                    place.insert(resource);
+                    place.insert(Arc::new(resource));
                 }
                 Entry::Occupied(_) => file.errors.push(twice(name, name, &resource)),
             }
         }
-        let mut stand_ins: BTreeMap<String, Resource> =
-            documents.stand_ins.into_iter().map(|resource| (resource.store_key(), resource)).collect();
+        let mut stand_ins: BTreeMap<String, Arc<Resource>> =
+            documents.stand_ins.into_iter().map(|resource| (resource.store_key(), Arc::new(resource))).collect();
         for key in documents.unreadable {
             if file.resources.contains_key(&key) {
                 continue;
@@ -238,9 +280,23 @@ impl File {
     }
 }
 
-/// What is new in `now`, or not as it was.
-fn different<T: Clone + PartialEq>(before: &BTreeMap<String, T>, now: &BTreeMap<String, T>) -> Vec<T> {
-    now.iter().filter(|(key, value)| before.get(*key) != Some(value)).map(|(_, value)| value.clone()).collect()
+/// What became of one entry.
+struct Replaced<T> {
+    /// What is there now, if it is not as it was.
+    new: Option<T>,
+    changed: bool,
+}
+
+/// Makes an entry what it is now.
+fn replace<T: Clone + PartialEq>(map: &mut BTreeMap<String, T>, key: &str, now: Option<T>) -> Replaced<T> {
+    let changed = map.get(key) != now.as_ref();
+    if changed {
+        match &now {
+            Some(now) => map.insert(key.to_owned(), now.clone()),
+            None => map.remove(key),
+        };
+    }
+    Replaced { new: now.filter(|_| changed), changed }
 }
 
 fn twice(file: &str, owner: &str, resource: &Resource) -> String {
@@ -259,7 +315,7 @@ mod tests {
     }
 
     fn names(change: &Change) -> Vec<&str> {
-        change.upserted.iter().map(Resource::name).collect()
+        change.upserted.iter().map(|resource| resource.name()).collect()
     }
 
     #[test]
@@ -422,7 +478,8 @@ mod tests {
         let change = manifests.settle().expect("new");
         assert!(change.upserted.is_empty());
         assert_eq!(change.unreadable, BTreeSet::from([format!("{KEY}p")]));
-        let [Resource::NetworkPolicy(stand_in)] = &change.stand_ins[..] else { panic!("{change:?}") };
+        let [stand_in] = &change.stand_ins[..] else { panic!("{change:?}") };
+        let Resource::NetworkPolicy(stand_in) = &**stand_in else { panic!("{stand_in:?}") };
         assert!(stand_in.spec.ingress.is_empty());
         // Another file has a good one.
         manifests.set("b.yaml", Ok(policy("p", "a", "80").as_bytes()));
@@ -485,6 +542,9 @@ mod tests {
                     let key = format!("{KEY}p{name}");
                     proptest::prop_assert!(held.contains(&key), "{}", key);
                 }
+                // Nothing was overlooked that did not seem to change.
+                manifests.touched = manifests.mentions.keys().chain(manifests.owners.keys()).cloned().collect();
+                proptest::prop_assert_eq!(manifests.settle(), None);
             }
         }
     }

@@ -17,6 +17,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -44,10 +45,10 @@ const GONE_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Change {
     /// New or different resources.
-    pub upserted: Vec<Resource>,
+    pub upserted: Vec<Arc<Resource>>,
     /// New or different, for objects whose document can only be read in part and that have no last good version:
     /// what lets nothing pass that the document may forbid. To be used unless an earlier run stored a good one.
-    pub stand_ins: Vec<Resource>,
+    pub stand_ins: Vec<Arc<Resource>>,
     /// [`Resource::store_key`] of those that no document defines any more, not even one that cannot be read.
     pub removed: Vec<String>,
     /// [`Resource::store_key`] of all objects now whose document cannot be read and that have no last good version.
