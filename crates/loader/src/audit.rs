@@ -91,6 +91,7 @@ impl Datapath {
     pub fn audit(&mut self, places: &[Place]) -> Result<Audit, LoadError> {
         let mut audit = Audit::default();
         self.audit_maps(&mut audit);
+        self.audit_kept(&mut audit);
         let wanted: Vec<(Place, &'static str, u32)> = places.iter().flat_map(|place| place.programs()).collect();
         self.hold()?;
         let keep = |held: &Attachment| {
@@ -151,6 +152,14 @@ impl Datapath {
             Ok(_) => Some(Found::Other(info.program)),
             // Of a program that is not loaded nothing can be said.
             Err(_) => None,
+        }
+    }
+
+    /// The pins that the next start finds programs by.
+    fn audit_kept(&self, audit: &mut Audit) {
+        for (path, program) in self.programs.kept().filter(|(path, _)| !path.exists()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            put_back(&path, format!("programs/{name}"), program, audit);
         }
     }
 

@@ -98,6 +98,12 @@ impl Programs {
         Ok(())
     }
 
+    /// Those that are loaded, each with the pin that the next start finds it by.
+    pub fn kept(&self) -> impl Iterator<Item = (PathBuf, &ProgramFd)> {
+        let loaded = self.ebpf.programs().filter(|(name, _)| !trial::is_ours(name));
+        loaded.filter_map(|(name, program)| Some((self.pin_of(name), program.fd().ok()?)))
+    }
+
     // === One program, loaded ===
 
     pub fn classifier(&mut self, name: &str) -> Result<&mut SchedClassifier, LoadError> {

@@ -2,14 +2,15 @@
 //! made right, or named in `cirri status` if that cannot be.
 //!
 //! The kernel tells of devices, addresses, routes, neighbours and rules ([`NetworkNews`]); of programs, pins,
-//! maps and settings it tells nothing, so these are looked at every [`EVERY`], the others too now and then. Nothing is decided here
-//! about what should be there: rows that differ become work for the reconcilers again.
+//! maps and settings it tells nothing, so these are looked at every [`EVERY`], the others too now and then.
+//! Nothing is decided here about what should be there: rows that differ become work for the reconcilers again.
 //!
-//! Two who manage the same thing could repair it for ever, so repairs of one thing are rationed: a few at
-//! once, then one every [`REFILL`]. Until it has been left alone for a while it is a problem of status.
+//! Two who manage the same thing could repair it for ever, so repairs of one thing are rationed ([`Repairs`]).
+//! Until it has been left alone for a while it is a problem of status.
 
 mod devices;
 mod programs;
+mod repairs;
 mod routes;
 mod settings;
 mod tables;
@@ -26,32 +27,29 @@ use super::Shared;
 use super::core::Core;
 use super::problems::Finding;
 use crate::api::ProblemKind;
+use repairs::Repairs;
 
 /// How often that is looked at of which the kernel tells nothing.
 const EVERY: Duration = Duration::from_secs(2);
 /// How many times more rarely the network is compared unasked.
 const NETWORK: u32 = 8;
-/// At least this many times as long as a comparison took passes before the next one: on a node with ten thousand
-/// services it takes longer.
+/// At least this many times as long as it took to compare the maps passes before they are compared again: on a node
+/// with ten thousand services it takes longer.
 const IDLE: u32 = 500;
 /// The longest that may become.
 const RARELY: Duration = Duration::from_secs(60);
 /// How long news are gathered: daemons change things in bursts.
 const BURST: Duration = Duration::from_millis(20);
-/// The same for news that come again and again: as many times as long as a comparison took.
+/// After news nothing is compared for this many times as long as the comparison took: there may be more and more.
 const BUSY: u32 = 20;
-/// How many times one thing is repaired at once.
-const ALLOWANCE: u32 = 5;
-/// How often after that.
-const REFILL: Duration = Duration::from_secs(10);
 
 /// What is known about how the kernel drifts.
 #[derive(Debug, Default)]
 pub struct Drift {
-    /// Things that were repaired lately.
-    repairs: BTreeMap<(ProblemKind, String), Repairs>,
-    /// Repairs since the start, by kind.
-    repaired: BTreeMap<ProblemKind, u64>,
+    /// What was repaired.
+    repairs: Repairs,
+    /// When the maps are compared next.
+    maps_due: Option<Instant>,
     /// Who changed the network last, as far as the kernel says: a process.
     changed_by: u32,
     /// The kernel's numbers of rule sets that were read and are right.
@@ -66,27 +64,14 @@ pub struct Drift {
     gone: BTreeMap<u16, Instant>,
 }
 
-#[derive(Debug)]
-struct Repairs {
-    /// How many may still be made.
-    left: u32,
-    /// When the last one was added to these.
-    refilled: Instant,
-    /// All of them.
-    count: u64,
-    /// What is wrong, as long as it is held back.
-    held: Option<Finding>,
-}
-
 /// What a comparison found that it does not repair.
 type Findings = Vec<(ProblemKind, String, Finding)>;
 
 /// Looks after the kernel, for ever.
 pub async fn watch(shared: Arc<Shared>, mut news: NetworkNews) {
-    let mut pause = EVERY;
-    let mut next = tokio::time::Instant::now() + EVERY;
+    let mut next = Instant::now() + EVERY;
     let mut deaf = false;
-    let mut round = u32::MAX;
+    let mut round = 0u32;
     loop {
         let told = tokio::select! {
             change = news.next(), if !deaf => match change {
@@ -97,43 +82,44 @@ pub async fn watch(shared: Arc<Shared>, mut news: NetworkNews) {
                     continue;
                 }
             },
-            () = tokio::time::sleep_until(next) => None,
+            () = tokio::time::sleep_until(next.into()) => None,
         };
         let mut by = 0;
         if let Some(change) = told {
-            tokio::time::sleep(pause.min(BURST)).await;
+            tokio::time::sleep(BURST).await;
             by = change.by;
             while let Some(change) = news.known() {
                 by = if change.by == 0 { by } else { change.by };
             }
         }
-        let began = cpu_time();
-        let rest = told.is_none();
-        round = if rest { round.wrapping_add(1) } else { round };
-        let network = !rest || deaf || round.is_multiple_of(NETWORK);
-        shared.compare(network, rest, by).await;
-        let took = cpu_time().saturating_sub(began);
+        let rest = Instant::now() >= next;
+        round = round.wrapping_add(rest.into());
+        let network = told.is_some() || deaf || round.is_multiple_of(NETWORK);
+        let took = shared.compare(network, rest, by).await;
         if rest {
-            next = tokio::time::Instant::now() + took.saturating_mul(IDLE).clamp(EVERY, RARELY);
-        } else {
+            next = Instant::now() + EVERY;
+        }
+        if told.is_some() {
             // The news of our own repairs are among the next ones.
-            pause = BURST;
             tokio::time::sleep(took.saturating_mul(BUSY).min(EVERY)).await;
         }
     }
 }
 
 impl Shared {
-    /// Compares the network, the rest, or both, and wakes those who make it right.
-    async fn compare(self: &Arc<Self>, network: bool, rest: bool, by: u32) {
-        let now = Instant::now();
+    /// Compares the network, the rest, or both, and wakes those who make it right. Answers how much processor time
+    /// that took.
+    async fn compare(self: &Arc<Self>, network: bool, rest: bool, by: u32) -> Duration {
         let mut core = self.core.lock().await;
+        let (now, began) = (Instant::now(), cpu_time());
         if by != 0 {
             core.drift.changed_by = by;
         }
+        // What is held back may be repaired, or be right again, without any news.
+        let network = network || core.drift.repairs.next_look().is_some_and(|look| look <= now);
         let mut outcome = if network { core.compare_network(now).await } else { Ok(()) };
-        if rest && outcome.is_ok() {
-            outcome = core.compare_rest(now);
+        if rest {
+            outcome = outcome.and(core.compare_rest(now));
             if core.release_gone(now).await {
                 // Who is gone for good is no problem any more.
                 outcome = outcome.and(core.compare_network(now).await);
@@ -147,6 +133,7 @@ impl Shared {
         if work {
             self.desired();
         }
+        cpu_time().saturating_sub(began)
     }
 }
 
@@ -169,25 +156,30 @@ impl Core {
         Ok(())
     }
 
-    /// What the kernel tells nothing about.
+    /// What the kernel tells nothing about. What cannot be compared keeps nothing else from it.
     fn compare_rest(&mut self, now: Instant) -> anyhow::Result<()> {
         let mut findings = Findings::new();
-        self.compare_settings(now, &mut findings)?;
+        let mut outcome = self.compare_settings(now, &mut findings);
+        let mut kinds = vec![ProblemKind::Setting];
         if self.filled {
-            self.compare_tables(now)?;
-            self.compare_programs(now, &mut findings)?;
+            outcome = outcome.and(self.compare_programs(now, &mut findings));
+            kinds.extend([ProblemKind::Program, ProblemKind::Pin]);
+            if self.drift.maps_due.is_none_or(|due| due <= now) {
+                let began = cpu_time();
+                outcome = outcome.and(self.compare_tables(now));
+                kinds.push(ProblemKind::Map);
+                let took = cpu_time().saturating_sub(began);
+                self.drift.maps_due = Some(now + took.saturating_mul(IDLE).min(RARELY));
+            }
         }
-        let kinds = [ProblemKind::Setting, ProblemKind::Map, ProblemKind::Program, ProblemKind::Pin];
         self.note_drift(&kinds, findings, now);
-        Ok(())
+        outcome
     }
 
     /// Says what was found of these kinds, and what is held back.
     fn note_drift(&mut self, kinds: &[ProblemKind], findings: Findings, now: Instant) {
-        self.drift.repairs.retain(|_, repairs| !repairs.is_over(now));
         for kind in kinds {
-            let held = self.drift.repairs.iter().filter(|((of, _), _)| of == kind);
-            let held = held.filter_map(|((_, object), repairs)| Some((object.clone(), repairs.held.clone()?)));
+            let held = self.drift.repairs.held(*kind, now);
             let found = findings.iter().filter(|(of, ..)| of == kind);
             let found = found.map(|(_, object, finding)| (object.clone(), finding.clone()));
             // Of one thing, that somebody changes it again and again says more than what it is now.
@@ -197,56 +189,14 @@ impl Core {
 
     /// Repairs since the start, by kind.
     pub fn repaired(&self) -> BTreeMap<ProblemKind, u64> {
-        self.drift.repaired.clone()
+        self.drift.repairs.count()
     }
 }
 
 impl Drift {
     /// Something is not as it was left; whether it may be repaired now. Says so in the log and counts it.
     fn repair(&mut self, what: ProblemKind, object: &str, found: &str, wanted: &str, now: Instant) -> bool {
-        let repairs = self.repairs.entry((what, object.to_owned())).or_insert_with(|| Repairs {
-            left: ALLOWANCE,
-            refilled: now,
-            count: 0,
-            held: None,
-        });
-        repairs.refill(now);
-        let by = process_name(self.changed_by);
-        if repairs.left == 0 {
-            let count = repairs.count;
-            if repairs.held.is_none() {
-                tracing::error!(%what, object, found, wanted, count, by, "changed again and again; repaired less often");
-            }
-            let remedy = format!(
-                "it was repaired {count} times, and somebody{} changes it again and again: find out who, and stop that",
-                if by.is_empty() { String::new() } else { format!(" (the last one to change the network was {by})") }
-            );
-            repairs.held = Some(Finding::new(found, remedy).wanted(wanted));
-            return false;
-        }
-        repairs.left -= 1;
-        repairs.count += 1;
-        *self.repaired.entry(what).or_default() += 1;
-        tracing::warn!(%what, object, found, wanted, by, "drift: it is made right");
-        true
-    }
-}
-
-impl Repairs {
-    fn refill(&mut self, now: Instant) {
-        while self.left < ALLOWANCE && now.duration_since(self.refilled) >= REFILL {
-            self.left += 1;
-            self.refilled += REFILL;
-        }
-        if self.left == ALLOWANCE {
-            self.refilled = now;
-        }
-    }
-
-    /// Whether it has been left alone for long.
-    fn is_over(&mut self, now: Instant) -> bool {
-        self.refill(now);
-        self.left == ALLOWANCE
+        self.repairs.ask(what, object, [found, wanted], &process_name(self.changed_by), now)
     }
 }
 
@@ -263,29 +213,4 @@ fn process_name(pid: u32) -> String {
 fn cpu_time() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn repairs_of_one_thing_are_rationed_named_and_forgotten_when_it_is_left_alone() {
-        let start = Instant::now();
-        let mut drift = Drift::default();
-        let repair = |drift: &mut Drift, object: &str, at: u64| {
-            drift.repair(ProblemKind::Route, object, "gone", "there", start + Duration::from_millis(at))
-        };
-        let made = (0..100).filter(|step| repair(&mut drift, "a", step * 100)).count();
-        assert_eq!(made, ALLOWANCE as usize, "within {REFILL:?}");
-        assert!(repair(&mut drift, "b", 9_900), "another thing has nothing to do with it");
-        let key = (ProblemKind::Route, "a".to_owned());
-        let held = drift.repairs[&key].held.clone().unwrap();
-        assert!(held.remedy.contains("5 times") && held.found == "gone" && held.wanted == "there", "{held:?}");
-        assert!(repair(&mut drift, "a", 10_100) && !repair(&mut drift, "a", 10_200), "one every {REFILL:?}");
-        assert_eq!(drift.repaired[&ProblemKind::Route], 7);
-        let over =
-            |drift: &mut Drift, at| drift.repairs.get_mut(&key).unwrap().is_over(start + Duration::from_secs(at));
-        assert!(!over(&mut drift, 50) && over(&mut drift, 80));
-    }
 }

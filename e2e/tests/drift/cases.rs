@@ -1,0 +1,235 @@
+//! The kinds of drift.
+
+use std::fs;
+use std::process::Command;
+
+use super::World;
+
+/// What is done by hand, and what comes of it.
+pub struct Case {
+    pub name: &'static str,
+    pub damage: fn(&World),
+    pub comes: Comes,
+}
+
+pub enum Comes {
+    /// It is made right: the kernel is again as this finds it.
+    Repaired(fn(&World) -> String),
+    /// It is named by kind and object, until somebody does this.
+    Named(&'static str, fn(&World) -> String, fn(&World)),
+}
+use Comes::{Named, Repaired};
+
+/// All of them. Each begins with a node on which all is well.
+pub const CASES: &[Case] = &[
+    Case {
+        name: "routes flushed (IPv4)",
+        damage: |w| drop(w.ip("route flush table main proto 193")),
+        comes: Repaired(World::routes),
+    },
+    Case {
+        name: "routes flushed (IPv6)",
+        damage: |w| drop(w.ip("-6 route flush table main proto 193")),
+        comes: Repaired(World::routes),
+    },
+    Case {
+        name: "a route deleted",
+        damage: |w| drop(w.ip(&format!("route del {}", w.v4))),
+        comes: Repaired(World::routes),
+    },
+    Case {
+        name: "a route replaced by another's",
+        damage: |w| drop(w.ip(&format!("route replace blackhole {}", w.v4))),
+        comes: Repaired(World::routes),
+    },
+    Case {
+        name: "a route stands before ours (IPv6, smaller metric)",
+        damage: |w| drop(w.ip(&format!("-6 route add {}/128 dev eth0 metric 1", w.v6))),
+        comes: Named(
+            "route",
+            |w| w.v6.clone(),
+            |w| drop(w.ip(&format!("-6 route del {}/128 dev eth0 metric 1", w.v6))),
+        ),
+    },
+    Case {
+        name: "permanent neighbours flushed",
+        damage: |w| drop(w.ip("neigh flush nud permanent")),
+        comes: Repaired(World::neighbours),
+    },
+    Case {
+        name: "a neighbour with another Ethernet address",
+        damage: |w| {
+            drop(w.ip(&format!("neigh replace {} dev {} lladdr 02:00:00:00:00:99 nud permanent", w.v4, w.device)))
+        },
+        comes: Repaired(World::neighbours),
+    },
+    Case {
+        name: "a policy rule stands before the main table",
+        damage: |w| drop(w.ip(&format!("rule add pref 10 to {} blackhole", w.range))),
+        comes: Named("route", |w| w.range.clone(), |w| drop(w.ip("rule del pref 10"))),
+    },
+    Case {
+        name: "the rule of the main table is gone",
+        damage: |w| drop(w.ip("rule del pref 32766")),
+        comes: Named("route", |_| "policy rules of IPv4".to_owned(), |w| drop(w.ip("rule add pref 32766 table main"))),
+    },
+    Case {
+        name: "the overlay device deleted",
+        damage: |w| drop(w.ip("link del cirri_vxlan")),
+        comes: Repaired(|w| w.overlay() + &w.routes()),
+    },
+    Case {
+        name: "the overlay device down",
+        damage: |w| drop(w.ip("link set cirri_vxlan down")),
+        comes: Repaired(|w| w.overlay() + &w.routes()),
+    },
+    Case {
+        name: "the overlay device with another MTU",
+        damage: |w| drop(w.ip("link set cirri_vxlan mtu 1200")),
+        comes: Repaired(World::overlay),
+    },
+    Case {
+        name: "the overlay device made otherwise",
+        damage: |w| {
+            w.ip("link del cirri_vxlan");
+            // The agent may be faster: then there is one of the name.
+            let add = ["ip", "link", "add", "cirri_vxlan", "type", "vxlan", "id", "7", "dstport", "4790"];
+            drop(w.node.run(|| Command::new(add[0]).args(&add[1..]).output()).unwrap());
+        },
+        comes: Repaired(|w| w.overlay() + &w.routes()),
+    },
+    Case {
+        name: "the overlay device renamed",
+        damage: |w| {
+            w.ip("link set cirri_vxlan down");
+            drop(
+                w.node
+                    .run(|| Command::new("ip").args("link set cirri_vxlan name other0 up".split(' ')).output())
+                    .unwrap(),
+            );
+        },
+        comes: Repaired(|w| w.overlay() + &w.routes()),
+    },
+    Case {
+        name: "a workload's device down",
+        damage: |w| drop(w.ip(&format!("link set {} down", w.device))),
+        comes: Repaired(|w| w.link(&w.device) + &w.routes() + &w.neighbours()),
+    },
+    Case {
+        name: "a workload's device with another MTU",
+        damage: |w| drop(w.ip(&format!("link set {} mtu 900", w.device))),
+        comes: Repaired(|w| w.link(&w.device)),
+    },
+    Case {
+        name: "a workload's device with another Ethernet address",
+        damage: |w| drop(w.ip(&format!("link set {} address 02:00:00:00:00:77", w.device))),
+        comes: Repaired(|w| w.link(&w.device)),
+    },
+    Case {
+        name: "a workload's device in a bridge",
+        damage: |w| {
+            w.ip("link add br-other type bridge");
+            w.ip(&format!("link set {} master br-other", w.device));
+        },
+        comes: Repaired(|w| w.link(&w.device)),
+    },
+    Case {
+        name: "a workload's device renamed",
+        damage: |w| {
+            w.ip(&format!("link set {} down", w.device));
+            let rename = format!("link set {} name other1 up", w.device);
+            drop(w.node.run(|| Command::new("ip").args(rename.split(' ')).output()).unwrap());
+        },
+        comes: Repaired(|w| w.link(&w.device) + &w.routes()),
+    },
+    Case {
+        name: "the device to the network down",
+        damage: |w| drop(w.ip("link set eth0 down")),
+        comes: Named("device", |_| "eth0".to_owned(), World::bring_eth0_back),
+    },
+    Case {
+        name: "the node's address removed",
+        damage: |w| drop(w.ip(&format!("addr del {} dev eth0", w.addresses[0]))),
+        comes: Named("address", |w| w.addresses[0].split('/').next().unwrap().to_owned(), World::bring_eth0_back),
+    },
+    Case {
+        name: "programs detached from a workload's device",
+        damage: |w| w.detach(&format!("from_workload-{}", w.ifindex)),
+        comes: Repaired(World::programs),
+    },
+    Case {
+        name: "programs detached from the device to the network",
+        damage: |w| {
+            let eth0 = w.json("link show eth0")[0]["ifindex"].clone();
+            w.detach(&format!("from_network-{eth0}"));
+        },
+        comes: Repaired(World::programs),
+    },
+    Case {
+        name: "a program detached from the sockets",
+        damage: |w| w.detach("connect4-0"),
+        comes: Repaired(|w| w.attached("connect4-0")),
+    },
+    Case {
+        name: "a pin of a link removed",
+        damage: |w| fs::remove_file(w.pins.join(format!("links/to_workload-{}", w.ifindex))).unwrap(),
+        comes: Repaired(|w| w.pinned() + &w.programs()),
+    },
+    Case {
+        name: "the pin of a map removed",
+        damage: |w| fs::remove_file(w.maps().join("IPCACHE")).unwrap(),
+        comes: Repaired(World::pinned),
+    },
+    Case {
+        name: "all pins removed",
+        damage: |w| fs::remove_dir_all(&w.pins).unwrap(),
+        comes: Repaired(|w| w.pinned() + &w.programs()),
+    },
+    Case {
+        name: "the address cache emptied",
+        damage: |w| w.delete_entries("IPCACHE"),
+        comes: Repaired(|w| w.shown("IPCACHE")),
+    },
+    Case {
+        name: "endpoints removed",
+        damage: |w| w.delete_entries("ENDPOINTS"),
+        comes: Repaired(|w| w.shown("ENDPOINTS")),
+    },
+    Case {
+        name: "devices altered",
+        damage: |w| w.clear_entries("DEVICES"),
+        comes: Repaired(|w| w.shown("DEVICES") + &w.shown("ENDPOINTS")),
+    },
+    Case {
+        name: "rule sets removed",
+        damage: |w| w.delete_entries("RULESETS"),
+        comes: Repaired(|w| w.slots("RULESETS")),
+    },
+    Case { name: "the node's row cleared", damage: |w| w.clear_entries("NODE"), comes: Repaired(|w| w.shown("NODE")) },
+    Case {
+        name: "services removed",
+        damage: |w| w.delete_entries("SERVICES"),
+        comes: Repaired(|w| w.shown("SERVICES")),
+    },
+    Case {
+        name: "forwarding turned off",
+        damage: |w| w.write_sysctl("ipv4/ip_forward", "0"),
+        comes: Repaired(|w| w.sysctl("ipv4/ip_forward")),
+    },
+    Case {
+        name: "the reverse-path filter turned on",
+        damage: |w| {
+            for device in ["all", "eth0", &w.device] {
+                w.write_sysctl(&format!("ipv4/conf/{device}/rp_filter"), "1");
+            }
+        },
+        comes: Repaired(|w| {
+            ["all", "eth0", &w.device].map(|it| w.sysctl(&format!("ipv4/conf/{it}/rp_filter"))).concat()
+        }),
+    },
+    Case {
+        name: "the reserved ports given away",
+        damage: |w| w.write_sysctl("ipv4/ip_local_reserved_ports", ""),
+        comes: Repaired(|w| w.sysctl("ipv4/ip_local_reserved_ports")),
+    },
+];

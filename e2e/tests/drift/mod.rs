@@ -1,0 +1,290 @@
+//! The node that drifts, and what is seen of it from outside: by `ip`, `bpftool` and `/proc/sys`, never by the agent.
+
+mod cases;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use cirri_e2e::lab::{Lab, output, printed};
+use cirri_loader::net::Namespace;
+use serde_json::Value;
+
+pub use cases::{CASES, Case, Comes};
+
+pub const SHOP: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: shop, labels: {app: client}}
+spec: {nodeName: node1, containers: [{name: c, image: none}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: near, namespace: shop, labels: {app: web}}
+spec: {nodeName: node1, containers: [{name: c, image: none, ports: [{name: http, containerPort: 80}]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: far, namespace: shop, labels: {app: web}}
+spec: {nodeName: node2, containers: [{name: c, image: none, ports: [{name: http, containerPort: 80}]}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: closed, namespace: shop, labels: {app: closed}}
+spec: {nodeName: node1, containers: [{name: c, image: none, ports: [{containerPort: 80}]}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed, namespace: shop}
+spec: {podSelector: {matchLabels: {app: closed}}, policyTypes: [Ingress]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIPs: [10.96.0.80], selector: {app: web}, ports: [{port: 80, targetPort: http}]}
+"#;
+
+/// The node that drifts.
+pub struct World {
+    pub lab: Lab,
+    pub node: Namespace,
+    /// Its pins: links, and the maps under the hash of the ABI.
+    pub pins: PathBuf,
+    /// The node's side of the device of `near`, its number, and the pod's addresses.
+    pub device: String,
+    pub ifindex: u32,
+    pub v4: String,
+    pub v6: String,
+    /// Its peer's pod range.
+    pub range: String,
+    /// What the device to the network has beside programs, as `ip` takes it: addresses, and routes by them.
+    pub addresses: Vec<String>,
+    pub uplink_routes: Vec<String>,
+}
+
+impl World {
+    pub fn ip(&self, arguments: &str) -> String {
+        let mut argv = vec!["ip"];
+        argv.extend(arguments.split_whitespace());
+        printed(&self.node, &argv)
+    }
+
+    pub fn json(&self, arguments: &str) -> Vec<Value> {
+        let text = self.ip(&format!("-j {arguments}"));
+        if text.trim().is_empty() { Vec::new() } else { serde_json::from_str(&text).unwrap() }
+    }
+
+    /// Every link has the same numbers of things that do not change by themselves.
+    pub fn link(&self, name: &str) -> String {
+        let all = self.json("-d link show");
+        let link = all.iter().find(|link| link["ifname"] == name).cloned().unwrap_or_default();
+        let up = link["flags"].as_array().is_some_and(|flags| flags.contains(&"UP".into()));
+        let data = &link["linkinfo"]["info_data"];
+        format!(
+            "{name}: up {up}, mtu {}, master {}, address {}, port {}, external {}",
+            link["mtu"], link["master"], link["address"], data["port"], data["external"]
+        )
+    }
+
+    /// The same for the overlay's, whose address is picked by the kernel.
+    pub fn overlay(&self) -> String {
+        let text = self.link("cirri_vxlan");
+        let (before, after) = text.split_once(", address ").unwrap();
+        format!("{before}{}", &after[after.find(", ").unwrap()..])
+    }
+
+    /// As an administrator would: the kernel forgot addresses and routes with the device or the address.
+    pub fn bring_eth0_back(&self) {
+        self.ip("link set eth0 up");
+        for address in &self.addresses {
+            self.ip(&format!("addr replace {address} dev eth0"));
+        }
+        for route in &self.uplink_routes {
+            self.ip(route);
+        }
+    }
+
+    pub fn routes(&self) -> String {
+        let shown = |family: &str| {
+            let routes = self.json(&format!("{family} route show table main proto 193"));
+            let one = |route: Value| {
+                // The overlay's number may be another; its name is not.
+                format!("{} {} {} {} {}", route["type"], route["dst"], route["gateway"], route["dev"], route["prefsrc"])
+            };
+            routes.into_iter().map(one).collect::<BTreeSet<_>>()
+        };
+        format!("{:#?}", (shown("-4"), shown("-6")))
+    }
+
+    pub fn neighbours(&self) -> String {
+        let all = self.json("neigh show nud permanent");
+        let shown = all.iter().map(|it| format!("{} {} {}", it["dst"], it["dev"], it["lladdr"]));
+        format!("{:#?}", shown.collect::<BTreeSet<_>>())
+    }
+
+    pub fn sysctl(&self, name: &str) -> String {
+        printed(&self.node, &["cat", &format!("/proc/sys/net/{name}")])
+    }
+
+    pub fn write_sysctl(&self, name: &str, value: &str) {
+        printed(&self.node, &["sh", "-c", &format!("printf '{value}\n' > /proc/sys/net/{name}")]);
+    }
+
+    /// The programs on the node's devices and where their links are, by what `bpftool` says.
+    pub fn programs(&self) -> String {
+        let net = printed(&self.node, &["bpftool", "-j", "net", "show"]);
+        let net: Value = serde_json::from_str(&net).unwrap();
+        let all = net[0]["tc"].as_array().cloned().unwrap_or_default();
+        let shown = all.iter().map(|it| format!("{} {} {}", it["devname"], it["kind"], it["name"]));
+        format!("{:#?}", shown.collect::<BTreeSet<_>>())
+    }
+
+    pub fn pinned(&self) -> String {
+        let mut all = BTreeSet::new();
+        for directory in fs::read_dir(&self.pins).into_iter().flatten().flatten() {
+            for file in fs::read_dir(directory.path()).into_iter().flatten().flatten() {
+                all.insert(file.path().strip_prefix(&self.pins).unwrap().display().to_string());
+            }
+        }
+        // Of the overlay's device the number may be another.
+        format!("{:#?}", all)
+    }
+
+    pub fn maps(&self) -> PathBuf {
+        let mut entries = fs::read_dir(&self.pins).unwrap().map(|entry| entry.unwrap().path());
+        entries.find(|path| !path.ends_with("links") && !path.ends_with("programs")).expect("a set of maps")
+    }
+
+    pub fn bpftool(&self, arguments: &[&str]) -> String {
+        let run = Command::new("bpftool").args(arguments).output().unwrap();
+        assert!(run.status.success(), "bpftool {arguments:?}: {run:?}");
+        String::from_utf8_lossy(&run.stdout).into_owned()
+    }
+
+    /// The entries of a map, as words of hexadecimal bytes.
+    pub fn entries(&self, map: &str) -> Vec<(Vec<String>, Vec<String>)> {
+        let path = self.maps().join(map).display().to_string();
+        let text = self.bpftool(&["-j", "map", "dump", "pinned", &path]);
+        let words = |value: &Value| -> Vec<String> {
+            value.as_array().into_iter().flatten().map(|word| word.as_str().unwrap().to_owned()).collect()
+        };
+        let all: Vec<Value> = serde_json::from_str(&text).unwrap();
+        all.iter().map(|entry| (words(&entry["key"]), words(&entry["value"]))).collect()
+    }
+
+    pub fn shown(&self, map: &str) -> String {
+        let all = self.entries(map).into_iter().map(|(key, value)| format!("{} = {}", key.join(" "), value.join(" ")));
+        format!("{map} {:#?}", all.collect::<BTreeSet<_>>())
+    }
+
+    /// Of a map of maps: which slots have one.
+    pub fn slots(&self, map: &str) -> String {
+        format!("{:?}", self.entries(map).into_iter().map(|(key, _)| key.join(" ")).collect::<BTreeSet<_>>())
+    }
+
+    pub fn delete_entries(&self, map: &str) {
+        let path = self.maps().join(map).display().to_string();
+        for (key, _) in self.entries(map) {
+            let mut arguments = vec!["map", "delete", "pinned", &path, "key"];
+            arguments.extend(key.iter().map(String::as_str));
+            self.bpftool(&arguments);
+        }
+    }
+
+    /// Writes zeros into the first entries that have something.
+    pub fn clear_entries(&self, map: &str) {
+        let path = self.maps().join(map).display().to_string();
+        let some = |(_, value): &(Vec<String>, Vec<String>)| value.iter().any(|word| word != "0x00");
+        for (key, value) in self.entries(map).into_iter().filter(some).take(3) {
+            let zeros = vec!["0x00"; value.len()];
+            let mut arguments = vec!["map", "update", "pinned", &path, "key"];
+            arguments.extend(key.iter().map(String::as_str));
+            arguments.push("value");
+            arguments.extend(zeros);
+            self.bpftool(&arguments);
+        }
+    }
+
+    pub fn detach(&self, link: &str) {
+        let pin = self.pins.join("links").join(link).display().to_string();
+        self.bpftool(&["link", "detach", "pinned", &pin]);
+    }
+
+    /// What a link is attached to, as the kernel says.
+    pub fn attached(&self, link: &str) -> String {
+        let pin = self.pins.join("links").join(link).display().to_string();
+        let run = Command::new("bpftool").args(["-j", "link", "show", "pinned", &pin]).output().unwrap();
+        let link: Value = serde_json::from_slice(&run.stdout).unwrap_or_default();
+        format!("{} {} {}", link["type"], link["devname"], link["cgroup_id"])
+    }
+
+    pub fn status(&self) -> Value {
+        self.lab.ask("node1", &["status"]).unwrap()
+    }
+
+    pub fn names(&self, what: &str, object: &str) -> bool {
+        let status = self.status();
+        let problems = status["problems"].as_array().cloned().unwrap_or_default();
+        let named = |it: &Value| it["what"] == what && it["object"].as_str().is_some_and(|it| it.contains(object));
+        problems.iter().any(named)
+    }
+
+    /// How many the agent has made: what looks right may not have been damaged yet.
+    pub fn repairs(&self) -> u64 {
+        self.status()["repaired"].as_object().unwrap().values().filter_map(Value::as_u64).sum()
+    }
+
+    pub fn is_well(&self) -> bool {
+        output(["--socket", &self.lab.socket("node1"), "status", "--check"]).unwrap().status.success()
+    }
+
+    pub fn assert_traffic(&self, what: &str) {
+        for (to, verdict) in [("shop/near", "allowed"), ("shop/far", "allowed"), ("shop/closed", "denied")] {
+            let verdicts = self.lab.verdicts("shop/client", to, 80).unwrap();
+            assert!(verdicts.values().all(|it| it == verdict), "{what}: {to} {verdicts:?}");
+        }
+        let service = self.lab.verdicts("shop/client", "svc:shop/web", 80).unwrap();
+        assert!(service.values().all(|it| it == "allowed"), "{what}: the service {service:?}");
+    }
+}
+
+/// A lab of two nodes with a client, servers and a service.
+pub fn world(name: &str) -> World {
+    let lab = Lab::up(name, 2, &[]).unwrap();
+    lab.apply(SHOP).unwrap();
+    let endpoints: Vec<Value> = lab.ask("node1", &["endpoint", "list"]).unwrap();
+    let near = endpoints.iter().find(|endpoint| endpoint["pod"] == "near").unwrap();
+    let status: Value = lab.ask("node2", &["status"]).unwrap();
+    let address = |at: usize| near["addresses"][at].as_str().unwrap().to_owned();
+    let node = lab.netns("node:node1").unwrap();
+    let lines = |arguments: &[&str]| -> Vec<String> { printed(&node, arguments).lines().map(str::to_owned).collect() };
+    let global = lines(&["ip", "-o", "addr", "show", "dev", "eth0", "scope", "global"]);
+    let addresses = global.iter().map(|line| {
+        let nodad = if line.contains("inet6") { " nodad" } else { "" };
+        format!("{}{nodad}", line.split_whitespace().nth(3).unwrap())
+    });
+    let mut uplink_routes = Vec::new();
+    for family in ["-4", "-6"] {
+        let routes = lines(&["ip", family, "route", "show", "default"]);
+        uplink_routes.extend(routes.iter().map(|route| format!("{family} route replace {}", route.trim())));
+    }
+    let world = World {
+        addresses: addresses.collect(),
+        uplink_routes,
+        node: lab.netns("node:node1").unwrap(),
+        pins: PathBuf::from(format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name())),
+        device: near["host_ifname"].as_str().unwrap().to_owned(),
+        ifindex: near["ifindex"].as_u64().unwrap().try_into().unwrap(),
+        v4: address(0),
+        v6: address(1),
+        range: status["pod_cidrs"][0].as_str().unwrap().to_owned(),
+        lab,
+    };
+    world.assert_traffic("before");
+    world
+}
