@@ -111,7 +111,7 @@ cargo xtask COMMAND
   test              format, lints, architecture, and all three rings of tests (root)
   e2e [FILTER]      ring 3 alone: real agents in network namespaces (root)
   verify [--bless]  the verifier's bill for each program, against verify/budget.toml (root)
-  kernels [--load] [--bless] [VERSION]…
+  kernels [--load] [--bless] [VERSION, FILE.deb or STEP]…
                     the same, fixtures, pods, services and `lb` on Debian's Linux 6.1 and 6.12,
                     under qemu, against verify/linux-VERSION.toml (root)
   arch              do the crates depend on each other as ARCHITECTURE.md says?

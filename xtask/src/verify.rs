@@ -15,6 +15,9 @@ const MOST_VERIFIED: u64 = 200_000;
 /// How much a figure may grow, in per cent.
 const SLACK: u64 = 10;
 
+/// What writes the budget of this machine's kernel.
+const COMMAND: &str = "cargo xtask verify";
+
 pub fn command(bless: bool) -> Result<()> {
     product::need_root("verify")?;
     setup::ensure(&[Need::Build, Need::Lab])?;
@@ -22,7 +25,7 @@ pub fn command(bless: bool) -> Result<()> {
     let binary = build::binary(Profile::Debug)?;
     if bless {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-        self::bless(&budget_path(), &kernel, &measure(&binary)?)
+        self::bless(&budget_path(), COMMAND, &kernel, &measure(&binary)?)
     } else {
         check(&binary)
     }
@@ -30,7 +33,7 @@ pub fn command(bless: bool) -> Result<()> {
 
 /// Measures the programs in `binary`, prints the comparison, and fails when one is over budget.
 pub fn check(binary: &Path) -> Result<()> {
-    compare_with(&budget_path(), &measure(binary)?)
+    compare_with(&budget_path(), COMMAND, &measure(binary)?)
 }
 
 /// The budget of another kernel.
@@ -39,24 +42,21 @@ pub fn budget_of(series: &str) -> PathBuf {
 }
 
 /// Holds what `cirri bench verify -o json` printed against a budget, prints the comparison, and fails when a
-/// program is over it.
-pub fn compare_with(path: &Path, json: &str) -> Result<()> {
+/// program is over it. `command` is what writes the budget.
+pub fn compare_with(path: &Path, command: &str, json: &str) -> Result<()> {
     let text = std::fs::read_to_string(path)
-        .with_context(|| format!("{} is missing: the command with --bless writes it", path.display()))?;
+        .with_context(|| format!("{} is missing: `{command} --bless` writes it", path.display()))?;
     let budget = parse_budget(&text).with_context(|| format!("{} cannot be read", path.display()))?;
     let (rows, faults) = compare(&budget, &parse_measured(json)?);
     println!("{}", table::render(&["program", "verified", "stack", "xlated", "jited"], &rows));
     if !faults.is_empty() {
-        bail!(
-            "{}\nIf the growth is worth it: the same command with --bless, and say why in the commit",
-            faults.join("\n")
-        );
+        bail!("{}\nIf the growth is worth it: `{command} --bless`, and say why in the commit", faults.join("\n"));
     }
     Ok(())
 }
 
 /// Writes what was measured as the budget.
-pub fn bless(path: &Path, kernel: &str, json: &str) -> Result<()> {
+pub fn bless(path: &Path, command: &str, kernel: &str, json: &str) -> Result<()> {
     let measured = parse_measured(json)?;
     let over: Vec<String> = measured.iter().filter_map(|(name, bill)| too_costly(name, bill)).collect();
     if !over.is_empty() {
@@ -64,7 +64,7 @@ pub fn bless(path: &Path, kernel: &str, json: &str) -> Result<()> {
     }
     let directory = path.parent().context("the budget's path has no directory")?;
     std::fs::create_dir_all(directory)?;
-    std::fs::write(path, write_budget(&measured, kernel, host::architecture()?))?;
+    std::fs::write(path, write_budget(&measured, command, kernel, host::architecture()?))?;
     println!("{} programs written to {}", measured.len(), path.display());
     Ok(())
 }
@@ -179,10 +179,10 @@ fn difference(before: Option<u64>, now: u64) -> String {
     }
 }
 
-fn write_budget(bills: &Bills, kernel: &str, architecture: &str) -> String {
+fn write_budget(bills: &Bills, command: &str, kernel: &str, architecture: &str) -> String {
     let mut text = format!(
-        "# What each program may cost the verifier. Written by `cargo xtask verify --bless`\n\
-         # on Linux {kernel}, {architecture}; `cargo xtask verify` fails at more than +{SLACK} %.\n\
+        "# What each program may cost the verifier. Written by `{command} --bless`\n\
+         # on Linux {kernel}, {architecture}; `{command}` fails at more than +{SLACK} %.\n\
          # verified: instructions walked; stack, xlated, jited: bytes (jited is shown, not judged).\n"
     );
     for (name, bill) in bills {
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn a_budget_reads_back_as_it_was_written() {
         let written = bills(1500, 240);
-        assert_eq!(parse_budget(&write_budget(&written, "6.18", "x86_64")).unwrap(), written);
+        assert_eq!(parse_budget(&write_budget(&written, COMMAND, "6.18", "x86_64")).unwrap(), written);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::directory;
 use super::steps::Step;
-use crate::{host, sh};
+use crate::{apt, host, sh};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -40,35 +40,89 @@ const MODULES: [&str; 12] = [
 /// Programs of this machine that the binary and the tests call.
 const TOOLS: [&str; 6] = ["ip", "tc", "ethtool", "etcd", "nginx", "curl"];
 
-/// Gets the newest kernel of a series, such as 6.1, that the archive offers.
+/// Gets the newest kernel of a series, such as 6.1, that the archive offers. An old index may name none, or one that
+/// the archive has no more; then it is refreshed.
 pub fn kernel(series: &str) -> Result<Kernel> {
-    if host::architecture()? != "x86_64" {
-        bail!("other kernels are tried on x86_64 only");
+    match offered(series) {
+        Err(_) if host::is_root() && !sh::interrupted() => {
+            sh::step("refreshing the package index: apt-get update");
+            apt::refresh()?;
+            offered(series)
+        }
+        done => done,
     }
-    let pattern = format!("linux-image-{series}.");
-    let names = sh::capture(Command::new("apt-cache").args(["pkgnames", &pattern]))?;
+}
+
+fn offered(series: &str) -> Result<Kernel> {
+    let names = sh::capture(Command::new("apt-cache").args(["pkgnames", &format!("linux-image-{series}.")]))?;
     let package = newest(&names, series).with_context(|| {
-        format!("the package archive offers no linux-image-{series}.…-cloud-amd64; is `apt-get update` long ago?")
+        format!(
+            "the package archive offers no linux-image-{series}.…-cloud-amd64. If you have such a package from \
+             elsewhere: `cargo xtask kernels FILE.deb`"
+        )
     })?;
-    let release = package.trim_start_matches("linux-image-").to_owned();
-    let home = directory().join(&release);
-    let unpacked = home.join("package");
-    let kernel = Kernel {
-        image: unpacked.join("boot").join(format!("vmlinuz-{release}")),
-        modules: unpacked.join("lib/modules").join(&release),
-        release,
-    };
-    if !kernel.modules.join("modules.dep").exists() {
+    let kernel = Kernel::named(package.trim_start_matches("linux-image-"))?;
+    if !kernel.is_unpacked() {
         sh::step(&format!("getting {package}"));
+        let home = kernel.home();
         remove(&home)?;
-        fs::create_dir_all(&unpacked)?;
-        sh::run(Command::new("apt-get").args(["download", "-q", &package]).current_dir(&home))?;
+        fs::create_dir_all(&home)?;
+        let download = ["download", "-q", "-o", "APT::Sandbox::User=root", &package];
+        sh::run(Command::new("apt-get").args(download).current_dir(&home))?;
         let archive = only_file(&home, "deb")?;
-        sh::run(Command::new("dpkg").arg("-x").arg(&archive).arg(&unpacked))?;
+        kernel.unpack(&archive)?;
         fs::remove_file(&archive)?;
-        sh::run(Command::new("depmod").arg("-b").arg(&unpacked).arg(&kernel.release).env("PATH", host::search_path()))?;
     }
     Ok(kernel)
+}
+
+/// The kernel of a package that somebody has.
+pub fn kernel_of(package: &Path) -> Result<Kernel> {
+    let name = package.file_name().unwrap_or_default().to_string_lossy();
+    let release = name.strip_prefix("linux-image-").and_then(|rest| rest.split_once('_')).map(|(release, _)| release);
+    let release =
+        release.with_context(|| format!("{name} is not called as Debian calls kernels: linux-image-RELEASE_….deb"))?;
+    let kernel = Kernel::named(release)?;
+    if !kernel.is_unpacked() {
+        kernel.unpack(package)?;
+    }
+    Ok(kernel)
+}
+
+impl Kernel {
+    fn named(release: &str) -> Result<Kernel> {
+        if host::architecture()? != "x86_64" {
+            bail!("other kernels are tried on x86_64 only");
+        }
+        let unpacked = directory().join(release).join("package");
+        Ok(Kernel {
+            image: unpacked.join("boot").join(format!("vmlinuz-{release}")),
+            modules: unpacked.join("lib/modules").join(release),
+            release: release.to_owned(),
+        })
+    }
+
+    /// 6.1 of 6.1.0-57-cloud-amd64.
+    pub fn series(&self) -> String {
+        self.release.split('.').take(2).collect::<Vec<_>>().join(".")
+    }
+
+    fn home(&self) -> PathBuf {
+        directory().join(&self.release)
+    }
+
+    /// The index of the modules is what is made last.
+    fn is_unpacked(&self) -> bool {
+        self.modules.join("modules.dep").exists()
+    }
+
+    fn unpack(&self, package: &Path) -> Result<()> {
+        let to = self.home().join("package");
+        remove(&to)?;
+        fs::create_dir_all(&to)?;
+        sh::run(Command::new("dpkg").arg("-x").arg(package).arg(&to))?;
+        sh::run(Command::new("depmod").arg("-b").arg(&to).arg(&self.release).env("PATH", host::search_path()))
+    }
 }
 
 /// Files that the guest has beside the kernel's: from where, to where.
@@ -102,7 +156,7 @@ pub fn programs(binary: &Path, steps: &[&Step]) -> Result<Programs> {
 
 /// Writes the file system as an archive that the kernel unpacks into memory.
 pub fn build(kernel: &Kernel, programs: &Programs, script: &str) -> Result<PathBuf> {
-    let home = directory().join(&kernel.release);
+    let home = kernel.home();
     let root = home.join("root");
     remove(&root)?;
     for place in ["applets", "bin", "dev", "etc", "proc", "root", "run", "sys", "tmp", "var"] {

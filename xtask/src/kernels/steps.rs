@@ -12,8 +12,18 @@ pub struct Step {
     pub limit: u32,
     /// The test binaries that it wants, by the names of their files in `e2e/tests`.
     pub tests: &'static [&'static str],
+    /// What it says it did (`@part NAME SECONDS` on a line of its own), one after the other; a row each.
+    pub parts: &'static [Part],
     /// Whether it is among those that every `cargo xtask test` does.
     pub loads: bool,
+}
+
+/// Something that a step does among other things.
+pub struct Part {
+    /// One word.
+    pub name: &'static str,
+    /// For people.
+    pub about: &'static str,
 }
 
 /// The step whose output is the verifier's bill.
@@ -27,6 +37,7 @@ pub const STEPS: &[Step] = &[
         line: "true",
         limit: 10,
         tests: &[],
+        parts: &[],
         loads: true,
     },
     Step {
@@ -35,6 +46,7 @@ pub const STEPS: &[Step] = &[
         line: "/bin/cirri bench verify -o json",
         limit: 600,
         tests: &[],
+        parts: &[],
         loads: true,
     },
     Step {
@@ -43,6 +55,7 @@ pub const STEPS: &[Step] = &[
         line: "/bin/kernel_tables --test-threads=1",
         limit: 1800,
         tests: &["kernel_tables"],
+        parts: &[],
         loads: false,
     },
     Step {
@@ -51,30 +64,20 @@ pub const STEPS: &[Step] = &[
         line: "/bin/kernel_fixtures --test-threads=1",
         limit: 1800,
         tests: &["kernel_fixtures"],
+        parts: &[],
         loads: false,
     },
     Step {
-        name: "pod",
-        about: "pods are attached and reach each other",
-        line: "/bin/lab_kernel --test-threads=1 --exact pods_reach_each_other",
-        limit: 900,
+        name: "node",
+        about: "a lab of two nodes",
+        line: "/bin/lab_kernel --test-threads=1 --exact a_node_works",
+        limit: 1800,
         tests: &["lab_kernel"],
-        loads: false,
-    },
-    Step {
-        name: "policy",
-        about: "a policy is in force",
-        line: "/bin/lab_kernel --test-threads=1 --exact a_policy_is_in_force",
-        limit: 900,
-        tests: &["lab_kernel"],
-        loads: false,
-    },
-    Step {
-        name: "service",
-        about: "a service answers, by socket and by packet",
-        line: "/bin/lab_kernel --test-threads=1 --exact a_service_answers",
-        limit: 900,
-        tests: &["lab_kernel"],
+        parts: &[
+            Part { name: "pod", about: "pods are attached and reach each other" },
+            Part { name: "policy", about: "a policy is in force" },
+            Part { name: "service", about: "a service answers, by socket and by packet" },
+        ],
         loads: false,
     },
     Step {
@@ -83,9 +86,24 @@ pub const STEPS: &[Step] = &[
         line: "/bin/lab_kernel --test-threads=1 --exact a_load_balancer_balances",
         limit: 900,
         tests: &["lab_kernel"],
+        parts: &[],
         loads: false,
     },
 ];
+
+/// What is done on a kernel older than the oldest that Cirri is for: it is refused before anything is changed, in words
+/// that say what it lacks and which kernel will do.
+pub const REFUSAL: &[Step] = &[
+    Step { name: "boot", about: "boots, with the modules that a node needs", line: "true", limit: 10, ..REFUSED },
+    Step {
+        name: "refused",
+        about: "is refused by name, and with what will do",
+        line: "said=$(/bin/cirri bench verify 2>&1) && exit 1; echo \"$said\"; echo \"$said\" | grep -q \"lacks .* (Linux .*; Cirri needs Linux 6.1 or later\"",
+        ..REFUSED
+    },
+];
+
+const REFUSED: Step = Step { name: "", about: "", line: "", limit: 300, tests: &[], parts: &[], loads: true };
 
 #[cfg(test)]
 mod tests {
@@ -93,9 +111,11 @@ mod tests {
 
     #[test]
     fn each_step_has_a_name_of_its_own_of_one_word() {
-        for (i, step) in STEPS.iter().enumerate() {
-            assert!(STEPS.iter().skip(i + 1).all(|other| other.name != step.name), "{}", step.name);
-            assert!(step.name.chars().all(|c| c.is_ascii_lowercase()), "{}", step.name);
+        let parts = STEPS.iter().flat_map(|step| step.parts).map(|part| part.name);
+        let names: Vec<&str> = STEPS.iter().map(|step| step.name).chain(parts).collect();
+        for (i, name) in names.iter().enumerate() {
+            assert!(names.iter().skip(i + 1).all(|other| other != name), "{name}");
+            assert!(name.chars().all(|c| c.is_ascii_lowercase()), "{name}");
         }
         assert!(STEPS.iter().any(|step| step.name == LOAD && step.loads));
     }
