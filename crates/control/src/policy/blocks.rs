@@ -46,26 +46,20 @@ impl Blocks {
         self.iter().find(|(_, n)| *n == number).map(|(net, _)| net)
     }
 
-    /// Numbers of the blocks whose addresses the `ipBlock` means.
-    pub(super) fn meant_by<'a>(&'a self, meant: &'a IpBlock) -> impl Iterator<Item = u32> + 'a {
-        let mut except: Vec<IpNet> = meant.except.iter().map(IpNet::trunc).collect();
-        except.sort_unstable();
-        let mut except = except.into_iter().peekable();
-        // Both go in order, and what contains a prefix comes before it: one look at the widest of late is enough.
-        let mut widest: Option<IpNet> = None;
-        let is_excepted = move |net: &IpNet| {
-            while let Some(next) = except.next_if(|next| next <= net) {
-                if !widest.is_some_and(|widest| widest.contains(&next)) {
-                    widest = Some(next);
+    /// Numbers of the blocks whose addresses at least one of the `ipBlock`s means, each once.
+    ///
+    /// Costs what they and the blocks inside them come to, not every one of these for every other.
+    pub(super) fn meant_by(&self, meant: &[&IpBlock]) -> Vec<u32> {
+        let mut walk = Walk::new(meant);
+        let mut numbers = Vec::new();
+        for root in outermost(meant) {
+            for (net, block) in self.blocks.range(root..).take_while(|(net, _)| root.contains(*net)) {
+                if walk.is_meant(net) {
+                    numbers.push(block.number);
                 }
             }
-            widest.is_some_and(|widest| widest.contains(net))
-        };
-        self.blocks
-            .range(meant.cidr..)
-            .take_while(|(net, _)| meant.cidr.contains(*net))
-            .scan(is_excepted, |is_excepted, (net, block)| Some((!is_excepted(net)).then_some(block.number)))
-            .flatten()
+        }
+        numbers
     }
 
     /// Adds one use of each prefix of the block. Answers those that are new.
@@ -106,6 +100,68 @@ impl Blocks {
             at = (at + 1) % count;
         }
         Identity::MIN_BLOCK + at
+    }
+}
+
+/// The widest of the prefixes, in order.
+fn outermost(meant: &[&IpBlock]) -> Vec<IpNet> {
+    let mut nets: Vec<IpNet> = meant.iter().map(|block| block.cidr.trunc()).collect();
+    nets.sort_unstable();
+    // What contains a prefix comes before it.
+    nets.dedup_by(|next, widest| widest.contains(&*next));
+    nets
+}
+
+/// Goes through prefixes in order, and knows at each how many of some `ipBlock`s mean it.
+struct Walk {
+    /// Prefixes at which an `ipBlock` begins to mean what is inside, or (`true`) ceases to; the next one last.
+    ahead: Vec<(IpNet, usize, bool)>,
+    /// Those that contain the prefix that was looked at last.
+    inside: Vec<(IpNet, usize, bool)>,
+    /// By `ipBlock`, how many of its exceptions do.
+    excepted: Vec<u32>,
+    /// How many `ipBlock`s mean it.
+    count: usize,
+}
+
+impl Walk {
+    fn new(meant: &[&IpBlock]) -> Walk {
+        let marks = meant.iter().enumerate().flat_map(|(index, block)| {
+            let except = block.except.iter().map(move |net| (net.trunc(), index, true));
+            std::iter::once((block.cidr.trunc(), index, false)).chain(except)
+        });
+        let mut ahead: Vec<_> = marks.collect();
+        ahead.sort_unstable_by(|one, other| other.cmp(one));
+        Walk { ahead, inside: Vec::new(), excepted: vec![0; meant.len()], count: 0 }
+    }
+
+    /// Whether one means the prefix; each that is asked for comes after the one before.
+    fn is_meant(&mut self, net: &IpNet) -> bool {
+        while let Some(mark) = self.ahead.pop_if(|(next, ..)| *next <= *net) {
+            self.leave(&mark.0);
+            let (_, index, ends) = mark;
+            self.excepted[index] += u32::from(ends);
+            match (ends, self.excepted[index]) {
+                (true, 1) => self.count -= 1,
+                (false, _) => self.count += 1,
+                _ => {}
+            }
+            self.inside.push(mark);
+        }
+        self.leave(net);
+        self.count > 0
+    }
+
+    /// Leaves what does not contain the prefix.
+    fn leave(&mut self, net: &IpNet) {
+        while let Some((_, index, ends)) = self.inside.pop_if(|(around, ..)| !around.contains(net)) {
+            match (ends, self.excepted[index]) {
+                (true, 1) => self.count += 1,
+                (false, _) => self.count -= 1,
+                _ => {}
+            }
+            self.excepted[index] -= u32::from(ends);
+        }
     }
 }
 
@@ -152,7 +208,8 @@ mod tests {
         for net in ["10.1.3.0/24", "10.2.0.0/24", "10.2.255.7/32", "10.3.255.0/24", "10.4.0.0/16", "10.0.0.0/16"] {
             blocks.acquire(&block(net, &[]));
         }
-        let mut meant: Vec<String> = blocks.meant_by(&wide).map(|n| blocks.prefix(n).unwrap().to_string()).collect();
+        let mut meant: Vec<String> =
+            blocks.meant_by(&[&wide]).into_iter().map(|n| blocks.prefix(n).unwrap().to_string()).collect();
         meant.sort();
         assert_eq!(meant, ["10.0.0.0/16", "10.0.0.0/8", "10.2.0.0/24", "10.4.0.0/16"]);
     }
@@ -165,7 +222,8 @@ mod tests {
         blocks.acquire(&block("10.1.2.0/24", &[]));
         blocks.acquire(&block("10.2.0.0/16", &[]));
         blocks.acquire(&block("0.0.0.0/0", &[]));
-        let mut meant: Vec<String> = blocks.meant_by(&wide).map(|n| blocks.prefix(n).unwrap().to_string()).collect();
+        let mut meant: Vec<String> =
+            blocks.meant_by(&[&wide]).into_iter().map(|n| blocks.prefix(n).unwrap().to_string()).collect();
         meant.sort();
         assert_eq!(meant, ["10.0.0.0/8", "10.2.0.0/16"]);
     }
@@ -183,5 +241,36 @@ mod tests {
         assert_eq!(of(&a, "10.1.0.1/32").as_deref(), Some("10.1.0.0/16"));
         a.release(&y);
         assert_eq!(a.iter().count(), 0);
+    }
+
+    /// As the definition has it, one by one.
+    fn meant_one_by_one(blocks: &Blocks, meant: &[IpBlock]) -> BTreeSet<u32> {
+        let means = |one: &IpBlock, net: &IpNet| {
+            one.cidr.contains(net) && !one.except.iter().any(|except| except.contains(net))
+        };
+        let of = blocks.iter().filter(|(net, _)| meant.iter().any(|one| means(one, net)));
+        of.map(|(_, number)| number).collect()
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn several_blocks_mean_what_each_of_them_means(
+            wanted in proptest::collection::vec((0u8..4, 0u8..16, proptest::collection::vec((0u8..16, 1u8..4), 0..4)), 0..8),
+            others in proptest::collection::vec((0u8..8, 0u8..16), 0..8),
+        ) {
+            let net = |length: u8, bits: u8| IpNet::new([bits << 4, 0, 0, 0].into(), length).unwrap().trunc();
+            let wanted: Vec<IpBlock> = wanted.into_iter().map(|(length, bits, except)| {
+                let cidr = net(length, bits);
+                let inside = |(more, deeper): (u8, u8)| net(length + deeper, bits & !(15 >> length) | more >> length);
+                let except = except.into_iter().map(inside).filter(|it| cidr.contains(it) && it.prefix_len() > length);
+                IpBlock { cidr, except: except.collect() }
+            }).collect();
+            let mut blocks = Blocks::default();
+            wanted.iter().for_each(|block| drop(blocks.acquire(block)));
+            others.iter().for_each(|(length, bits)| drop(blocks.acquire(&IpBlock { cidr: net(*length, *bits), except: vec![] })));
+            let found = blocks.meant_by(&wanted.iter().collect::<Vec<_>>());
+            proptest::prop_assert_eq!(found.len(), found.iter().collect::<BTreeSet<_>>().len());
+            proptest::prop_assert_eq!(found.into_iter().collect::<BTreeSet<_>>(), meant_one_by_one(&blocks, &wanted));
+        }
     }
 }

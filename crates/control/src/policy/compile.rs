@@ -5,6 +5,7 @@ use super::{
     Change, Cluster, Direction, Installed, Peer, Policy, PolicyId, PortMatch, Rule, RuleVerdict, Selector, Tier,
 };
 use crate::labels::IdentityLabels;
+use crate::resource::IpBlock;
 use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, policy_flag};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -161,9 +162,9 @@ impl Cluster {
             Peer::Any if rule.names_port_of_peer() => 1 + self.index.matched(&Selector::every_pod()).len(),
             Peer::Any => 1,
             Peer::Pods(selector) => self.index.matched(selector).len(),
-            Peer::Addresses(block) => self.blocks.meant_by(block).count(),
+            Peer::Addresses(_) => 0,
         });
-        peers.sum::<usize>() * ports
+        (peers.sum::<usize>() + self.blocks.meant_by(&rule.address_blocks()).len()) * ports
     }
 
     fn known(&self, identity: Identity) -> Result<&IdentityLabels, CompileError> {
@@ -248,11 +249,10 @@ impl Cluster {
                         named(id, &mut each);
                     }
                 }
-                Peer::Addresses(block) => {
-                    self.blocks.meant_by(block).for_each(|number| all_common(number, &mut each));
-                }
+                Peer::Addresses(_) => {}
             }
         }
+        self.blocks.meant_by(&rule.address_blocks()).into_iter().for_each(|number| all_common(number, &mut each));
     }
 }
 
@@ -264,6 +264,15 @@ impl Installed {
 }
 
 impl Rule {
+    /// Its peers that are addresses.
+    fn address_blocks(&self) -> Vec<&IpBlock> {
+        let blocks = self.peers.iter().filter_map(|peer| match peer {
+            Peer::Addresses(block) => Some(block),
+            _ => None,
+        });
+        blocks.collect()
+    }
+
     /// Baseline rules are for workloads that no policy closes.
     pub(super) fn applies(&self, isolated: bool) -> bool {
         self.tier != Tier::Baseline || !isolated

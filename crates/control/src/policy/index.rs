@@ -3,20 +3,61 @@
 
 use super::{Policy, PolicyId, Selector};
 use crate::labels::IdentityLabels;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct SelectorIndex {
     selectors: BTreeMap<Arc<Selector>, Uses>,
     /// Selectors by key and value of a label of which all that they match has at least one; see [`Selector::anchors`].
-    anchored: BTreeMap<String, BTreeMap<String, BTreeSet<Arc<Selector>>>>,
+    anchored: BTreeMap<String, BTreeMap<String, BTreeSet<Interned>>>,
     /// Selectors without such a label: asked about every identity.
-    broad: BTreeSet<Arc<Selector>>,
+    broad: BTreeSet<Interned>,
     /// By identity, the selectors that match it.
-    matched_by: BTreeMap<u32, BTreeSet<Arc<Selector>>>,
+    matched_by: BTreeMap<u32, BTreeSet<Interned>>,
     /// Pod label keys that selectors ask for, and how often.
     pod_keys: BTreeMap<String, usize>,
+}
+
+/// A selector of the index, and a digest of it. There is one of each: to compare what they say takes as long as
+/// that is, and one of many values stands in as many sets.
+#[derive(Clone, Debug)]
+struct Interned {
+    digest: u64,
+    selector: Arc<Selector>,
+}
+
+impl Interned {
+    fn new(selector: Arc<Selector>) -> Interned {
+        let mut hasher = DefaultHasher::new();
+        selector.hash(&mut hasher);
+        Interned { digest: hasher.finish(), selector }
+    }
+}
+
+impl PartialEq for Interned {
+    fn eq(&self, other: &Interned) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Interned {}
+
+impl PartialOrd for Interned {
+    fn partial_cmp(&self, other: &Interned) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Interned {
+    fn cmp(&self, other: &Interned) -> Ordering {
+        match Arc::ptr_eq(&self.selector, &other.selector) {
+            true => Ordering::Equal,
+            false => self.digest.cmp(&other.digest).then_with(|| self.selector.cmp(&other.selector)),
+        }
+    }
 }
 
 /// Who uses a selector, and whom it matches.
@@ -76,10 +117,10 @@ impl SelectorIndex {
     /// Notes an identity.
     pub fn insert(&mut self, identity: u32, labels: &IdentityLabels) {
         let anchored = labels.iter().filter_map(|(key, value)| self.anchored.get(key)?.get(value)).flatten();
-        let matching: BTreeSet<Arc<Selector>> =
-            anchored.chain(&self.broad).filter(|selector| selector.matches(labels)).cloned().collect();
+        let matching: BTreeSet<Interned> =
+            anchored.chain(&self.broad).filter(|selector| selector.selector.matches(labels)).cloned().collect();
         for selector in &matching {
-            if let Some(uses) = self.selectors.get_mut(selector) {
+            if let Some(uses) = self.selectors.get_mut(&selector.selector) {
                 uses.matches.insert(identity);
             }
         }
@@ -89,19 +130,23 @@ impl SelectorIndex {
     /// Forgets an identity.
     pub fn remove(&mut self, identity: u32) {
         for selector in self.matched_by.remove(&identity).unwrap_or_default() {
-            if let Some(uses) = self.selectors.get_mut(&selector) {
+            if let Some(uses) = self.selectors.get_mut(&selector.selector) {
                 uses.matches.remove(&identity);
             }
         }
     }
 
     fn uses_of(&self, identity: u32) -> impl Iterator<Item = &Uses> {
-        self.matched_by.get(&identity).into_iter().flatten().filter_map(|selector| self.selectors.get(selector))
+        self.matched_by
+            .get(&identity)
+            .into_iter()
+            .flatten()
+            .filter_map(|selector| self.selectors.get(&selector.selector))
     }
 
     fn intern(&mut self, selector: &Selector, identities: &BTreeMap<u32, Arc<IdentityLabels>>) -> &mut Uses {
         if !self.selectors.contains_key(selector) {
-            let shared = Arc::new(selector.clone());
+            let shared = Interned::new(Arc::new(selector.clone()));
             let matches = identities.iter().filter(|(_, labels)| selector.matches(labels)).map(|(id, _)| *id);
             let matches: BTreeSet<u32> = matches.collect();
             for id in &matches {
@@ -118,16 +163,17 @@ impl SelectorIndex {
             for key in selector.pod_keys() {
                 *self.pod_keys.entry(key.to_owned()).or_default() += 1;
             }
-            self.selectors.insert(shared, Uses { matches, ..Uses::default() });
+            self.selectors.insert(shared.selector, Uses { matches, ..Uses::default() });
         }
         self.selectors.get_mut(selector).expect("it was inserted above")
     }
 
     fn forget(&mut self, selector: &Selector) {
-        let Some(uses) = self.selectors.remove(selector) else { return };
+        let Some((shared, uses)) = self.selectors.remove_entry(selector) else { return };
+        let shared = Interned::new(shared);
         for id in uses.matches {
             if let Some(selectors) = self.matched_by.get_mut(&id) {
-                selectors.remove(selector);
+                selectors.remove(&shared);
             }
         }
         for key in selector.pod_keys() {
@@ -138,13 +184,15 @@ impl SelectorIndex {
                 }
             }
         }
-        self.broad.remove(selector);
+        self.broad.remove(&shared);
         for (key, value) in selector.anchors() {
             let Some(values) = self.anchored.get_mut(&key) else { continue };
             if let Some(selectors) = values.get_mut(&value) {
-                selectors.remove(selector);
+                selectors.remove(&shared);
+                if selectors.is_empty() {
+                    values.remove(&value);
+                }
             }
-            values.retain(|_, selectors| !selectors.is_empty());
             if values.is_empty() {
                 self.anchored.remove(&key);
             }

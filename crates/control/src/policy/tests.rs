@@ -394,6 +394,38 @@ fn a_policy_that_makes_the_table_of_another_too_large_is_refused() {
     assert_eq!(cluster.entries_of(WEB), 6);
 }
 
+/// Far more than it takes when every part is looked at once, far less than when each is held against each other.
+const ONCE: std::time::Duration = std::time::Duration::from_secs(5);
+
+#[test]
+fn a_selector_of_many_values_goes_as_quickly_as_it_comes() {
+    let mut cluster = cluster();
+    let values: Vec<String> = (0..20_000).map(|number| format!("v{number}")).collect();
+    let values = values.join(", ");
+    let spec = format!("{{podSelector: {{matchExpressions: [{{key: app, operator: In, values: [{values}]}}]}}}}");
+    let (many, more) = (policy("many", &spec), policy("more", &spec.replace("[v0, ", "[v1, w0, ")));
+    let start = std::time::Instant::now();
+    cluster.upsert_policy(many).unwrap();
+    cluster.upsert_policy(more).unwrap();
+    cluster.remove_policy(&id("many"));
+    cluster.remove_policy(&id("more"));
+    assert!(start.elapsed() < ONCE, "{:?}", start.elapsed());
+}
+
+#[test]
+fn many_blocks_with_exceptions_cost_what_they_come_to() {
+    let mut cluster = cluster();
+    let peer = |number| format!("{{ipBlock: {{cidr: 0.0.0.0/0, except: [10.0.{}.{}/32]}}}}", number >> 8, number & 255);
+    let peers: Vec<String> = (0..4_000).map(peer).collect();
+    let many = policy("many", &format!("{{podSelector: {{}}, ingress: [{{from: [{}]}}]}}", peers.join(", ")));
+    let start = std::time::Instant::now();
+    cluster.upsert_policy(many).unwrap();
+    let probe = Probe::of(&cluster, WEB);
+    assert!(start.elapsed() < ONCE, "{:?}", start.elapsed());
+    // Each exception is what all other peers mean.
+    assert!(probe.allows_address("10.0.0.7") && probe.allows_address("192.0.2.1"));
+}
+
 #[test]
 fn of_equal_rules_the_first_by_name_answers() {
     let mut cluster = cluster();
