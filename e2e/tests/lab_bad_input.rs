@@ -95,7 +95,7 @@ fn a_file_of_the_folder_that_breaks_keeps_its_last_good_content() {
     lab.restart("node1", &["--kill"]).unwrap();
     assert_denied(&lab, "after a restart with a broken file");
 
-    fs::write(&file, "").unwrap();
+    fs::write(&file, "# nothing\n").unwrap();
     eventually("the mended file is taken", PATIENCE, || policies(&lab).is_empty() && problems() == "[]");
     assert_allowed(&lab, "when the file asks for nothing");
 }
@@ -124,7 +124,7 @@ fn one_document_that_cannot_be_used_takes_no_other_with_it_and_opens_nothing() {
     said(&output, BAD_INPUT, &["mine.yaml:3:", "Deployment", "not valid YAML"]);
     assert!(String::from_utf8_lossy(&output.stdout).contains("NetworkPolicy"), "{output:?}");
 
-    fs::write(&file, "").unwrap();
+    fs::write(&file, "# nothing\n").unwrap();
     eventually("the policy is gone", PATIENCE, || policies(&lab).is_empty() && problems() == "[]");
     assert_allowed(&lab, "when the file asks for nothing");
     // Its first version has a mistake in what it allows; whom it selects is clear.

@@ -1,6 +1,6 @@
 //! The folder source on a real directory.
 
-use std::{fs, path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 use cirri_store::{
     StoreError,
@@ -22,7 +22,7 @@ fn names(change: &Change) -> Vec<&str> {
 }
 
 fn start(dir: &Path) -> BoxStream<'static, Change> {
-    watch(dir, writers).expect("watch").0
+    watch(dir, BTreeMap::new(), writers).expect("watch").0
 }
 
 #[tokio::test]
@@ -131,7 +131,7 @@ async fn a_mounted_volume_that_swaps_all_files_at_once_is_followed() {
 #[tokio::test]
 async fn a_folder_that_is_none_is_an_error_that_says_what_to_do() {
     let dir = tempfile::tempdir().expect("a directory");
-    let error = watch(dir.path().join("missing"), writers).err().expect("nothing there");
+    let error = watch(dir.path().join("missing"), BTreeMap::new(), writers).err().expect("nothing there");
     assert!(matches!(error, StoreError::Folder { .. }));
     assert!(error.to_string().contains("Create the directory"), "{error}");
 }
@@ -268,7 +268,7 @@ async fn a_file_that_is_being_written_is_not_read_half() {
     file.write_all(&text.as_bytes()[..half]).expect("write");
     let mut changes = start(dir.path());
     let change = next(&mut changes).await;
-    assert!(change.upserted.is_empty() && change.opaque, "{change:?}");
+    assert!(change.upserted.is_empty(), "{change:?}");
     assert!(change.errors[0].message.contains("is being written"), "{change:?}");
     file.write_all(&text.as_bytes()[half..]).expect("write");
     drop(file);
@@ -320,7 +320,7 @@ async fn a_manifest_that_is_no_file_is_named_and_nobody_waits_for_it() {
 #[tokio::test]
 async fn a_question_is_answered_with_all_that_was_there_when_it_was_asked() {
     let dir = tempfile::tempdir().expect("a directory");
-    let (mut changes, catch_up) = watch(dir.path(), writers).expect("watch");
+    let (mut changes, catch_up) = watch(dir.path(), BTreeMap::new(), writers).expect("watch");
     assert_eq!(next(&mut changes).await, Change::default());
     for round in 0..50 {
         let written = [format!("a{round}"), format!("b{round}")];
@@ -353,4 +353,34 @@ async fn a_question_is_answered_with_all_that_was_there_when_it_was_asked() {
         Change { caught_up: question, ..Change::default() },
         "nothing is an answer too"
     );
+}
+
+#[tokio::test]
+async fn a_folder_that_is_empty_when_the_agent_is_back_takes_nothing_away() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let one = namespace("one", "x");
+    let stored = cirri_control::resource::parse_documents("before", &one).expect("a resource").remove(0);
+    let before = BTreeMap::from([(stored.store_key(), Some(stored))]);
+    let mut changes = watch(dir.path(), before, writers).expect("watch").0;
+    let change = next(&mut changes).await;
+    assert!(change.removed.is_empty() && change.errors[0].message.contains("is empty"), "{change:?}");
+    // What is put there is not all of it, perhaps, but it is what there is.
+    fs::write(dir.path().join("a.yaml"), namespace("two", "x")).expect("write");
+    let change = next(&mut changes).await;
+    assert_eq!((names(&change), change.removed.len(), change.errors.len()), (vec!["two"], 1, 0));
+}
+
+#[tokio::test]
+async fn a_directory_in_the_place_of_a_file_takes_nothing_away() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a.yaml");
+    fs::write(&path, namespace("one", "x")).expect("write");
+    let mut changes = start(dir.path());
+    next(&mut changes).await;
+    fs::remove_file(&path).expect("remove");
+    fs::create_dir(&path).expect("create");
+    let change = next(&mut changes).await;
+    assert!(change.removed.is_empty() && change.errors[0].message.contains("is a directory"), "{change:?}");
+    fs::remove_dir(&path).expect("remove");
+    while next(&mut changes).await.removed.is_empty() {}
 }

@@ -18,7 +18,7 @@ use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
 use super::endpoint::{self, Endpoint, Found};
-use super::{Shared, attach, devices, flows, node};
+use super::{Shared, attach, devices, flows, mirror, node};
 use crate::api::StoreStatus;
 use crate::config::{Acceleration, Config, Loaded, RoutingMode, SocketMode, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
@@ -241,9 +241,10 @@ async fn open_store(config: &Config) -> Result<Sources> {
             Ok((Arc::new(store), None))
         }
         StoreKind::Folder => {
-            let changes =
-                folder::watch(&config.store.folder, cirri_loader::is_being_written).because(Failure::BadInput)?;
             let store = Embedded::open(config.state_dir.0.join("store.redb")).await.because(Failure::Failed)?;
+            let stored = mirror::stored(&store).await.because(Failure::Failed)?;
+            let changes = folder::watch(&config.store.folder, stored, cirri_loader::is_being_written)
+                .because(Failure::BadInput)?;
             Ok((Arc::new(store), Some(changes)))
         }
     }

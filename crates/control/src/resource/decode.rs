@@ -13,25 +13,31 @@ use super::{
 use crate::cut::cut;
 use std::collections::BTreeSet;
 
-/// Reads one document into `out`, unfolding `kind: List`.
+/// Reads one document into `out`, unfolding lists.
 pub fn document(cursor: &Cursor<'_>, out: &mut Documents) {
-    let (kind_at, kind) = match kind(cursor) {
-        Ok(kind) => kind,
-        Err(error) => return out.refuse(None, error),
+    one(cursor, None, out);
+}
+
+/// Reads one document; `implied` is the kind of one that does not say it, in a list of that kind.
+fn one(cursor: &Cursor<'_>, implied: Option<&'static str>, out: &mut Documents) {
+    let (kind_at, kind) = match (kind(cursor), implied) {
+        (Ok(kind), _) => kind,
+        (Err(_), Some(implied)) if cursor.any_object().is_ok_and(|it| it.get("kind").is_none()) => {
+            (cursor.clone(), implied)
+        }
+        (Err(error), _) => return out.refuse(None, error),
     };
-    let Some(meant) = meant(kind) else {
-        return out.report(kind_at.foreign_kind(cut(kind).into_owned()));
-    };
+    let Some(meant) = meant(cursor, kind) else { return unknown(cursor, &kind_at, kind, out) };
     if let Some(version) = foreign_version(cursor) {
         // Nothing of ours, unless the mistake is in the group: then what was good stays.
         let key = identity(cursor, meant).map(|metadata| store_key(meant, &metadata));
         out.unreadable.extend(key);
         return out.report(kind_at.foreign_kind(format!("{} of {}", cut(kind), cut(version))));
     }
-    if meant == "List" && kind == meant {
-        return list(cursor, out);
+    if meant == LIST && kind == meant {
+        return list(cursor, None, out);
     }
-    match read(cursor, &kind_at, kind, meant) {
+    match read(cursor, &kind_at, kind, meant, implied) {
         Ok(resource) => out.resources.push(resource),
         Err(error) => {
             let identity = identity(cursor, meant);
@@ -45,15 +51,38 @@ pub fn document(cursor: &Cursor<'_>, out: &mut Documents) {
     }
 }
 
-/// The items of a list, each on its own.
-fn list(cursor: &Cursor<'_>, out: &mut Documents) {
-    let items = check_version(cursor, "List").and_then(|()| {
-        // A field beside them is a mistake, but `items` may be what it was meant to be.
-        cursor.object(&["apiVersion", "kind", "metadata", "items"])?.items("items")
+/// A kind that is none of ours. A list of ours is unfolded; what Kubernetes or an extension has is nothing of ours; of
+/// anything else nobody knows what it was meant to be: it holds what has its name.
+fn unknown(cursor: &Cursor<'_>, kind_at: &Cursor<'_>, kind: &str, out: &mut Documents) {
+    let of = item(kind);
+    if let Some(of) = KINDS.iter().copied().find(|known| *known == of && ![kind, LIST].contains(known)) {
+        return list(cursor, Some(of), out);
+    }
+    if FOREIGN_KINDS.contains(&of) || group(cursor).is_some_and(|group| !GROUPS.contains(&group)) {
+        return out.report(kind_at.foreign_kind(cut(kind).into_owned()));
+    }
+    let hint = "correct it, or move the document elsewhere; what was in force under its name stays so meanwhile";
+    let error = kind_at.error(format!("\"{}\" is no kind of Kubernetes", cut(kind)), hint);
+    let may_be = |kind: &&str| identity(cursor, kind).map(|metadata| store_key(kind, &metadata));
+    let keys: Vec<String> = KINDS.iter().filter(|kind| **kind != LIST).filter_map(may_be).collect();
+    if keys.is_empty() {
+        return out.refuse(None, error);
+    }
+    out.unreadable.extend(keys);
+    out.report(error);
+}
+
+/// The items of a list, each on its own; `of` is their kind if they need not say it.
+fn list(cursor: &Cursor<'_>, of: Option<&'static str>, out: &mut Documents) {
+    let name = of.map_or(LIST.to_owned(), |of| format!("{of}{LIST}"));
+    let items = check_version(cursor, of.unwrap_or(LIST)).and_then(|()| {
+        // A field beside them is a mistake, but `items` may be what it was meant to be. And without them it does not say
+        // that there is nothing: a template that went wrong looks so.
+        cursor.object(&["apiVersion", "kind", "metadata", "items"])?.required("items")?.list()
     });
     match items {
-        Ok(items) => items.iter().for_each(|item| document(item, out)),
-        Err(error) => out.refuse(None, error.about("List")),
+        Ok(items) => items.iter().for_each(|item| one(item, of, out)),
+        Err(error) => out.refuse(None, error.about(&name)),
     }
 }
 
@@ -63,24 +92,55 @@ fn kind<'a>(cursor: &Cursor<'a>) -> Result<(Cursor<'a>, &'a str), ResourceError>
     Ok((at, kind))
 }
 
-/// The kind that is read here and is written so, or nearly so.
-fn meant(kind: &str) -> Option<&'static str> {
+/// The kind that is read here and is written so, or nearly so; or the only one of its group.
+fn meant(cursor: &Cursor<'_>, kind: &str) -> Option<&'static str> {
     let near = |known: &&str| *known == kind || is_nearly(kind, known, 1 + kind.len() / 8);
-    KINDS.iter().copied().find(near)
+    let of_group = || match group(cursor)? {
+        _ if FOREIGN_KINDS.contains(&item(kind)) || KINDS.contains(&item(kind)) => None,
+        "networking.k8s.io" => Some("NetworkPolicy"),
+        "discovery.k8s.io" => Some("EndpointSlice"),
+        _ => None,
+    };
+    KINDS.iter().copied().find(near).or_else(of_group)
+}
+
+/// What a list of this kind is a list of; the kind itself if it is none.
+fn item(kind: &str) -> &str {
+    kind.strip_suffix(LIST).unwrap_or(kind)
+}
+
+fn version<'a>(cursor: &Cursor<'a>) -> Option<&'a str> {
+    cursor.any_object().ok()?.get("apiVersion")?.string().ok()
+}
+
+/// The API group that a document names; `""` is that of Kubernetes' core.
+fn group<'a>(cursor: &Cursor<'a>) -> Option<&'a str> {
+    Some(version(cursor)?.split_once('/').map_or("", |(group, _)| group))
 }
 
 /// The apiVersion of a document, if its group is none of Kubernetes' own.
 fn foreign_version<'a>(cursor: &Cursor<'a>) -> Option<&'a str> {
-    let version = cursor.any_object().ok()?.get("apiVersion")?.string().ok()?;
-    let (group, _) = version.split_once('/')?;
-    (group.contains('.') && !group.ends_with(".k8s.io")).then_some(version)
+    let group = group(cursor)?;
+    let ours = group.ends_with(".k8s.io") || GROUPS.iter().any(|known| is_nearly(group, known, 1 + known.len() / 8));
+    if group.contains('.') && !ours { version(cursor) } else { None }
 }
 
-fn read(cursor: &Cursor<'_>, kind_at: &Cursor<'_>, kind: &str, meant: &str) -> Result<Resource, ResourceError> {
+fn read(
+    cursor: &Cursor<'_>,
+    kind_at: &Cursor<'_>,
+    kind: &str,
+    meant: &str,
+    implied: Option<&str>,
+) -> Result<Resource, ResourceError> {
+    if implied.is_some_and(|implied| implied != kind) {
+        return Err(kind_at.error(format!("\"{}\" does not go with the list", cut(kind)), "use a `kind: List`"));
+    }
     if kind != meant {
         return Err(kind_at.error(format!("\"{}\" is not a kind", cut(kind)), format!("did you mean {meant}?")));
     }
-    check_version(cursor, kind)?;
+    if implied.is_none() || cursor.any_object()?.get("apiVersion").is_some() {
+        check_version(cursor, kind)?;
+    }
     Ok(match kind {
         "Namespace" => Resource::Namespace(namespace(cursor)?),
         "Pod" => Resource::Pod(pod(cursor)?),
@@ -329,7 +389,34 @@ fn container_port(cursor: &Cursor<'_>) -> Result<ContainerPort, ResourceError> {
     })
 }
 
-const KINDS: &[&str] = &["Namespace", "Pod", "NetworkPolicy", "Node", "Service", "EndpointSlice", "List"];
+const KINDS: &[&str] = &["Namespace", "Pod", "NetworkPolicy", "Node", "Service", "EndpointSlice", LIST];
+
+const LIST: &str = "List";
+
+/// The API groups of these kinds.
+const GROUPS: &[&str] = &["", "networking.k8s.io", "discovery.k8s.io"];
+
+/// The other kinds of these groups (Kubernetes 1.34).
+const FOREIGN_KINDS: &[&str] = &[
+    "Binding",
+    "ComponentStatus",
+    "ConfigMap",
+    "Endpoints",
+    "Event",
+    "IPAddress",
+    "Ingress",
+    "IngressClass",
+    "LimitRange",
+    "PersistentVolume",
+    "PersistentVolumeClaim",
+    "PodTemplate",
+    "ReplicationController",
+    "ResourceQuota",
+    "Secret",
+    "ServiceAccount",
+    "ServiceCIDR",
+    "Status",
+];
 
 /// What stands at the top of any of them.
 const ANY_TOP: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status", "addressType", "endpoints", "ports"];

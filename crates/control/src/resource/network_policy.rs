@@ -190,8 +190,10 @@ fn no_spec() -> NetworkPolicySpec {
     }
 }
 
+const SPEC: &[&str] = &["podSelector", "policyTypes", "ingress", "egress"];
+
 fn decode_spec(cursor: &Cursor<'_>) -> Result<NetworkPolicySpec, ResourceError> {
-    let spec = cursor.object(&["podSelector", "policyTypes", "ingress", "egress"])?;
+    let spec = cursor.object(SPEC)?;
     let pod_selector = spec.get("podSelector").map(|s| selector(&s)).transpose()?.unwrap_or_default();
     let mut ingress = Vec::new();
     for rule in spec.items("ingress")? {
@@ -246,8 +248,15 @@ pub(super) fn stand_in(cursor: &Cursor<'_>, metadata: &Metadata) -> Option<Netwo
 
 fn isolation(cursor: &Cursor<'_>) -> Option<NetworkPolicySpec> {
     let spec = cursor.any_object().ok()?;
-    let pod_selector = readable_part(&spec.get("podSelector")?)?;
+    // A field that nobody knows may be any of them, misspelt.
+    let known = cursor.object(SPEC).is_ok();
+    let pod_selector = match spec.get("podSelector") {
+        Some(at) => readable_part(&at)?,
+        None if known => LabelSelector::default(),
+        None => return None,
+    };
     let policy_types = match policy_types(&spec) {
+        _ if !known => vec![PolicyType::Ingress, PolicyType::Egress],
         Ok(given) if !given.is_empty() => given,
         Ok(_) => match spec.get("egress").map(|at| at.list()) {
             Some(Ok(rules)) if rules.is_empty() => vec![PolicyType::Ingress],

@@ -37,24 +37,16 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// in its place, and what it protects must not lie open in between.
 const GONE_AFTER: Duration = Duration::from_millis(500);
 
-/// What changed since the last one. The first one holds everything.
-///
-/// Objects that are unreadable from the start have no last good version here, but what an earlier run stored may
-/// be one. So keep what is stored of [`Change::unreadable`], and while a document is [`Change::opaque`] all that
-/// is stored.
+/// What changed since the last one. The first one is about what an earlier run handed out.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Change {
-    /// New or different resources.
+    /// New or different resources. For an object whose document can only be read in part, and that has no last good
+    /// version, it is what lets nothing pass that the document may forbid ([`STAND_IN`]).
+    ///
+    /// [`STAND_IN`]: cirri_control::resource::STAND_IN
     pub upserted: Vec<Arc<Resource>>,
-    /// New or different, for objects whose document can only be read in part and that have no last good version:
-    /// what lets nothing pass that the document may forbid. To be used unless an earlier run stored a good one.
-    pub stand_ins: Vec<Arc<Resource>>,
     /// [`Resource::store_key`] of those that no document defines any more, not even one that cannot be read.
     pub removed: Vec<String>,
-    /// [`Resource::store_key`] of all objects now whose document cannot be read and that have no last good version.
-    pub unreadable: BTreeSet<String>,
-    /// There is a document now that does not say which object it is.
-    pub opaque: bool,
     /// All that is wrong now, not only what is new. Empty: all is well.
     pub errors: Vec<FileError>,
     /// Number of the last question of [`CatchUp::ask`] that this answers: all that was in the
@@ -92,14 +84,19 @@ pub struct FileError {
 }
 
 /// Watches `dir`. Must be called within a tokio runtime. The stream never ends; dropping it ends
-/// the watch. Should the directory go away, its last content stays in force until it is back. `writers` says
-/// whether a file is being written.
+/// the watch. Should the directory go away, its last content stays in force until it is back. `before` is what an
+/// earlier run handed out, by [`Resource::store_key`]; `None` for what cannot be read any more. `writers` says whether a
+/// file is being written.
 ///
 /// # Errors
 /// [`StoreError::Folder`] if `dir` is not a directory that can be watched.
-pub fn watch(dir: impl AsRef<Path>, writers: Writers) -> Result<(BoxStream<'static, Change>, CatchUp), StoreError> {
+pub fn watch(
+    dir: impl AsRef<Path>,
+    before: BTreeMap<String, Option<Resource>>,
+    writers: Writers,
+) -> Result<(BoxStream<'static, Change>, CatchUp), StoreError> {
     let (asked, questions) = watch::channel(0);
-    let folder = Folder::open(dir.as_ref(), writers, questions)?;
+    let folder = Folder::open(dir.as_ref(), Manifests::new(before), writers, questions)?;
     let changes = stream::unfold(folder, |mut folder| async move {
         let change = folder.next().await;
         Some((change, folder))
@@ -147,7 +144,12 @@ struct Survey {
 }
 
 impl Folder {
-    fn open(dir: &Path, writers: Writers, questions: watch::Receiver<u64>) -> Result<Self, StoreError> {
+    fn open(
+        dir: &Path,
+        manifests: Manifests,
+        writers: Writers,
+        questions: watch::Receiver<u64>,
+    ) -> Result<Self, StoreError> {
         let failed = |source: io::Error| StoreError::Folder { path: dir.to_owned(), hint: hint(&source), source };
         let dir = std::path::absolute(dir).map_err(failed)?;
         std::fs::read_dir(&dir).map_err(failed)?;
@@ -162,7 +164,7 @@ impl Folder {
             read: None,
             failed: false,
             seen: BTreeMap::new(),
-            manifests: Manifests::default(),
+            manifests,
             leaving: BTreeMap::new(),
             started: false,
         })
@@ -253,19 +255,21 @@ impl Folder {
                 return self.fail(format!("cannot be read: {error}; {what}"));
             }
         };
-        if survey.files.is_empty() && self.read.is_some_and(|before| before != survey.identity) && !self.seen.is_empty()
-        {
+        if survey.files.is_empty() && self.manifests.len() > 0 && self.read != Some(survey.identity) {
             // As a volume leaves it that is unmounted, or whoever is about to fill it.
-            return self.fail(
-                "is another directory now and empty; its last content stays in force until there is a manifest".into(),
-            );
+            let count = self.manifests.len();
+            return self.fail(format!(
+                "is empty, and was not when it was read last; the {count} objects from it stay in force until there is \
+                 a manifest (one with a comment alone if there are to be none)"
+            ));
         }
         self.failed = false;
         match followed {
-            Ok(_) => self.manifests.set_folder_error(None),
+            Ok(_) => self.manifests.set_folder_error(None, false),
             Err(error) => {
                 let every = LOOK_EVERY.as_secs();
-                self.report(format!("cannot be watched ({error}), and is looked at every {every} s. {}", hint(&error)));
+                let why = format!("cannot be watched ({error}), and is looked at every {every} s. {}", hint(&error));
+                self.report(why, false);
             }
         }
         let swapped = self.read.replace(survey.identity).is_some_and(|before| before != survey.identity);
@@ -305,12 +309,12 @@ impl Folder {
             self.manifests.stay(&name);
         }
         self.failed = true;
-        self.report(why);
+        self.report(why, true);
     }
 
-    fn report(&mut self, why: String) {
+    fn report(&mut self, why: String, held: bool) {
         let file = self.dir.display().to_string();
-        self.manifests.set_folder_error(Some(FileError { message: format!("{file}: {why}"), file }));
+        self.manifests.set_folder_error(Some(FileError { message: format!("{file}: {why}"), file }), held);
     }
 
     async fn read(&mut self, names: BTreeSet<String>, occasion: Occasion) {

@@ -39,7 +39,7 @@ pub(super) fn fetch(path: &Path, writers: Writers) -> Found {
     match read_whole(path, writers) {
         Ok(Some((bytes, stamp))) => Found::Content(bytes, stamp),
         Ok(None) => Found::BeingWritten,
-        Err(_) if path.is_dir() => Found::Nothing,
+        Err(_) if path.is_dir() => Found::Unreadable("it is a directory".to_owned()),
         Err(error) => match path.symlink_metadata() {
             Err(gone) if gone.kind() == io::ErrorKind::NotFound => Found::Nothing,
             // A link is there, and says that there is something: what, it will say when its target is back.

@@ -133,8 +133,16 @@ fn a_misspelt_kind_or_version_is_the_object_that_it_was_meant_to_be() {
         assert!(documents.resources.is_empty() && documents.errors.len() == 1, "{wrong}: {documents:?}");
         assert!(documents.unreadable.contains("resources/NetworkPolicy/shop/p"), "{wrong}: {documents:?}");
     }
-    for kind in ["Role", "Job", "Lease", "Ingress", "CiliumNetworkPolicy", "Endpoints"] {
-        let documents = read(&format!("apiVersion: v1\nkind: {kind}\nmetadata: {{name: x}}\nrules: []\n"));
+    for (version, kind) in [
+        ("rbac.authorization.k8s.io/v1", "Role"),
+        ("batch/v1", "Job"),
+        ("coordination.k8s.io/v1", "Lease"),
+        ("networking.k8s.io/v1", "Ingress"),
+        ("cilium.io/v2", "CiliumNetworkPolicy"),
+        ("projectcalico.org/v3", "NetworkPolicy"),
+        ("v1", "Endpoints"),
+    ] {
+        let documents = read(&format!("apiVersion: {version}\nkind: {kind}\nmetadata: {{name: x}}\nrules: []\n"));
         assert!(
             matches!(documents.errors[0], ResourceError::Kind { .. }) && !documents.opaque,
             "{kind}: {documents:?}"
@@ -174,7 +182,7 @@ fn a_policy_that_can_be_read_in_part_has_a_stand_in_that_allows_nothing_more() {
     };
     let app = "podSelector: {matchLabels: {app: web}}";
     assert_eq!(stand_in(&format!("{{{app}, ingress: [{{ports: [{{port: 0}}]}}]}}")), Some(("app=web".into(), 1)));
-    assert_eq!(stand_in(&format!("{{{app}, ingres: []}}")), Some(("app=web".into(), 1)));
+    assert_eq!(stand_in(&format!("{{{app}, ingres: []}}")), Some(("app=web".into(), 2)));
     assert_eq!(stand_in(&format!("{{{app}, egress: 5}}")), Some(("app=web".into(), 2)));
     assert_eq!(stand_in(&format!("{{{app}, policyTypes: [Egres]}}")), Some(("app=web".into(), 2)));
     assert_eq!(stand_in(&format!("{{{app}, policyTypes: [Egress], egress: 5}}")), Some(("app=web".into(), 1)));
@@ -277,4 +285,76 @@ proptest! {
         prop_assert_eq!(names.last(), Some(&"two"), "{:?}", documents);
         prop_assert!(documents.errors.iter().all(|error| error.to_string().len() < 1000));
     }
+}
+
+#[test]
+fn a_list_of_one_kind_is_unfolded_whether_its_items_say_their_kind_or_not() {
+    let policy = |more: &str| format!("{{{more}metadata: {{name: p}}, spec: {{podSelector: {{}}}}}}");
+    for more in ["", "kind: NetworkPolicy, ", "apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, "] {
+        let list = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicyList\nmetadata: {resourceVersion: \"7\"}\n";
+        let documents = read(&format!("{list}items: [{}]\n", policy(more)));
+        assert_eq!((documents.resources.len(), documents.errors.as_slice()), (1, &[][..]), "{more}");
+        assert_eq!(documents.resources[0].store_key(), "resources/NetworkPolicy/default/p");
+    }
+    let documents = read("apiVersion: v1\nkind: PodList\nitems: [{kind: Service, metadata: {name: s}}]\n");
+    assert!(documents.unreadable.contains("resources/Service/default/s"), "{documents:?}");
+    let text = documents.errors[0].to_string();
+    assert!(text.contains("\"Service\" does not go with the list"), "{text}");
+    for elsewhere in ["v1\nkind: ConfigMapList", "apps/v1\nkind: DeploymentList"] {
+        let documents = read(&format!("apiVersion: {elsewhere}\nitems: [{{metadata: {{name: p}}}}]\n"));
+        assert!(!documents.opaque && documents.unreadable.is_empty() && documents.errors.len() == 1, "{documents:?}");
+    }
+}
+
+#[test]
+fn a_list_without_items_does_not_say_that_there_is_nothing() {
+    for kind in ["List", "PodList"] {
+        assert_eq!(read(&format!("apiVersion: v1\nkind: {kind}\nitems: []\n")), Documents::default());
+        for nothing in ["", "items:\n", "items: null\n", "items: {}\n", "item: []\n"] {
+            let documents = read(&format!("apiVersion: v1\nkind: {kind}\n{nothing}"));
+            assert!(documents.opaque && documents.errors.len() == 1, "{kind} {nothing}: {documents:?}");
+        }
+    }
+}
+
+#[test]
+fn a_kind_that_nobody_has_holds_what_has_its_name() {
+    let document = |version: &str, kind: &str| {
+        read(&format!("apiVersion: {version}\nkind: {kind}\nmetadata: {{name: p, namespace: shop}}\nspec: {{}}\n"))
+    };
+    for (version, kind) in [
+        ("networking.k8s.io/v1", "networkpolicies"),
+        ("networking.k8s.io/v1", "NP"),
+        ("networking.k8s.oi/v1", "NetworkPolicy"),
+        ("v1", "netpol"),
+    ] {
+        let documents = document(version, kind);
+        assert_eq!(documents.stand_ins.len(), usize::from(version != "v1"), "{kind}: {documents:?}");
+        assert!(documents.unreadable.contains("resources/NetworkPolicy/shop/p"), "{kind}: {documents:?}");
+        let text = documents.errors[0].to_string();
+        assert!(text.starts_with("f.yaml:") && text.contains(kind), "{text}");
+    }
+    for (version, kind) in [("v1", "Secret"), ("networking.k8s.io/v1", "Ingress"), ("apps/v1", "Deployment")] {
+        let documents = document(version, kind);
+        assert!(documents.unreadable.is_empty() && !documents.opaque && documents.errors.len() == 1, "{documents:?}");
+    }
+    assert!(read("kind: netpol\n").opaque);
+}
+
+#[test]
+fn a_stand_in_forbids_what_a_field_that_nobody_knows_may_have_forbidden() {
+    use crate::resource::PolicyType::{Egress, Ingress};
+    let stands_in = |spec: &str| {
+        let documents = read(&policy("p", spec));
+        assert!(documents.resources.is_empty(), "{spec}");
+        documents.stand_ins.into_iter().next().map(|it| match it {
+            Resource::NetworkPolicy(policy) => (policy.spec.pod_selector.match_labels.len(), policy.spec.policy_types),
+            other => panic!("{other:?}"),
+        })
+    };
+    let both = vec![Ingress, Egress];
+    assert_eq!(stands_in("{podSelector: {matchLabels: {a: b}}, policyType: [Egress]}"), Some((1, both.clone())));
+    assert_eq!(stands_in("{podSelector: {}, policyTypes: [Ingress], egres: []}"), Some((0, both)));
+    assert_eq!(stands_in("{ingress: [{form: []}]}"), Some((0, vec![Ingress])), "without a selector it is all pods");
+    assert_eq!(stands_in("{podSelecter: {matchLabels: {a: b}}}"), None);
 }
