@@ -145,7 +145,11 @@ pub fn programs(binary: &Path, steps: &[&Step]) -> Result<Programs> {
         files.push((to, Path::new("/bin").join(name)));
     }
     if !tests.is_empty() {
-        files.extend(TOOLS.iter().filter_map(|tool| host::which(tool)).map(|path| (path.clone(), path)));
+        for tool in TOOLS {
+            let path =
+                host::which(tool).with_context(|| format!("{tool} was here a moment ago and is not any more"))?;
+            files.push((path.clone(), path));
+        }
     }
     let libraries = libraries(files.iter().map(|(from, _)| from.as_path()))?;
     files.extend(libraries.into_iter().map(|library| (library.clone(), library)));

@@ -16,6 +16,7 @@ use anyhow::{Result, bail};
 use guest::Outcome;
 use image::Kernel;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use steps::Step;
 
 /// The kernels that are tried, oldest first. The first is the oldest that Cirri is for
@@ -44,7 +45,7 @@ enum Source {
 pub fn command(arguments: &[String]) -> Result<()> {
     let wanted = parse(arguments)?;
     product::need_root("kernels")?;
-    setup::ensure(&[Need::Build, Need::Kernels])?;
+    setup::ensure(&[Need::Build, Need::Lab, Need::Kernels])?;
     build::object()?;
     let binary = build::binary(Profile::Debug)?;
     let steps = |old: bool| -> Vec<&'static Step> {
@@ -60,6 +61,30 @@ pub fn command(arguments: &[String]) -> Result<()> {
         ran.push(machine.run(|line| println!("{line}"))?);
     }
     conclude(&ran, wanted.bless)
+}
+
+/// Kernels that load every program while other checks run.
+pub struct Loading(JoinHandle<Result<Vec<Ran>>>);
+
+/// Begins to load every program on every kernel, on a thread of its own.
+pub fn begin_loading(binary: &Path) -> Result<Loading> {
+    let kernels = SERIES.map(|series| Source::Series(series.to_owned()));
+    let machines = prepare(binary, &kernels, |_| steps::STEPS.iter().filter(|step| step.loads).collect())?;
+    let releases: Vec<&str> = machines.iter().map(|machine| machine.kernel.release.as_str()).collect();
+    sh::step(&format!("in the background: every program on Linux {}", releases.join(" and ")));
+    let all = move || machines.into_iter().map(|machine| machine.run(|_| ())).collect();
+    Ok(Loading(std::thread::spawn(all)))
+}
+
+impl Loading {
+    /// Waits for it, and says what came of it.
+    pub fn finish(self) -> Result<()> {
+        if !self.0.is_finished() {
+            eprintln!("it is still at work");
+        }
+        let ran = self.0.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        conclude(&ran, false)
+    }
 }
 
 /// A kernel with a file system, ready to be booted.
