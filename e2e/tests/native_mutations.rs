@@ -103,6 +103,10 @@ impl Oracle {
         }
         let Some(kind) = unwrapped(&frame.bytes, &out.bytes) else {
             let link = frame.bytes.get(12..14).is_none_or(|kind| kind != [8, 0] && kind != [0x86, 0xdd]);
+            // The node's own errors may quote too little: whatever it sends as itself leaves.
+            if to.is_none() && hook == Hook::TO_OVERLAY && frame.bytes == out.bytes && is_nodes_error(frame) {
+                return Ok(());
+            }
             // Other protocols of the link are the node's, except out of a workload.
             return if link && to.is_none() && hook != Hook::FROM_WORKLOAD {
                 Ok(())
@@ -413,6 +417,13 @@ fn is_refusal(hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Fram
         after.icmp.is_some() && (!served || is_at(&kind.read.dst, "lb"))
     };
     back && named && asked && said && (after.read.src, after.read.dst) == (kind.read.dst, kind.read.src)
+}
+
+/// An ICMP message that says that it is from the node, whatever it quotes.
+fn is_nodes_error(frame: &Frame) -> bool {
+    let v6 = frame.bytes.get(12..14) == Some(&[0x86, 0xdd]);
+    let read = frame.bytes.get(14..).and_then(|packet| parse_ip(packet, v6, false));
+    read.is_some_and(|kind| kind.icmp.is_some() && is(&kind.read.src, "n1"))
 }
 
 /// The reply to a ping of a service's address, to who asked.
