@@ -8,6 +8,7 @@ use std::time::Duration;
 use cirri_control::resource::Resource;
 use cirri_store::{Embedded, PREFIX, Store as _, StoreError, folder};
 use futures::StreamExt;
+use futures::stream::BoxStream;
 
 use super::Shared;
 use super::records::resource_prefix;
@@ -15,8 +16,16 @@ use super::records::resource_prefix;
 /// How long to wait before a write that failed is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// From the folder into the store.
+pub struct Mirror {
+    /// What the folder hands out.
+    pub changes: BoxStream<'static, folder::Change>,
+    /// Where it goes.
+    pub store: Embedded,
+}
+
 /// Copies changes until the agent stops.
-pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'static, folder::Change>) {
+pub async fn run(shared: Arc<Shared>, Mirror { mut changes, store }: Mirror) {
     let mut first = true;
     while let Some(change) = changes.next().await {
         let errors: Vec<String> = change.errors.iter().map(|error| error.message.clone()).collect();
@@ -24,7 +33,7 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
         for error in errors.iter().filter(|error| !known.contains(error)) {
             tracing::error!("{error}");
         }
-        while let Err(error) = copy(&shared, &change).await {
+        while let Err(error) = copy(&store, &change).await {
             tracing::error!(%error, "manifests are not in force yet; trying again");
             tokio::time::sleep(PAUSE).await;
         }
@@ -37,15 +46,13 @@ pub async fn run(shared: Arc<Shared>, mut changes: futures::stream::BoxStream<'s
     }
 }
 
-async fn copy(shared: &Shared, change: &folder::Change) -> Result<(), StoreError> {
-    let upserted = change.upserted.iter().map(|it| (format!("{PREFIX}{}", it.store_key()), it.to_json()));
-    let upserted: Vec<(String, String)> = upserted.collect();
-    if !upserted.is_empty() {
-        let entries: Vec<(&str, &[u8])> = upserted.iter().map(|(key, json)| (key.as_str(), json.as_bytes())).collect();
-        shared.store.put_all(&entries).await?;
-    }
-    for key in &change.removed {
-        shared.store.delete(&format!("{PREFIX}{key}")).await?;
+/// All of a change at once: nobody sees half of a file, and thousands of removals are one.
+async fn copy(store: &Embedded, change: &folder::Change) -> Result<(), StoreError> {
+    let written = change.upserted.iter().map(|it| (it.store_key(), Some(it.to_json().into_bytes())));
+    let removed = change.removed.iter().map(|key| (key.clone(), None));
+    let entries: Vec<_> = written.chain(removed).map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect();
+    if !entries.is_empty() {
+        store.write_all(&entries).await?;
     }
     Ok(())
 }

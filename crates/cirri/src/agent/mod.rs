@@ -133,8 +133,8 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     if let Some(events) = events {
         spawn(Box::pin(flows::follow(Arc::clone(&shared), events)));
     }
-    if let Some(changes) = folder {
-        spawn(Box::pin(mirror::run(Arc::clone(&shared), changes)));
+    if let Some(mirror) = folder {
+        spawn(Box::pin(mirror::run(Arc::clone(&shared), mirror)));
     }
 
     // Those who ask right after the start find a node that is whole; if the store is away they can

@@ -13,7 +13,6 @@ use cirri_flow::{Decoder, Ring};
 use cirri_loader::net::{Namespace, Net};
 use cirri_loader::{Datapath, Events, LoadOptions, Use};
 use cirri_store::{Embedded, Etcd, EtcdOptions, PREFIX, Store, folder};
-use futures::stream::BoxStream;
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
@@ -31,7 +30,7 @@ pub struct Started {
     /// The kernel's events.
     pub events: Option<Events>,
     /// The folder of manifests, if there is one.
-    pub folder: Option<BoxStream<'static, folder::Change>>,
+    pub folder: Option<mirror::Mirror>,
     /// Nobody else uses the instance as long as this is kept.
     pub instance: File,
 }
@@ -227,7 +226,7 @@ fn uses(config: &Config) -> Vec<Use> {
     uses
 }
 
-type Sources = (Arc<dyn Store>, Option<(BoxStream<'static, folder::Change>, folder::CatchUp)>);
+type Sources = (Arc<dyn Store>, Option<(mirror::Mirror, folder::CatchUp)>);
 
 async fn open_store(config: &Config) -> Result<Sources> {
     match config.store.kind {
@@ -243,9 +242,9 @@ async fn open_store(config: &Config) -> Result<Sources> {
         StoreKind::Folder => {
             let store = Embedded::open(config.state_dir.0.join("store.redb")).await.because(Failure::Failed)?;
             let stored = mirror::stored(&store).await.because(Failure::Failed)?;
-            let changes = folder::watch(&config.store.folder, stored, cirri_loader::is_being_written)
+            let (changes, catch_up) = folder::watch(&config.store.folder, stored, cirri_loader::is_being_written)
                 .because(Failure::BadInput)?;
-            Ok((Arc::new(store), Some(changes)))
+            Ok((Arc::new(store.clone()), Some((mirror::Mirror { changes, store }, catch_up))))
         }
     }
 }

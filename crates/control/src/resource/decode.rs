@@ -5,7 +5,7 @@
 
 use super::{
     Container, ContainerPort, DEFAULT_NAMESPACE, EnvVar, Metadata, NAMESPACE_NAME_LABEL, Namespace, Node, NodeAddress,
-    NodeSpec, NodeStatus, Pod, PodIp, PodSpec, PodStatus, Protocol, Resource, ResourceError,
+    NodeSpec, NodeStatus, Pod, PodIp, PodSpec, PodStatus, Protocol, Resource, ResourceError, STAND_IN,
     documents::Documents,
     endpoint_slice, network_policy, service, syntax,
     tree::{Cursor, is_nearly},
@@ -41,13 +41,27 @@ fn one(cursor: &Cursor<'_>, implied: Option<&'static str>, out: &mut Documents) 
         Ok(resource) => out.resources.push(resource),
         Err(error) => {
             let identity = identity(cursor, meant);
-            if let (Some(metadata), "NetworkPolicy") = (&identity, meant) {
-                let stand_in = network_policy::stand_in(cursor, metadata);
-                out.stand_ins.extend(stand_in.map(Resource::NetworkPolicy));
-            }
+            out.stand_ins.extend(identity.as_ref().and_then(|metadata| stand_in(cursor, meant, metadata)));
             let key = identity.as_ref().map(|metadata| store_key(meant, metadata));
             out.refuse(key, error.about(&describe(kind, identity.as_ref())));
         }
+    }
+}
+
+/// What lets nothing pass that a document may forbid which cannot be used.
+fn stand_in(cursor: &Cursor<'_>, meant: &str, metadata: &Metadata) -> Option<Resource> {
+    match meant {
+        "NetworkPolicy" => network_policy::stand_in(cursor, metadata).map(Resource::NetworkPolicy),
+        // A selector may exclude by a label that can be read.
+        "Namespace" => {
+            let fields = cursor.any_object().ok()?.get("metadata")?.any_object().ok()?;
+            let labels = fields.get("labels").map(|at| at.readable_strings(syntax::label_key, syntax::label_value));
+            let mut metadata = Metadata { labels: labels.unwrap_or_default(), ..metadata.clone() };
+            metadata.labels.insert(NAMESPACE_NAME_LABEL.to_owned(), metadata.name.clone());
+            metadata.annotations.insert(STAND_IN.to_owned(), "true".to_owned());
+            Some(Resource::Namespace(Namespace { metadata }))
+        }
+        _ => None,
     }
 }
 

@@ -358,3 +358,13 @@ fn a_stand_in_forbids_what_a_field_that_nobody_knows_may_have_forbidden() {
     assert_eq!(stands_in("{ingress: [{form: []}]}"), Some((0, vec![Ingress])), "without a selector it is all pods");
     assert_eq!(stands_in("{podSelecter: {matchLabels: {a: b}}}"), None);
 }
+
+#[test]
+fn a_namespace_with_one_bad_label_has_the_others() {
+    let documents =
+        read("apiVersion: v1\nkind: Namespace\nmetadata: {name: n, labels: {tenant: evil, owner: \"Jane Doe\"}}\n");
+    let [Resource::Namespace(namespace)] = &documents.stand_ins[..] else { panic!("{documents:?}") };
+    let labels: Vec<&str> = namespace.metadata.labels.values().map(String::as_str).collect();
+    assert_eq!(labels, ["n", "evil"]);
+    assert!(documents.unreadable.contains("resources/Namespace/_/n") && documents.errors.len() == 1);
+}
