@@ -11,6 +11,7 @@ pub mod kernel;
 pub mod lab;
 pub mod mutate;
 pub mod pairs;
+pub mod pinned;
 pub mod random;
 pub mod reference;
 pub mod services;

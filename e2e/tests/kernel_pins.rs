@@ -5,7 +5,7 @@ use std::{fs, process::Command};
 use aya::programs::{SchedClassifier, TcAttachType};
 use cirri_abi::{Addr, Endpoint, map};
 use cirri_e2e::kernel::{TestInstance, TestNamespace, names_in, veth};
-use cirri_loader::{Datapath, Hooking, LoadError, LoadOptions, Use};
+use cirri_loader::{Datapath, Hooking, LoadError, LoadOptions, Place, Use};
 
 const POD: Addr = Addr::v4([10, 9, 8, 7]);
 
@@ -308,6 +308,57 @@ async fn without_tcx_filters_of_a_clsact_qdisc_do_the_same() {
     }
     place.namespace.run(|| instance.load().detach(ifindex).expect("detached")).expect("in the namespace");
     assert_eq!((filters("ingress"), filters("egress")), (String::new(), String::new()));
+}
+
+#[tokio::test]
+async fn what_was_taken_off_a_device_is_told_with_tcx_and_without() {
+    for hooking in [Hooking::Tcx, Hooking::Clsact] {
+        let (mut instance, place) = (TestInstance::new(), TestNamespace::new());
+        instance.options.hooking = Some(hooking);
+        let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+        let tried = place.namespace.run(|| {
+            let mut datapath = instance.load();
+            datapath.attach_workload("lxc1").expect("attached");
+            let is_off = |datapath: &Datapath| -> Vec<String> {
+                datapath.misplaced(Place::Workload(ifindex)).into_iter().map(|it| it.program).collect()
+            };
+            assert_eq!(is_off(&datapath), [""; 0], "{hooking:?}");
+            match hooking {
+                Hooking::Tcx => {
+                    let pin = |program: &str| instance.dir().join(format!("links/{program}-{ifindex}"));
+                    for program in ["from_workload", "to_workload"] {
+                        let detach = ["link", "detach", "pinned"];
+                        let detached = Command::new("bpftool").args(detach).arg(pin(program)).status();
+                        assert!(detached.expect("bpftool runs").success());
+                    }
+                }
+                Hooking::Clsact => {
+                    let deleted = Command::new("tc").args(["qdisc", "del", "dev", "lxc1", "clsact"]).status();
+                    assert!(deleted.expect("tc runs").success());
+                }
+            }
+            assert_eq!(is_off(&datapath), ["from_workload", "to_workload"], "{hooking:?}");
+            datapath.attach_workload("lxc1").expect("attached again");
+            assert_eq!(is_off(&datapath), [""; 0], "{hooking:?}");
+        });
+        tried.expect("in the namespace");
+    }
+}
+
+#[tokio::test]
+async fn a_link_that_lost_its_pin_is_found_again_and_not_made_twice() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+    let tried = place.namespace.run(|| {
+        let mut datapath = instance.load();
+        datapath.attach_workload("lxc1").expect("attached");
+        let pin = instance.dir().join(format!("links/from_workload-{ifindex}"));
+        fs::remove_file(&pin).expect("removed");
+        datapath.attach_workload("lxc1").expect("attached again");
+        assert!(pin.exists());
+        assert_eq!(programs_on("lxc1", TcAttachType::Ingress).len(), 1);
+    });
+    tried.expect("in the namespace");
 }
 
 #[tokio::test]

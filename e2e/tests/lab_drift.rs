@@ -11,10 +11,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cirri_e2e::lab::{Lab, eventually, output};
+use cirri_e2e::kernel::TestNamespace;
+use cirri_e2e::lab::{Lab, eventually, output, printed};
 use cirri_loader::net::Namespace;
 use drift::Comes::{Named, Repaired};
-use drift::{CASES, Case, SHOP, World, world};
+use drift::{CASES, Case, SHOP, World, world, world_with};
 use serde_json::Value;
 
 /// For what takes some seconds, on a busy machine.
@@ -110,6 +111,60 @@ fn two_who_manage_one_route_do_not_fight_for_ever_and_status_says_so() {
     let there = || world.json("route show table main proto 193").iter().any(|route| route["dst"] == *world.v4);
     eventually("the route is back", PATIENCE, there);
     eventually("all is well when the other has left it alone", PATIENCE, || world.is_well());
+}
+
+#[test]
+fn a_device_to_the_network_that_comes_back_with_another_number_is_taken_up() {
+    let world = world("drift_moved");
+    let programs = world.programs();
+    let number = |()| world.json("link show eth0")[0]["ifindex"].as_u64().unwrap();
+    let before = number(());
+    // In a namespace where its number is another's it gets a new one, and keeps that.
+    let aside = TestNamespace::new();
+    let taken = format!("ip link add taken index {before} type veth peer name other index {}", before + 100);
+    printed(&aside.namespace, &taken.split(' ').collect::<Vec<_>>());
+    let home = world.lab.node("node1").unwrap().netns;
+    world.ip(&format!("link set eth0 netns {}", aside.name()));
+    printed(&aside.namespace, &["ip", "link", "set", "eth0", "netns", home.file_name().unwrap().to_str().unwrap()]);
+    assert_ne!(number(()), before);
+    world.bring_eth0_back();
+    eventually("its programs are on it", PATIENCE, || world.programs() == programs);
+    eventually("all is well", PATIENCE, || world.is_well());
+    world.assert_traffic("with another number");
+}
+
+#[test]
+fn a_program_before_the_stack_is_put_back_and_one_of_somebody_else_is_named() {
+    let world = world_with("drift_edge", &["--set", "services.acceleration=native"]);
+    let pin = format!("edge-{}", world.json("link show eth0")[0]["ifindex"]);
+    let is_on = |()| world.pins.attached(&pin);
+    let (before, devices) = (is_on(()), world.pins.shown("EDGE_DEVICES"));
+    world.pins.detach(&pin);
+    eventually("it is put back", PATIENCE, || is_on(()) == before && world.repairs() > 0);
+    eventually("all is well", PATIENCE, || world.is_well());
+
+    let repairs = world.repairs();
+    world.pins.clear_entries("EDGE_DEVICES");
+    eventually("the Ethernet address is back", PATIENCE, || {
+        world.repairs() > repairs && world.pins.shown("EDGE_DEVICES") == devices
+    });
+
+    // Another program takes its place: any will do, and one is pinned.
+    let programs = fs::read_dir(world.pins.0.join("programs")).unwrap().map(|entry| entry.unwrap().path());
+    let any = programs.into_iter().find(|path| path.display().to_string().contains("/edge-")).unwrap();
+    let (any, place) = (any.display().to_string(), world.node.clone());
+    let attach = ["bpftool", "net", "attach", "xdpdrv", "pinned", &any, "dev", "eth0"];
+    eventually("somebody else was faster", PATIENCE, || {
+        world.pins.detach_if_there(&pin);
+        place.run(|| Command::new(attach[0]).args(&attach[1..]).output()).unwrap().unwrap().status.success()
+    });
+    eventually("it is named", PATIENCE, || {
+        let problems = world.status()["problems"].to_string();
+        problems.contains("another XDP program") && !world.is_well()
+    });
+    printed(&world.node, &["bpftool", "net", "detach", "xdpdrv", "dev", "eth0"]);
+    eventually("it is back when the other has gone", PATIENCE, || is_on(()) == before);
+    eventually("all is well", PATIENCE, || world.is_well());
 }
 
 #[test]

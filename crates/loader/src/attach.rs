@@ -73,23 +73,6 @@ impl Datapath {
         self.attach(device, UNWRAP)
     }
 
-    /// Whether the programs that [`Datapath::attach_workload`] put on a device are on it. On kernels without tcx
-    /// this is not known, and not denied.
-    pub fn is_workload_attached(&self, device: &str) -> Result<bool, LoadError> {
-        if self.hooking == Hooking::Clsact {
-            return Ok(true);
-        }
-        let ifindex = device_number(device)?;
-        for &(program, direction) in WORKLOAD {
-            let Some((_, info)) = pinned(&self.pins.link(program, ifindex))? else { return Ok(false) };
-            let (_, here) = SchedClassifier::query_tcx(device, direction).map_err(attaching(program, device))?;
-            if info.ifindex() != ifindex || !here.iter().any(|other| other.id() == info.program) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
     /// Takes all programs off a device. Nothing happens if there are none, or if it is gone.
     pub fn detach(&mut self, ifindex: u32) -> Result<(), LoadError> {
         if ifindex == 0 {
@@ -100,6 +83,7 @@ impl Datapath {
                 self.pins.drop_link(&path)?;
             }
         }
+        self.held.retain(|attachment, _| attachment.ifindex != ifindex);
         if self.hooking == Hooking::Clsact
             && let Ok(device) = device_name(ifindex)
         {
@@ -135,6 +119,7 @@ impl Datapath {
     fn attach(&mut self, device: &str, programs: &[(&'static str, TcAttachType)]) -> Result<u32, LoadError> {
         let ifindex = device_number(device)?;
         self.programs.load(&names(programs))?;
+        self.before_attaching(ifindex);
         for &(program, direction) in programs {
             let pin = self.pins.link(program, ifindex);
             let classifier = self.programs.classifier(program)?;
@@ -152,7 +137,7 @@ impl Datapath {
                 self.pins.drop_link(&path)?;
             }
         }
-        self.hold()?;
+        self.after_attaching(ifindex)?;
         Ok(ifindex)
     }
 }
@@ -237,12 +222,12 @@ pub(crate) fn workloads(pins: &Pins) -> Result<Vec<String>, LoadError> {
     Ok(devices)
 }
 
-/// Whether our filter is on a device in the direction of this program, without tcx.
-pub(crate) fn has_filter(ifindex: u32, program: &str) -> bool {
-    let direction = [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten().find(|(name, _)| *name == program);
-    let ingress = direction.is_none_or(|(_, direction)| matches!(direction, TcAttachType::Ingress));
-    // What cannot be asked is not called gone.
-    filter_on(ifindex, ingress, FILTER.priority, FILTER.handle.into()).unwrap_or(true)
+/// The number of the program in the place of our filter on a device, without tcx; `None`: there is no filter.
+pub(crate) fn filter(attachment: &Attachment) -> io::Result<Option<u32>> {
+    let programs = [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten();
+    let direction = programs.filter(|(name, _)| *name == attachment.program).map(|(_, direction)| direction).next();
+    let ingress = direction.is_none_or(|direction| matches!(direction, TcAttachType::Ingress));
+    filter_on(attachment.ifindex, ingress, FILTER.priority, FILTER.handle.into())
 }
 
 /// The pinned link, if it is on this device. One that is not is of a device that is gone: its pin is

@@ -5,7 +5,8 @@
 //! put back. What was taken off all the same (detached, replaced) is named, for whoever attaches it again.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
     fmt, fs, io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
@@ -17,7 +18,7 @@ use crate::{
     attach::{self, Attachment},
     datapath::Datapath,
     edge,
-    error::LoadError,
+    error::{LoadError, MapError},
     features::Hooking,
     pins::at,
     socket_hooks, sys,
@@ -49,7 +50,7 @@ pub struct Misplaced {
     /// Where it was to be.
     pub place: Place,
     /// The program.
-    pub program: &'static str,
+    pub program: String,
     /// What is there instead.
     pub found: Found,
 }
@@ -81,6 +82,8 @@ pub struct Audit {
     pub repinned: Vec<String>,
     /// Pins that are gone and could not be put back, and why.
     pub unpinned: Vec<(String, String)>,
+    /// Entries of maps that this writes by itself, that were altered, and were written again.
+    pub rewritten: Vec<String>,
 }
 
 impl Datapath {
@@ -92,124 +95,192 @@ impl Datapath {
         let mut audit = Audit::default();
         self.audit_maps(&mut audit);
         self.audit_kept(&mut audit);
-        let wanted: Vec<(Place, &'static str, u32)> = places.iter().flat_map(|place| place.programs()).collect();
-        self.hold()?;
-        let keep = |held: &Attachment| {
-            wanted.iter().any(|(_, program, ifindex)| held.program == *program && held.ifindex == *ifindex)
-        };
-        self.held.retain(|attachment, _| keep(attachment));
-        for (place, program, ifindex) in wanted {
-            if self.hooking == Hooking::Clsact && !matches!(place, Place::Sockets | Place::Edge(_)) {
-                if !attach::has_filter(ifindex, program) {
-                    audit.misplaced.push(Misplaced { place, program, found: Found::Nothing });
-                }
-                continue;
-            }
-            if let Some(found) = self.audit_link(program, ifindex, &mut audit) {
-                audit.misplaced.push(Misplaced { place, program, found });
-            }
+        let pinned = self.hold()?;
+        let wanted: BTreeSet<Attachment> = places.iter().flat_map(Place::attachments).collect();
+        self.held.retain(|attachment, _| wanted.contains(attachment));
+        audit.misplaced = places.iter().flat_map(|place| self.misplaced(*place)).collect();
+        for it in &audit.misplaced {
+            // The link that comes next is another one.
+            self.held.remove(&it.attachment());
         }
+        for (attachment, link) in self.held.iter().filter(|(attachment, _)| !pinned.contains(attachment)) {
+            put_back(&self.pins.link(&attachment.program, attachment.ifindex), link, &mut audit);
+        }
+        self.audit_edge_devices(&pinned, &mut audit)?;
         Ok(audit)
     }
 
-    /// Opens every pinned link that is not held yet.
-    pub(crate) fn hold(&mut self) -> Result<(), LoadError> {
-        let dir = self.pins.links();
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(at(&dir, "list")(error)),
+    /// The programs that were put somewhere and are not there, as far as that can be told without loading any.
+    /// What was attached by other means than this process's is not known.
+    pub fn misplaced(&self, place: Place) -> Vec<Misplaced> {
+        let look = |attachment: Attachment| {
+            let found = self.found(place, &attachment)?;
+            Some(Misplaced { place, program: attachment.program, found })
         };
-        for path in entries.flatten().map(|entry| entry.path()) {
+        place.attachments().into_iter().filter_map(look).collect()
+    }
+
+    /// What is found instead of a program; `None`: the program.
+    fn found(&self, place: Place, attachment: &Attachment) -> Option<Found> {
+        let ours = self.programs.id(&attachment.program);
+        if self.hooking == Hooking::Clsact && !matches!(place, Place::Sockets | Place::Edge(_)) {
+            return match attach::filter(attachment) {
+                Ok(Some(there)) => ours.filter(|ours| *ours != there).map(|_| Found::Other(there)),
+                Ok(None) => Some(Found::Nothing),
+                // What cannot be asked is not called gone.
+                Err(_) => None,
+            };
+        }
+        let info = self.held.get(attachment).and_then(|link| sys::link_info(link.as_fd()).ok());
+        match info.filter(|info| !info.is_loose()) {
+            Some(info) => ours.filter(|ours| *ours != info.program).map(|_| Found::Other(info.program)),
+            None => Some(Found::Nothing),
+        }
+    }
+
+    /// Opens every pinned link that is not held yet; all that are pinned.
+    fn hold(&mut self) -> Result<BTreeSet<Attachment>, LoadError> {
+        let dir = self.pins.links();
+        let mut pinned = BTreeSet::new();
+        for name in names(&dir).map_err(at(&dir, "list"))? {
+            let path = dir.join(name);
             let Some(attachment) = attach::attachment(&path) else { continue };
-            if self.held.get(&attachment).is_none_or(is_loose) {
-                let Ok(fd) = sys::open_pin(&path) else { continue };
-                self.held.insert(attachment, fd);
+            if !self.held.contains_key(&attachment)
+                && let Ok(link) = sys::open_pin(&path)
+            {
+                self.held.insert(attachment.clone(), link);
+            }
+            pinned.insert(attachment);
+        }
+        Ok(pinned)
+    }
+
+    /// Before programs are attached to a device (or to sockets): links that lost their pins are found again by them.
+    pub(crate) fn before_attaching(&mut self, ifindex: u32) {
+        let of_it = self.held.iter().filter(|(attachment, _)| attachment.ifindex == ifindex);
+        for (attachment, link) in of_it {
+            let pin = self.pins.link(&attachment.program, ifindex);
+            if !pin.exists() && sys::link_info(link.as_fd()).is_ok_and(|info| !info.is_loose()) {
+                put_back(&pin, link, &mut Audit::default());
             }
         }
-        Ok(())
     }
 
-    /// What is wrong with the link of a program, if anything is. A pin that is gone is put back.
-    fn audit_link(&mut self, program: &'static str, ifindex: u32, audit: &mut Audit) -> Option<Found> {
-        let attachment = Attachment { program: program.to_owned(), ifindex };
-        let pin = self.pins.link(program, ifindex);
-        let Some(link) = self.held.get(&attachment) else { return Some(Found::Nothing) };
-        let info = sys::link_info(link.as_fd()).ok().filter(|info| !info.is_loose());
-        let Some(info) = info else {
-            self.held.remove(&attachment);
-            return Some(Found::Nothing);
-        };
-        if !pin.exists() {
-            put_back(&pin, format!("links/{program}-{ifindex}"), link, audit);
-        }
-        let ours = self
-            .programs
-            .fd(program)
-            .and_then(|fd| sys::program_id(fd.as_fd()).map_err(at(&pin, "ask for the program of")));
-        match ours {
-            Ok(ours) if ours == info.program => None,
-            Ok(_) => Some(Found::Other(info.program)),
-            // Of a program that is not loaded nothing can be said.
-            Err(_) => None,
-        }
-    }
-
-    /// The pins that the next start finds programs by.
-    fn audit_kept(&self, audit: &mut Audit) {
-        for (path, program) in self.programs.kept().filter(|(path, _)| !path.exists()) {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            put_back(&path, format!("programs/{name}"), program, audit);
-        }
+    /// After that: what is pinned there now is held, and nothing else.
+    pub(crate) fn after_attaching(&mut self, ifindex: u32) -> Result<(), LoadError> {
+        self.held.retain(|attachment, _| attachment.ifindex != ifindex);
+        self.hold().map(drop)
     }
 
     fn audit_maps(&self, audit: &mut Audit) {
         let live = self.pins.live();
-        let set = live.file_name().unwrap_or_default().to_string_lossy().into_owned();
         for map in map::ALL {
-            let (path, name) = (live.join(map.name), format!("{set}/{}", map.name));
             let Some(raw) = self.tables().raw(map.name) else { continue };
-            let there = sys::open_pin(&path).and_then(sys::RawMap::new);
-            match there {
-                Ok(there) if there.info().id == raw.info().id => continue,
+            let path = live.join(map.name);
+            match sys::open_pin(&path).and_then(|there| sys::map_id(there.as_fd())) {
+                Ok(there) if there == raw.info().id => continue,
                 // Another map under our name would be taken up by the next start.
                 Ok(_) => {
                     if let Err(error) = fs::remove_file(&path) {
-                        audit.unpinned.push((name, format!("another map is pinned there: {error}")));
+                        audit.unpinned.push((shown(&path), format!("another map is pinned there: {error}")));
                         continue;
                     }
                 }
                 Err(_) => {}
             }
-            put_back(&path, name, raw, audit);
+            put_back(&path, raw, audit);
         }
+    }
+
+    /// The pins that the next start finds programs by.
+    fn audit_kept(&self, audit: &mut Audit) {
+        let there: BTreeSet<OsString> = names(&self.pins.programs()).unwrap_or_default().into_iter().collect();
+        for (path, program) in self.programs.kept() {
+            if path.file_name().is_some_and(|name| !there.contains(name)) {
+                put_back(&path, program, audit);
+            }
+        }
+    }
+
+    /// `EDGE_DEVICES`: a wrong Ethernet address there sends frames to nobody.
+    fn audit_edge_devices(&self, pinned: &BTreeSet<Attachment>, audit: &mut Audit) -> Result<(), MapError> {
+        let edge = |ifindex| Attachment { program: edge::PROGRAM.to_owned(), ifindex };
+        // Without a program before the stack nobody reads it.
+        if !pinned.iter().any(|it| it.program == edge::PROGRAM) {
+            return Ok(());
+        }
+        for (ifindex, there) in self.tables().edge_devices.entries()? {
+            let wanted = match self.edge_devices.get(&ifindex) {
+                Some(wanted) => *wanted,
+                // Of an earlier run, which its program serves until it is attached anew.
+                None if pinned.contains(&edge(ifindex)) => continue,
+                None => 0,
+            };
+            if there != wanted {
+                self.tables().edge_devices.put(&ifindex, &wanted)?;
+                audit.rewritten.push(format!("{} {ifindex}", map::EDGE_DEVICES.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Misplaced {
+    fn attachment(&self) -> Attachment {
+        Attachment { program: self.program.clone(), ifindex: self.place.number() }
     }
 }
 
 impl Place {
-    fn programs(&self) -> Vec<(Place, &'static str, u32)> {
-        let of = |programs: Vec<&'static str>, ifindex| {
-            programs.into_iter().map(|program| (*self, program, ifindex)).collect()
+    /// The number of the device; none for sockets.
+    pub fn device(&self) -> Option<u32> {
+        Some(self.number()).filter(|_| *self != Place::Sockets)
+    }
+
+    fn attachments(&self) -> Vec<Attachment> {
+        let programs = match self {
+            Place::Workload(_) => attach::names(attach::WORKLOAD),
+            Place::Network(_) => attach::names(attach::NETWORK),
+            Place::Overlay(_) => attach::names(attach::OVERLAY),
+            Place::Unwrap(_) => attach::names(attach::UNWRAP),
+            Place::Edge(_) => vec![edge::PROGRAM],
+            Place::Sockets => socket_hooks::PROGRAMS.to_vec(),
         };
+        let one = |program: &str| Attachment { program: program.to_owned(), ifindex: self.number() };
+        programs.into_iter().map(one).collect()
+    }
+
+    fn number(&self) -> u32 {
         match *self {
-            Place::Workload(ifindex) => of(attach::names(attach::WORKLOAD), ifindex),
-            Place::Network(ifindex) => of(attach::names(attach::NETWORK), ifindex),
-            Place::Overlay(ifindex) => of(attach::names(attach::OVERLAY), ifindex),
-            Place::Unwrap(ifindex) => of(attach::names(attach::UNWRAP), ifindex),
-            Place::Edge(ifindex) => of(vec![edge::PROGRAM], ifindex),
-            Place::Sockets => of(socket_hooks::PROGRAMS.to_vec(), socket_hooks::CGROUP),
+            Place::Workload(ifindex)
+            | Place::Network(ifindex)
+            | Place::Overlay(ifindex)
+            | Place::Unwrap(ifindex)
+            | Place::Edge(ifindex) => ifindex,
+            Place::Sockets => socket_hooks::CGROUP,
         }
     }
 }
 
-fn is_loose(link: &OwnedFd) -> bool {
-    sys::link_info(link.as_fd()).map_or(true, |info| info.is_loose())
+/// What is in a directory; nothing if that is gone.
+fn names(dir: &Path) -> io::Result<Vec<OsString>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => Ok(entries.flatten().map(|entry| entry.file_name()).collect()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }
 
-fn put_back(path: &Path, name: String, object: &impl AsFd, audit: &mut Audit) {
+/// A pin, as it is told of.
+fn shown(path: &Path) -> String {
+    let parts: Vec<_> = path.iter().rev().take(2).map(|part| part.to_string_lossy()).collect();
+    parts.into_iter().rev().collect::<Vec<_>>().join("/")
+}
+
+fn put_back(path: &Path, object: &impl AsFd, audit: &mut Audit) {
     let made = path.parent().map_or(Ok(()), fs::create_dir_all);
     match made.and_then(|()| sys::pin(object.as_fd(), path)) {
-        Ok(()) => audit.repinned.push(name),
-        Err(error) => audit.unpinned.push((name, error.to_string())),
+        Ok(()) => audit.repinned.push(shown(path)),
+        Err(error) => audit.unpinned.push((shown(path), error.to_string())),
     }
 }

@@ -43,6 +43,8 @@ pub struct Datapath {
     pub(crate) hooking: Hooking,
     /// Links that outlive their pins.
     pub(crate) held: Held,
+    /// What was written into `EDGE_DEVICES`, by device.
+    pub(crate) edge_devices: BTreeMap<u32, u32>,
     tables: Tables,
     /// Whether the maps, and with them all flows, came from an earlier run.
     resumed: bool,
@@ -161,7 +163,8 @@ impl Datapath {
                 pins.abandon();
             }
         })?;
-        Ok(Datapath { programs, pins, hooking: options.hooking.unwrap_or(best), held: Held::new(), tables, resumed })
+        let hooking = options.hooking.unwrap_or(best);
+        Ok(Datapath { programs, pins, hooking, held: Held::new(), edge_devices: BTreeMap::new(), tables, resumed })
     }
 
     /// Says that nobody else may use or remove an instance as long as the answer is kept.

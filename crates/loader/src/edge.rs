@@ -5,7 +5,7 @@ use std::{fmt, io, os::fd::AsFd, path::Path};
 use crate::{
     attach::{attaching, device_number, pinned_on},
     datapath::Datapath,
-    error::LoadError,
+    error::{LoadError, MapError},
     ethernet,
     net::xdp_on,
     sys,
@@ -67,11 +67,12 @@ impl Datapath {
     /// The programs of [`Datapath::attach_network`] must be there too: they do all that this one leaves.
     pub fn attach_edge(&mut self, device: &str, wanted: EdgeWanted) -> Result<EdgeStatus, LoadError> {
         let ifindex = device_number(device)?;
+        self.before_attaching(ifindex);
         let status = self.try_edge(device, ifindex, wanted);
+        self.after_attaching(ifindex)?;
         // A device whose driver runs the program also takes what the program sends to it.
         let native = status.as_ref().is_ok_and(|status| status.mode == EdgeMode::Native);
-        let address = if native { ethernet::address(device).ok() } else { None };
-        self.tables().set_edge_device(ifindex, address)?;
+        self.set_edge_device(ifindex, if native { ethernet::address(device).ok() } else { None })?;
         status
     }
 
@@ -122,13 +123,24 @@ impl Datapath {
 
     /// Takes the XDP program off a device; whether it was there.
     pub fn detach_edge(&mut self, ifindex: u32) -> Result<bool, LoadError> {
-        self.tables().set_edge_device(ifindex, None)?;
+        self.set_edge_device(ifindex, None)?;
         let pin = self.pins.link(PROGRAM, ifindex);
         let there = pin.exists();
         if there {
             self.pins.drop_link(&pin)?;
         }
         Ok(there)
+    }
+
+    /// Says that a device takes frames before the stack, by its Ethernet address. Those past the table's end do not.
+    fn set_edge_device(&mut self, ifindex: u32, address: Option<[u8; 6]>) -> Result<(), MapError> {
+        let table = &self.tables().edge_devices;
+        if ifindex < table.capacity() {
+            let last = address.map_or(0, |mac| u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
+            table.put(&ifindex, &last)?;
+            self.edge_devices.insert(ifindex, last);
+        }
+        Ok(())
     }
 
     fn link_edge(&mut self, ifindex: u32, mode: EdgeMode, pin: &Path) -> Result<(), LinkRefused> {

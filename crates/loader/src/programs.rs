@@ -15,6 +15,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     num::NonZero,
+    os::fd::AsFd,
     panic::resume_unwind,
     path::PathBuf,
     sync::{Mutex, PoisonError},
@@ -34,6 +35,7 @@ use cirri_abi::map;
 use crate::{
     error::{LoadError, VerifierLog, telling_lines},
     pins::at,
+    sys,
     tables::Tables,
     trial, warnings,
 };
@@ -102,6 +104,12 @@ impl Programs {
     pub fn kept(&self) -> impl Iterator<Item = (PathBuf, &ProgramFd)> {
         let loaded = self.ebpf.programs().filter(|(name, _)| !trial::is_ours(name));
         loaded.filter_map(|(name, program)| Some((self.pin_of(name), program.fd().ok()?)))
+    }
+
+    /// The kernel's number of a program, if it is loaded.
+    pub fn id(&self, name: &str) -> Option<u32> {
+        let program = self.ebpf.program(name)?.fd().ok()?;
+        sys::program_id(program.as_fd()).ok()
     }
 
     // === One program, loaded ===

@@ -44,6 +44,7 @@ impl Datapath {
         let (dir, number) = open_cgroup(cgroup)?;
         let shown = cgroup.display().to_string();
         self.programs.load(&PROGRAMS)?;
+        self.before_attaching(CGROUP);
         for program in PROGRAMS {
             let pin = self.pins.link(program, CGROUP);
             let there = pinned(&pin)?;
@@ -62,7 +63,7 @@ impl Datapath {
             }
             link.pin(&pin).map_err(attaching(program, &shown))?;
         }
-        Ok(())
+        self.after_attaching(CGROUP)
     }
 
     /// Takes the programs off the sockets; whether any were there. What sockets were translated for

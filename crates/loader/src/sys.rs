@@ -286,6 +286,13 @@ pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     Ok(info)
 }
 
+/// The kernel's number of a map.
+pub(crate) fn map_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut info = MapInfo::default();
+    object_info(fd, &mut info)?;
+    Ok(info.id)
+}
+
 /// The kernel's number of a program.
 pub(crate) fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
     let mut info = ProgramInfo::default();

@@ -1,6 +1,10 @@
 //! The maps of a node, each with its types, and what goes beyond one map's reads and writes.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use cirri_abi::{
     Addr, Affinity, AffinityKey, Backend, BackendCounter, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey,
@@ -62,6 +66,8 @@ pub struct Tables {
     /// their sockets. The value says nothing.
     pub per_packet: Table<u64, u32>,
     epochs: Table<u32, u32>,
+    /// What was last written into them here, by slot.
+    written: Arc<Mutex<BTreeMap<u16, u32>>>,
     node: Table<u32, NodeConfig>,
     rulesets: Arc<RawMap>,
     all: Arc<BTreeMap<&'static str, Arc<RawMap>>>,
@@ -114,6 +120,7 @@ impl Tables {
             edge_devices: Table::new(raw(&map::EDGE_DEVICES)?, &map::EDGE_DEVICES)?,
             per_packet: Table::new(raw(&map::PER_PACKET)?, &map::PER_PACKET)?,
             epochs: Table::new(raw(&map::EPOCHS)?, &map::EPOCHS)?,
+            written: Arc::default(),
             node: Table::new(raw(&map::NODE)?, &map::NODE)?,
             rulesets: raw(&map::RULESETS)?,
             all: Arc::new(all),
@@ -149,16 +156,6 @@ impl Tables {
         self.node.put(&0, config)
     }
 
-    /// Says that a device takes frames before the stack, by its Ethernet address. Those past the table's
-    /// end do not.
-    pub(crate) fn set_edge_device(&self, ifindex: u32, address: Option<[u8; 6]>) -> Result<(), MapError> {
-        if ifindex < self.edge_devices.capacity() {
-            let last = address.map_or(0, |mac| u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));
-            self.edge_devices.put(&ifindex, &last)?;
-        }
-        Ok(())
-    }
-
     /// The epoch in a slot.
     pub fn epoch(&self, slot: u16) -> Result<u32, MapError> {
         Ok(self.epochs.get(&slot.into())?.unwrap_or_default())
@@ -167,8 +164,9 @@ impl Tables {
     /// Moves the epoch in a slot on: every recipe that rests on it is decided again with its next
     /// packet. Answers the new epoch.
     pub fn bump(&self, slot: u16) -> Result<u32, MapError> {
-        let next = self.epoch(slot)?.wrapping_add(1);
-        self.epochs.put(&slot.into(), &next)?;
+        let there = self.epoch(slot)?;
+        let next = self.written().get(&slot).map_or(there, |written| there.max(*written)).wrapping_add(1);
+        self.write_epoch(slot, next)?;
         Ok(next)
     }
 
@@ -176,7 +174,36 @@ impl Tables {
     /// on as it was decided meanwhile; a writer that takes longer than a second says so again.
     pub fn set_writing(&self, since: Option<Tick>) -> Result<(), MapError> {
         // 0 says that nobody writes.
-        self.epochs.put(&epoch_slot::WRITING.into(), &since.map_or(0, |tick| tick.count.max(1)))
+        self.write_epoch(epoch_slot::WRITING, since.map_or(0, |tick| tick.count.max(1)))
+    }
+
+    /// Epochs that are not as they were written here: the slot, what is there, and what was written. Those that were
+    /// not moved since the start are not looked at.
+    pub fn altered_epochs(&self) -> Result<Vec<(u16, u32, u32)>, MapError> {
+        let mut altered = Vec::new();
+        for (slot, written) in self.written().iter() {
+            let there = self.epoch(*slot)?;
+            if there != *written {
+                altered.push((*slot, there, *written));
+            }
+        }
+        Ok(altered)
+    }
+
+    /// Makes an epoch right that was altered. One that was put back would make recipes good again that are out of
+    /// date: it moves on instead.
+    pub fn renew_epoch(&self, slot: u16) -> Result<(), MapError> {
+        if slot == epoch_slot::WRITING { self.set_writing(None) } else { self.bump(slot).map(drop) }
+    }
+
+    fn write_epoch(&self, slot: u16, epoch: u32) -> Result<(), MapError> {
+        self.epochs.put(&slot.into(), &epoch)?;
+        self.written().insert(slot, epoch);
+        Ok(())
+    }
+
+    fn written(&self) -> MutexGuard<'_, BTreeMap<u16, u32>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     // === Rule sets ===

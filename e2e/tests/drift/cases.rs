@@ -154,62 +154,77 @@ pub const CASES: &[Case] = &[
     },
     Case {
         name: "programs detached from a workload's device",
-        damage: |w| w.detach(&format!("from_workload-{}", w.ifindex)),
+        damage: |w| w.pins.detach(&format!("from_workload-{}", w.ifindex)),
         comes: Repaired(World::programs),
     },
     Case {
         name: "programs detached from the device to the network",
         damage: |w| {
             let eth0 = w.json("link show eth0")[0]["ifindex"].clone();
-            w.detach(&format!("from_network-{eth0}"));
+            w.pins.detach(&format!("from_network-{eth0}"));
         },
         comes: Repaired(World::programs),
     },
     Case {
         name: "a program detached from the sockets",
-        damage: |w| w.detach("connect4-0"),
-        comes: Repaired(|w| w.attached("connect4-0")),
+        damage: |w| w.pins.detach("connect4-0"),
+        comes: Repaired(|w| w.pins.attached("connect4-0")),
     },
     Case {
         name: "a pin of a link removed",
-        damage: |w| fs::remove_file(w.pins.join(format!("links/to_workload-{}", w.ifindex))).unwrap(),
-        comes: Repaired(|w| w.pinned() + &w.programs()),
+        damage: |w| fs::remove_file(w.pins.0.join(format!("links/to_workload-{}", w.ifindex))).unwrap(),
+        comes: Repaired(|w| w.pins.names() + &w.programs()),
     },
     Case {
         name: "the pin of a map removed",
-        damage: |w| fs::remove_file(w.maps().join("IPCACHE")).unwrap(),
-        comes: Repaired(World::pinned),
+        damage: |w| fs::remove_file(w.pins.maps().join("IPCACHE")).unwrap(),
+        comes: Repaired(|w| w.pins.names()),
     },
     Case {
         name: "all pins removed",
-        damage: |w| fs::remove_dir_all(&w.pins).unwrap(),
-        comes: Repaired(|w| w.pinned() + &w.programs()),
+        damage: |w| fs::remove_dir_all(&w.pins.0).unwrap(),
+        comes: Repaired(|w| w.pins.names() + &w.programs()),
     },
     Case {
         name: "the address cache emptied",
-        damage: |w| w.delete_entries("IPCACHE"),
-        comes: Repaired(|w| w.shown("IPCACHE")),
+        damage: |w| w.pins.delete_entries("IPCACHE"),
+        comes: Repaired(|w| w.pins.shown("IPCACHE")),
     },
     Case {
         name: "endpoints removed",
-        damage: |w| w.delete_entries("ENDPOINTS"),
-        comes: Repaired(|w| w.shown("ENDPOINTS")),
+        damage: |w| w.pins.delete_entries("ENDPOINTS"),
+        comes: Repaired(|w| w.pins.shown("ENDPOINTS")),
     },
     Case {
         name: "devices altered",
-        damage: |w| w.clear_entries("DEVICES"),
-        comes: Repaired(|w| w.shown("DEVICES") + &w.shown("ENDPOINTS")),
+        damage: |w| w.pins.clear_entries("DEVICES"),
+        comes: Repaired(|w| w.pins.shown("DEVICES") + &w.pins.shown("ENDPOINTS")),
     },
     Case {
         name: "rule sets removed",
-        damage: |w| w.delete_entries("RULESETS"),
-        comes: Repaired(|w| w.slots("RULESETS")),
+        damage: |w| w.pins.delete_entries("RULESETS"),
+        comes: Repaired(|w| w.pins.slots("RULESETS")),
     },
-    Case { name: "the node's row cleared", damage: |w| w.clear_entries("NODE"), comes: Repaired(|w| w.shown("NODE")) },
+    Case {
+        name: "the node's row cleared",
+        damage: |w| w.pins.clear_entries("NODE"),
+        comes: Repaired(|w| w.pins.shown("NODE")),
+    },
+    Case {
+        name: "identities that rule sets know, cleared",
+        damage: |w| w.pins.clear_entries("IDENTITIES"),
+        comes: Repaired(|w| w.pins.shown("IDENTITIES")),
+    },
+    Case {
+        // It moves on, so that no recipe from before is good again.
+        name: "epochs set back",
+        damage: |w| w.pins.clear_entries("EPOCHS"),
+        comes: Repaired(|w| format!("{}", w.pins.occupied("EPOCHS"))),
+    },
     Case {
         name: "services removed",
-        damage: |w| w.delete_entries("SERVICES"),
-        comes: Repaired(|w| w.shown("SERVICES")),
+        damage: |w| w.pins.delete_entries("SERVICES"),
+        comes: Repaired(|w| w.pins.shown("SERVICES")),
     },
     Case {
         name: "forwarding turned off",

@@ -3,11 +3,10 @@
 mod cases;
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 
 use cirri_e2e::lab::{Lab, output, printed};
+use cirri_e2e::pinned::Pinned;
 use cirri_loader::net::Namespace;
 use serde_json::Value;
 
@@ -53,8 +52,8 @@ spec: {clusterIPs: [10.96.0.80], selector: {app: web}, ports: [{port: 80, target
 pub struct World {
     pub lab: Lab,
     pub node: Namespace,
-    /// Its pins: links, and the maps under the hash of the ABI.
-    pub pins: PathBuf,
+    /// Its pins.
+    pub pins: Pinned,
     /// The node's side of the device of `near`, its number, and the pod's addresses.
     pub device: String,
     pub ifindex: u32,
@@ -144,85 +143,6 @@ impl World {
         format!("{:#?}", shown.collect::<BTreeSet<_>>())
     }
 
-    pub fn pinned(&self) -> String {
-        let mut all = BTreeSet::new();
-        for directory in fs::read_dir(&self.pins).into_iter().flatten().flatten() {
-            for file in fs::read_dir(directory.path()).into_iter().flatten().flatten() {
-                all.insert(file.path().strip_prefix(&self.pins).unwrap().display().to_string());
-            }
-        }
-        // Of the overlay's device the number may be another.
-        format!("{:#?}", all)
-    }
-
-    pub fn maps(&self) -> PathBuf {
-        let mut entries = fs::read_dir(&self.pins).unwrap().map(|entry| entry.unwrap().path());
-        entries.find(|path| !path.ends_with("links") && !path.ends_with("programs")).expect("a set of maps")
-    }
-
-    pub fn bpftool(&self, arguments: &[&str]) -> String {
-        let run = Command::new("bpftool").args(arguments).output().unwrap();
-        assert!(run.status.success(), "bpftool {arguments:?}: {run:?}");
-        String::from_utf8_lossy(&run.stdout).into_owned()
-    }
-
-    /// The entries of a map, as words of hexadecimal bytes.
-    pub fn entries(&self, map: &str) -> Vec<(Vec<String>, Vec<String>)> {
-        let path = self.maps().join(map).display().to_string();
-        let text = self.bpftool(&["-j", "map", "dump", "pinned", &path]);
-        let words = |value: &Value| -> Vec<String> {
-            value.as_array().into_iter().flatten().map(|word| word.as_str().unwrap().to_owned()).collect()
-        };
-        let all: Vec<Value> = serde_json::from_str(&text).unwrap();
-        all.iter().map(|entry| (words(&entry["key"]), words(&entry["value"]))).collect()
-    }
-
-    pub fn shown(&self, map: &str) -> String {
-        let all = self.entries(map).into_iter().map(|(key, value)| format!("{} = {}", key.join(" "), value.join(" ")));
-        format!("{map} {:#?}", all.collect::<BTreeSet<_>>())
-    }
-
-    /// Of a map of maps: which slots have one.
-    pub fn slots(&self, map: &str) -> String {
-        format!("{:?}", self.entries(map).into_iter().map(|(key, _)| key.join(" ")).collect::<BTreeSet<_>>())
-    }
-
-    pub fn delete_entries(&self, map: &str) {
-        let path = self.maps().join(map).display().to_string();
-        for (key, _) in self.entries(map) {
-            let mut arguments = vec!["map", "delete", "pinned", &path, "key"];
-            arguments.extend(key.iter().map(String::as_str));
-            self.bpftool(&arguments);
-        }
-    }
-
-    /// Writes zeros into the first entries that have something.
-    pub fn clear_entries(&self, map: &str) {
-        let path = self.maps().join(map).display().to_string();
-        let some = |(_, value): &(Vec<String>, Vec<String>)| value.iter().any(|word| word != "0x00");
-        for (key, value) in self.entries(map).into_iter().filter(some).take(3) {
-            let zeros = vec!["0x00"; value.len()];
-            let mut arguments = vec!["map", "update", "pinned", &path, "key"];
-            arguments.extend(key.iter().map(String::as_str));
-            arguments.push("value");
-            arguments.extend(zeros);
-            self.bpftool(&arguments);
-        }
-    }
-
-    pub fn detach(&self, link: &str) {
-        let pin = self.pins.join("links").join(link).display().to_string();
-        self.bpftool(&["link", "detach", "pinned", &pin]);
-    }
-
-    /// What a link is attached to, as the kernel says.
-    pub fn attached(&self, link: &str) -> String {
-        let pin = self.pins.join("links").join(link).display().to_string();
-        let run = Command::new("bpftool").args(["-j", "link", "show", "pinned", &pin]).output().unwrap();
-        let link: Value = serde_json::from_slice(&run.stdout).unwrap_or_default();
-        format!("{} {} {}", link["type"], link["devname"], link["cgroup_id"])
-    }
-
     pub fn status(&self) -> Value {
         self.lab.ask("node1", &["status"]).unwrap()
     }
@@ -255,7 +175,14 @@ impl World {
 
 /// A lab of two nodes with a client, servers and a service.
 pub fn world(name: &str) -> World {
-    let lab = Lab::up(name, 2, &[]).unwrap();
+    let world = world_with(name, &[]);
+    world.assert_traffic("before");
+    world
+}
+
+/// The same, with more arguments.
+pub fn world_with(name: &str, more: &[&str]) -> World {
+    let lab = Lab::up(name, 2, more).unwrap();
     lab.apply(SHOP).unwrap();
     let endpoints: Vec<Value> = lab.ask("node1", &["endpoint", "list"]).unwrap();
     let near = endpoints.iter().find(|endpoint| endpoint["pod"] == "near").unwrap();
@@ -273,18 +200,16 @@ pub fn world(name: &str) -> World {
         let routes = lines(&["ip", family, "route", "show", "default"]);
         uplink_routes.extend(routes.iter().map(|route| format!("{family} route replace {}", route.trim())));
     }
-    let world = World {
+    World {
         addresses: addresses.collect(),
         uplink_routes,
         node: lab.netns("node:node1").unwrap(),
-        pins: PathBuf::from(format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name())),
+        pins: Pinned(PathBuf::from(format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name()))),
         device: near["host_ifname"].as_str().unwrap().to_owned(),
         ifindex: near["ifindex"].as_u64().unwrap().try_into().unwrap(),
         v4: address(0),
         v6: address(1),
         range: status["pod_cidrs"][0].as_str().unwrap().to_owned(),
         lab,
-    };
-    world.assert_traffic("before");
-    world
+    }
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use cirri_abi::{Addr, GATEWAY_MAC};
-use cirri_loader::MapError;
 use cirri_loader::net::{Link, Namespace, NetError};
+use cirri_loader::{MapError, Misplaced, Place};
 
 use super::core::Core;
 use super::endpoint::Endpoint;
@@ -67,9 +67,8 @@ fn of_device(core: &Core, endpoint: &Endpoint, outer: &Link, inner: Option<u32>)
         let now = core.net.sysctl(&setting).unwrap_or_else(|_| "gone".to_owned());
         expect(now == value, format!("the node's setting {setting} is {now}, not {value}"));
     }
-    match core.datapath.is_workload_attached(&outer.name) {
-        Ok(attached) => expect(attached, format!("its programs are not on {name}")),
-        Err(error) => expect(false, format!("its programs cannot be looked at: {error}")),
+    for Misplaced { program, found, .. } in core.datapath.misplaced(Place::Workload(outer.index)) {
+        expect(false, format!("{program} on {name}: {found}"));
     }
     found
 }

@@ -317,6 +317,7 @@ fn only<T>(all: &mut Vec<T>, wanted: Option<&String>, names: &[String], name: im
 fn is_well(status: &Status) -> bool {
     status.config.in_force
         && status.warnings.is_empty()
+        && status.problems.is_empty()
         && status.refusing.is_empty()
         && !status.backends.contains_key("down")
         && status.devices.iter().all(|device| device.mode != "missing")

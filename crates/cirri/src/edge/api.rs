@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::CounterInfo;
+use crate::api::{CounterInfo, Problem, ProblemKind};
 
 /// How the load balancer is doing; answer to `status`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -46,6 +46,12 @@ pub struct Status {
     pub drops: Vec<DropStatus>,
     /// What somebody should look at.
     pub warnings: Vec<String>,
+    /// What in the kernel is not as it was made.
+    #[serde(default)]
+    pub problems: Vec<Problem>,
+    /// What was made right since the start, by kind.
+    #[serde(default)]
+    pub repaired: BTreeMap<ProblemKind, u64>,
 }
 
 /// The file, as far as it is in force.

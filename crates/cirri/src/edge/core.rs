@@ -13,7 +13,7 @@ use cirri_loader::{MapError, Tables};
 use super::found::{self, BackendKey};
 use super::health::{Checks, Health, Outcome, Target};
 use super::plan::{Plan, Pool, Service};
-use crate::agent::{found_services, write_services};
+use crate::agent::{changed_services, found_services, write_services};
 use crate::files;
 
 /// Everything that is known of what is balanced, and its rows in the kernel.
@@ -192,6 +192,22 @@ impl Core {
         self.books = books;
         self.behind = None;
         self.apply(self.plan.clone())
+    }
+
+    /// Makes rows right that somebody else changed, as far as `repair` agrees: it is asked about each, by its name and
+    /// what became of it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn repair(&mut self, mut repair: impl FnMut(&str, &str) -> bool) -> Result<(), ApplyError> {
+        let (_, rows) = self.numbered(&self.plan);
+        for (number, row) in rows {
+            if repair(&format!("SNAT_POOLS {number}"), "altered") {
+                self.kernel(|tables| tables.snat_pools.put(&number, &row))?;
+            }
+        }
+        let writes = changed_services(&self.books, &self.tables, repair)?;
+        self.write(&writes)
     }
 
     /// The state of a backend as the tables are to have it, and why it is not active.

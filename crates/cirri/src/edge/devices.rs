@@ -8,7 +8,7 @@ use cirri_abi::{
     service_flag,
 };
 use cirri_loader::net::{Link, Net, NetError};
-use cirri_loader::{Datapath, EdgeStatus, EdgeWanted, LoadError, MapError, Tables};
+use cirri_loader::{Datapath, EdgeMode, EdgeStatus, EdgeWanted, LoadError, MapError, Place, Tables};
 
 use super::api::DeviceStatus;
 use super::plan::Plan;
@@ -138,11 +138,11 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells the packet path who this machine is.
+    /// Tells the packet path who this machine is; whether it knew otherwise.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn tell(&self, plan: &Plan, tables: &Tables) -> Result<(), MapError> {
+    pub fn tell(&self, plan: &Plan, tables: &Tables) -> Result<bool, MapError> {
         let node = NodeConfig {
             // Of no cluster, and with too many connections to tell of each.
             flags: node_flag::ALONE | node_flag::DROPS_ONLY,
@@ -162,7 +162,7 @@ impl Machine {
             tables.bump(epoch_slot::PLACES)?;
             tables.bump(epoch_slot::NODE)?;
         }
-        Ok(())
+        Ok(changed)
     }
 
     /// Who is where: the machine itself, and the world.
@@ -280,6 +280,30 @@ impl Attached {
             }
         }
         Ok(first?)
+    }
+
+    /// Where programs are.
+    pub fn places(&self) -> impl Iterator<Item = Place> {
+        self.devices.values().flat_map(|(index, _, status)| {
+            let edge = (status.mode != EdgeMode::Tc.to_string()).then_some(Place::Edge(*index));
+            [Some(Place::Network(*index)), edge].into_iter().flatten()
+        })
+    }
+
+    /// The name of a device by its number.
+    pub fn name(&self, ifindex: u32) -> String {
+        let found = self.devices.iter().find(|(_, (index, ..))| *index == ifindex);
+        found.map_or_else(|| ifindex.to_string(), |(name, _)| name.clone())
+    }
+
+    /// What was attached to a device is not as it was: it is attached again next.
+    pub fn suspect(&mut self, ifindex: u32) {
+        self.devices.retain(|_, (index, ..)| *index != ifindex);
+    }
+
+    /// Whether a device that is there has no programs.
+    pub fn is_missing(&self, machine: &Machine) -> bool {
+        machine.devices.iter().any(|(name, link)| link.is_some() && !self.devices.contains_key(name))
     }
 
     /// Of every device of the plan how it is served.

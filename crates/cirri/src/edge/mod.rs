@@ -12,6 +12,7 @@ pub mod backend;
 mod config;
 mod core;
 mod devices;
+mod drift;
 mod drops;
 mod found;
 mod health;
@@ -42,6 +43,7 @@ use tokio::task::LocalSet;
 use self::api::ConfigStatus;
 use self::core::{ApplyError, Core, RETRY};
 use self::devices::{Attached, Machine, MachineError};
+use self::drift::Drift;
 use self::drops::Drops;
 use self::health::{Checks, Outcome};
 use self::watch::Watch;
@@ -74,6 +76,8 @@ struct Here {
     attached: Attached,
     /// What is wrong with devices or addresses now.
     trouble: Option<String>,
+    /// How the kernel drifts.
+    drift: Drift,
 }
 
 /// The file, as far as it is in force.
@@ -144,6 +148,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     spawn(Box::pin(follow_routes(Arc::clone(&shared), routes)));
     spawn(Box::pin(follow_neighbours(Arc::clone(&shared), neighbours)));
     spawn(Box::pin(catch_up(Arc::clone(&shared))));
+    spawn(Box::pin(drift::watch(Arc::clone(&shared))));
     spawn(Box::pin(collect(Arc::clone(&shared))));
     if let Some(events) = events {
         spawn(Box::pin(follow_drops(Arc::clone(&shared), events)));
@@ -233,7 +238,15 @@ async fn start(file: PathBuf, plan: Plan, net: Net, mut settings: Settings) -> R
     tracing::info!(services = plan.services.len(), ?retired, "in force");
     let shared = Shared {
         core: Mutex::new(core),
-        machine: Mutex::new(Here { net, settings, datapath, machine, attached, trouble: None }),
+        machine: Mutex::new(Here {
+            net,
+            settings,
+            datapath,
+            machine,
+            attached,
+            trouble: None,
+            drift: Drift::default(),
+        }),
         drops: std::sync::Mutex::default(),
         config: std::sync::Mutex::new(ConfigState { read: Instant::now(), loads: 1, error: String::new() }),
         file,
@@ -270,7 +283,7 @@ async fn reload(shared: Arc<Shared>, mut watch: Watch) {
 async fn load(shared: &Shared) -> std::result::Result<usize, String> {
     let plan = Plan::read(&shared.file).map_err(|error| error.to_string())?;
     let mut here = shared.machine.lock().await;
-    let Here { net, settings, datapath, machine, attached, trouble } = &mut *here;
+    let Here { net, settings, datapath, machine, attached, trouble, .. } = &mut *here;
     let mut core = shared.core.lock().await;
     let told = |error: MachineError| error.to_string();
     if plan.bpf != core.plan.bpf || plan.state_dir != core.plan.state_dir {
@@ -328,7 +341,7 @@ async fn follow_routes(shared: Arc<Shared>, mut routes: ForeignRoutes) {
         let outcome = match Machine::look(&core.plan, net).await {
             Ok(seen) => {
                 *machine = seen;
-                let told = machine.tell(&core.plan, &core.tables).map_err(MachineError::from);
+                let told = machine.tell(&core.plan, &core.tables).map(drop).map_err(MachineError::from);
                 told.and(attached.follow(&core.plan, machine, datapath))
             }
             Err(error) => Err(error),

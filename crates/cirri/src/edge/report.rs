@@ -69,6 +69,8 @@ pub async fn status(shared: &Arc<Shared>) -> Result<Status, ApiError> {
             counters: counters_by_name(&core.tables)?,
             drops,
             warnings,
+            problems: machine.drift.problems(),
+            repaired: machine.drift.repaired(),
         };
         (status, full)
     };

@@ -15,9 +15,9 @@ use rtnetlink::{
 
 use super::wire::{Scope, ask};
 
-/// Whether a filter with this priority and handle is on a device of the calling thread's namespace. A device
-/// or qdisc that is gone has none.
-pub(crate) fn filter_on(ifindex: u32, ingress: bool, priority: u16, handle: u32) -> io::Result<bool> {
+/// The number of the program in the filter with this priority and handle, if that is on a device of the calling
+/// thread's namespace. A device or qdisc that is gone has none.
+pub(crate) fn filter_on(ifindex: u32, ingress: bool, priority: u16, handle: u32) -> io::Result<Option<u32>> {
     const CLSACT: u16 = 0xffff;
     const INGRESS: u16 = 0xfff2;
     const EGRESS: u16 = 0xfff3;
@@ -26,15 +26,29 @@ pub(crate) fn filter_on(ifindex: u32, ingress: bool, priority: u16, handle: u32)
     request.header.parent = TcHandle { major: CLSACT, minor: if ingress { INGRESS } else { EGRESS } };
     let answers = match ask(NETLINK_ROUTE, RouteNetlinkMessage::GetTrafficFilter(request), Scope::All) {
         Ok(answers) => answers,
-        Err(error) if [libc::ENODEV, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => return Ok(false),
+        Err(error) if [libc::ENODEV, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => return Ok(None),
         Err(error) => return Err(error),
     };
-    Ok(answers.iter().any(|answer| match answer {
+    Ok(answers.into_iter().find_map(|answer| match answer {
         RouteNetlinkMessage::NewTrafficFilter(filter) => {
-            filter.header.info >> 16 == u32::from(priority) && u32::from(filter.header.handle) == handle
+            let placed = filter.header.info >> 16 == u32::from(priority) && u32::from(filter.header.handle) == handle;
+            placed.then(|| program_of(&filter))
         }
-        _ => false,
+        _ => None,
     }))
+}
+
+/// The number of a filter's program; 0: it has none.
+fn program_of(filter: &TcMessage) -> u32 {
+    let options = filter.attributes.iter().filter_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    });
+    let program = options.flatten().find_map(|option| match option {
+        TcOption::Bpf(TcFilterBpfOption::ProgId(program)) => Some(*program),
+        _ => None,
+    });
+    program.unwrap_or_default()
 }
 
 /// Puts a classifier on what comes in by a device of the calling thread's namespace that has such a qdisc.

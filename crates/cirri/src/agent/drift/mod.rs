@@ -27,10 +27,12 @@ use super::Shared;
 use super::core::Core;
 use super::problems::Finding;
 use crate::api::ProblemKind;
-use repairs::Repairs;
+
+pub use programs::judge;
+pub use repairs::Repairs;
 
 /// How often that is looked at of which the kernel tells nothing.
-const EVERY: Duration = Duration::from_secs(2);
+pub const EVERY: Duration = Duration::from_secs(2);
 /// How many times more rarely the network is compared unasked.
 const NETWORK: u32 = 8;
 /// At least this many times as long as it took to compare the maps passes before they are compared again: on a node
@@ -48,8 +50,8 @@ const BUSY: u32 = 20;
 pub struct Drift {
     /// What was repaired.
     repairs: Repairs,
-    /// When the maps are compared next.
-    maps_due: Option<Instant>,
+    /// How often the maps are compared.
+    maps: Pace,
     /// Who changed the network last, as far as the kernel says: a process.
     changed_by: u32,
     /// The kernel's numbers of rule sets that were read and are right.
@@ -64,8 +66,26 @@ pub struct Drift {
     gone: BTreeMap<u16, Instant>,
 }
 
+/// How often something is compared that may take long.
+#[derive(Debug, Default)]
+pub struct Pace {
+    next: Option<Instant>,
+}
+
+impl Pace {
+    /// Whether it is time.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.next.is_none_or(|next| next <= now)
+    }
+
+    /// It was compared, and took that much processor time.
+    pub fn took(&mut self, now: Instant, took: Duration) {
+        self.next = Some(now + took.saturating_mul(IDLE).min(RARELY));
+    }
+}
+
 /// What a comparison found that it does not repair.
-type Findings = Vec<(ProblemKind, String, Finding)>;
+pub type Findings = Vec<(ProblemKind, String, Finding)>;
 
 /// Looks after the kernel, for ever.
 pub async fn watch(shared: Arc<Shared>, mut news: NetworkNews) {
@@ -164,12 +184,11 @@ impl Core {
         if self.filled {
             outcome = outcome.and(self.compare_programs(now, &mut findings));
             kinds.extend([ProblemKind::Program, ProblemKind::Pin]);
-            if self.drift.maps_due.is_none_or(|due| due <= now) {
+            if self.drift.maps.is_due(now) {
                 let began = cpu_time();
                 outcome = outcome.and(self.compare_tables(now));
+                self.drift.maps.took(now, cpu_time().saturating_sub(began));
                 kinds.push(ProblemKind::Map);
-                let took = cpu_time().saturating_sub(began);
-                self.drift.maps_due = Some(now + took.saturating_mul(IDLE).min(RARELY));
             }
         }
         self.note_drift(&kinds, findings, now);
@@ -210,7 +229,7 @@ fn process_name(pid: u32) -> String {
 }
 
 /// Processor time of this thread.
-fn cpu_time() -> Duration {
+pub fn cpu_time() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default())
 }

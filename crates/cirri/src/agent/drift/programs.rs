@@ -12,42 +12,59 @@ use crate::agent::rows::Role;
 use crate::agent::services::SOCKETS;
 use crate::api::ProblemKind;
 
+/// Asked about each thing that is not as it was left, with what is found and what is wanted: whether it may be
+/// made right now.
+pub type Ask<'a> = dyn FnMut(ProblemKind, &str, &str, &str) -> bool + 'a;
+
+/// What is to be done after programs and pins were compared: answers the places whose programs are to be attached
+/// again. `name`: of a device, by its number.
+pub fn judge(
+    audit: Audit,
+    name: impl Fn(u32) -> String,
+    ask: &mut Ask<'_>,
+    findings: &mut Findings,
+) -> BTreeSet<Place> {
+    let Audit { misplaced, repinned, unpinned, rewritten } = audit;
+    // Those are done and disturb nobody: they are not rationed, only said and counted.
+    for pin in repinned {
+        ask(ProblemKind::Pin, &pin, "it was removed", "pinned");
+    }
+    for entry in rewritten {
+        ask(ProblemKind::Map, &entry, "it was altered", "as written");
+    }
+    for (pin, why) in unpinned {
+        let remedy = "mount a BPF file system there, or restart with another bpf.pinRoot; without pins the packet path \
+                      ends with this process";
+        findings.push((ProblemKind::Pin, pin, Finding::new(format!("it cannot be pinned: {why}"), remedy)));
+    }
+    let mut again = BTreeSet::new();
+    for Misplaced { place, program, found } in misplaced {
+        let name = place.device().map_or_else(|| "the cgroup's sockets".to_owned(), &name);
+        if ask(ProblemKind::Program, &format!("{program} on {name}"), &found.to_string(), "attached") {
+            again.insert(place);
+        }
+    }
+    again
+}
+
 impl Core {
     /// Programs that were taken off or replaced are attached again; pins that are gone are put back.
     pub(super) fn compare_programs(&mut self, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
         let places = self.places_of_programs();
-        let Audit { misplaced, repinned, unpinned } = self.datapath.audit(&places)?;
-        for pin in repinned {
-            // Putting back a pin disturbs nobody: it is not rationed, only said and counted.
-            self.drift.repair(ProblemKind::Pin, &pin, "it was removed", "pinned", now);
-        }
-        for (pin, why) in unpinned {
-            let remedy = "mount a BPF file system there, or restart the agent with another bpf.pinRoot; without pins \
-                          the packet path ends with the agent";
-            findings.push((ProblemKind::Pin, pin, Finding::new(format!("it cannot be pinned: {why}"), remedy)));
-        }
-        let mut devices = BTreeSet::new();
-        for Misplaced { place, program, found } in misplaced {
-            let (ifindex, name) = match place {
-                Place::Sockets => (0, "the cgroup's sockets".to_owned()),
-                Place::Workload(ifindex)
-                | Place::Network(ifindex)
-                | Place::Edge(ifindex)
-                | Place::Overlay(ifindex)
-                | Place::Unwrap(ifindex) => (ifindex, self.device_name(ifindex)),
-            };
-            let object = format!("{program} on {name}");
-            if !self.drift.repair(ProblemKind::Program, &object, &found.to_string(), "attached", now) {
-                continue;
-            }
-            if ifindex == 0 {
-                self.rows.sockets.suspect(&SOCKETS);
-            } else {
-                devices.insert(name);
-            }
-        }
+        let audit = self.datapath.audit(&places)?;
+        let Core { drift, rows, .. } = self;
+        let name = |ifindex: u32| {
+            let found = rows.attachments.iter().find(|(_, attached)| attached.ifindex == ifindex);
+            found.map_or_else(|| ifindex.to_string(), |(device, _)| device.clone())
+        };
+        let mut ask = |what, object: &str, found: &str, wanted: &str| drift.repair(what, object, found, wanted, now);
+        let again = judge(audit, name, &mut ask, findings);
+        let devices: BTreeSet<Option<String>> = again.iter().map(|place| place.device().map(name)).collect();
         for device in devices {
-            self.rows.attachments.suspect(&device);
+            match device {
+                Some(device) => rows.attachments.suspect(&device),
+                None => rows.sockets.suspect(&SOCKETS),
+            }
         }
         Ok(())
     }
@@ -76,10 +93,5 @@ impl Core {
             places.push(Place::Sockets);
         }
         places
-    }
-
-    fn device_name(&self, ifindex: u32) -> String {
-        let found = self.rows.attachments.iter().find(|(_, attached)| attached.ifindex == ifindex);
-        found.map_or_else(|| ifindex.to_string(), |(device, _)| device.clone())
     }
 }

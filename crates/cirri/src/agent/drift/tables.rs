@@ -24,9 +24,22 @@ impl Core {
         compare("IPCACHE", &mut self.rows.ipcache, &ipcache, drift, now);
         let per_packet = self.tables.per_packet.entries()?.into_iter().collect();
         compare("PER_PACKET", &mut self.rows.per_packet, &per_packet, drift, now);
+        let bits = self.tables.identities.entries()?.into_iter().filter(|(_, bits)| *bits != 0).collect();
+        compare("IDENTITIES", &mut self.rows.identities, &bits, drift, now);
+        self.compare_epochs(now)?;
         self.compare_rulesets(now)?;
         self.compare_endpoints(now)?;
         self.compare_services(now)
+    }
+
+    fn compare_epochs(&mut self, now: Instant) -> anyhow::Result<()> {
+        for (slot, there, written) in self.tables.altered_epochs()? {
+            let (object, there, written) = (format!("EPOCHS {slot}"), there.to_string(), written.to_string());
+            if self.drift.repair(ProblemKind::Map, &object, &there, &written, now) {
+                self.tables.renew_epoch(slot)?;
+            }
+        }
+        Ok(())
     }
 
     /// A rule set that is live does not change: its number tells whether it is the one that was read.

@@ -1,6 +1,6 @@
 //! Taking over what an earlier run left in the tables of services.
 
-use cirri_control::service::table::{Restored, Write};
+use cirri_control::service::table::{Restored, Tables as Books, Write};
 use cirri_loader::{MapError, Table, Tables};
 
 use super::{Serving, write};
@@ -27,22 +27,34 @@ impl Serving {
     ///
     /// # Errors
     /// A table cannot be read.
-    pub fn compare(&mut self, tables: &Tables, mut repair: impl FnMut(&str, &str) -> bool) -> Result<(), MapError> {
-        if !self.swept || !self.is_done() {
-            return Ok(());
+    pub fn compare(&mut self, tables: &Tables, repair: impl FnMut(&str, &str) -> bool) -> Result<(), MapError> {
+        if self.swept && self.is_done() {
+            let writes = changed(&self.books, tables, repair)?;
+            self.push(None, writes, false);
         }
-        let found = found_up_to(tables, self.books.last_backend())?;
-        let mut writes: Vec<Write> = Vec::new();
-        for difference in self.books.compare(&found) {
-            let epoch = matches!(difference.write, Write::Bump(_));
-            if if epoch { !writes.is_empty() } else { repair(&difference.object, difference.found) } {
-                writes.push(difference.write);
-            }
-        }
-        let sorted = write::together(writes.iter()).into_iter().map(|write| write.into_owned()).collect();
-        self.push(None, sorted, false);
         Ok(())
     }
+}
+
+/// The writes that make the tables of services right where somebody else changed them, as far as `repair` agrees: it is
+/// asked about each entry, by its name and what became of it.
+///
+/// # Errors
+/// A table cannot be read.
+pub fn changed(
+    books: &Books,
+    tables: &Tables,
+    mut repair: impl FnMut(&str, &str) -> bool,
+) -> Result<Vec<Write>, MapError> {
+    let found = found_up_to(tables, books.last_backend())?;
+    let mut writes: Vec<Write> = Vec::new();
+    for difference in books.compare(&found) {
+        let epoch = matches!(difference.write, Write::Bump(_));
+        if if epoch { !writes.is_empty() } else { repair(&difference.object, difference.found) } {
+            writes.push(difference.write);
+        }
+    }
+    Ok(write::together(writes.iter()).into_iter().map(|write| write.into_owned()).collect())
 }
 
 /// What the tables of services hold.

@@ -32,6 +32,13 @@ pub fn status(status: &Status) -> String {
     for warning in &status.warnings {
         line("WARNING", warning.clone());
     }
+    for problem in &status.problems {
+        line("PROBLEM", problem.to_string());
+    }
+    if !status.repaired.is_empty() {
+        let each: Vec<String> = status.repaired.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+        line("Repaired", each.join(", "));
+    }
     let width = output::terminal_width();
     let mut section = |table: Table| {
         out.push('\n');

@@ -1,0 +1,118 @@
+//! The kernel as others leave it: what the load balancer made there is compared again and again, and made right or
+//! named in `cirri lb status`. Devices and addresses are the administrator's; news of them are `follow_routes`'s.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cirri_loader::Place;
+
+use super::core::Core;
+use super::{Here, Shared};
+use crate::agent::{COMPARE_EVERY, Finding, Findings, Pace, Problems, Repairs, cpu_time, judge_programs};
+use crate::api::{Problem, ProblemKind};
+
+/// What is known about how the kernel drifts.
+#[derive(Debug, Default)]
+pub struct Drift {
+    repairs: Repairs,
+    problems: Problems,
+    maps: Pace,
+}
+
+impl Drift {
+    /// What is not well.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.problems.list()
+    }
+
+    /// Repairs since the start, by kind.
+    pub fn repaired(&self) -> BTreeMap<ProblemKind, u64> {
+        self.repairs.count()
+    }
+}
+
+/// Looks after the kernel, for ever. It tells nothing of what is compared here.
+pub async fn watch(shared: Arc<Shared>) {
+    let mut pause = tokio::time::interval(COMPARE_EVERY);
+    pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        pause.tick().await;
+        let mut here = shared.machine.lock().await;
+        let mut core = shared.core.lock().await;
+        if let Err(error) = compare(&mut here, &mut core, Instant::now()) {
+            tracing::warn!(%error, "the kernel cannot be compared with what should be there; it is tried again");
+            shared.wake.notify_one();
+        }
+    }
+}
+
+/// What cannot be compared keeps nothing else from it.
+fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()> {
+    let mut findings = Findings::new();
+    let mut kinds = vec![ProblemKind::Setting, ProblemKind::Program, ProblemKind::Pin];
+    let mut outcome = compare_settings(here, now, &mut findings).and(compare_programs(here, core, now, &mut findings));
+    // Rows that the kernel refused are tried again by others.
+    if core.behind.is_none() && here.drift.maps.is_due(now) {
+        let began = cpu_time();
+        outcome = outcome.and(compare_maps(here, core, now));
+        here.drift.maps.took(now, cpu_time().saturating_sub(began));
+        kinds.push(ProblemKind::Map);
+    }
+    for kind in kinds {
+        let held = here.drift.repairs.held(kind, now);
+        let found = findings.iter().filter(|(of, ..)| *of == kind);
+        let found: Vec<_> = found.map(|(_, object, finding)| (object.clone(), finding.clone())).collect();
+        here.drift.problems.replace(kind, found.into_iter().chain(held));
+    }
+    outcome
+}
+
+fn compare_settings(here: &mut Here, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
+    for drifted in here.settings.drifted(&[])? {
+        let texts = [drifted.found.as_str(), drifted.wanted.as_str()];
+        if !here.drift.repairs.ask(ProblemKind::Setting, &drifted.name, texts, "", now) {
+            continue;
+        }
+        if let Err(error) = here.settings.restore(&drifted) {
+            let found = format!("{}; it cannot be written: {error}", drifted.found);
+            let finding = Finding::new(found, "see whether /proc/sys can be written").wanted(drifted.wanted);
+            findings.push((ProblemKind::Setting, drifted.name, finding));
+        }
+    }
+    Ok(())
+}
+
+fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
+    let Here { datapath, machine, attached, drift, trouble, .. } = here;
+    let places: Vec<Place> = attached.places().collect();
+    let audit = datapath.audit(&places)?;
+    let mut ask =
+        |what, object: &str, found: &str, wanted: &str| drift.repairs.ask(what, object, [found, wanted], "", now);
+    let again = judge_programs(audit, |ifindex| attached.name(ifindex), &mut ask, findings);
+    for ifindex in again.iter().filter_map(Place::device) {
+        attached.suspect(ifindex);
+    }
+    // Also what could not be attached last time: the kernel does not tell when it could.
+    if !again.is_empty() || attached.is_missing(machine) {
+        *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+    }
+    Ok(())
+}
+
+fn compare_maps(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()> {
+    let Here { machine, drift, .. } = here;
+    let mut ask =
+        |object: &str, found: &str, wanted: &str| drift.repairs.ask(ProblemKind::Map, object, [found, wanted], "", now);
+    if machine.tell(&core.plan, &core.tables)? {
+        // It is done, and disturbs nobody: it is only said and counted.
+        ask("NODE and IPCACHE", "altered", "as written");
+    }
+    for (slot, there, written) in core.tables.altered_epochs()? {
+        if ask(&format!("EPOCHS {slot}"), &there.to_string(), &written.to_string()) {
+            core.tables.renew_epoch(slot)?;
+        }
+    }
+    core.repair(|object, found| ask(object, found, "as written"))?;
+    Ok(())
+}

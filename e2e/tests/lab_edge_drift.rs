@@ -1,0 +1,66 @@
+//! What a load balancer made in the kernel is taken away or altered by hand: it is made right, and counted. Needs root.
+
+use std::fs;
+
+use cirri_e2e::edge::{self, EdgeLab, PATIENCE, VIP, run};
+use cirri_e2e::lab::eventually;
+use cirri_e2e::pinned::Pinned;
+use serde_json::Value;
+
+/// What is done by hand, and what must be as before after it.
+type Case<'a> = (&'a str, &'a dyn Fn(), &'a dyn Fn() -> String);
+
+#[test]
+fn what_is_taken_from_a_load_balancer_is_put_back() {
+    let mut lab = EdgeLab::new(2);
+    let _servers = lab.serve(8080);
+    run(&lab.lb, "ip address add 10.77.0.9/32 dev eth0");
+    let service = format!(
+        "acceleration: native\npools: [{{name: own, address: 10.77.0.9, ports: 32768-65535}}]\nservices: [{{name: web, \
+         address: {VIP}, port: 80, pool: own, backends: [{{address: 10.77.0.11, port: 8080}}, \
+         {{address: 10.77.0.12, port: 8080}}]}}]"
+    );
+    lab.write(&service);
+    lab.start();
+    let status = |()| lab.ask::<Value>(&["status"]);
+    assert_eq!(status(())["devices"][0]["mode"], "native");
+    let repairs = |()| -> u64 {
+        let repaired = status(())["repaired"].as_object().cloned().unwrap();
+        repaired.values().filter_map(Value::as_u64).sum()
+    };
+    let pins = Pinned(lab.pins());
+    let link: Value = serde_json::from_str(&run(&lab.lb, "ip -j link show eth0")).unwrap();
+    let pin = |program: &str| format!("{program}-{}", link[0]["ifindex"]);
+    let forwarding = "cat /proc/sys/net/ipv4/conf/eth0/forwarding";
+    let map = |name: &'static str| move |pins: &Pinned| pins.shown(name);
+    let shown = |name: &'static str| {
+        let pins = pins.clone();
+        move || map(name)(&pins)
+    };
+    let cases: &[Case<'_>] = &[
+        ("the program before the stack", &|| pins.detach(&pin("edge")), &|| pins.attached(&pin("edge"))),
+        ("the program in the stack", &|| pins.detach(&pin("from_network")), &|| pins.attached(&pin("from_network"))),
+        ("all pins", &|| fs::remove_dir_all(&pins.0).unwrap(), &|| pins.names()),
+        ("services", &|| pins.delete_entries("SERVICES"), &shown("SERVICES")),
+        ("backends", &|| pins.clear_entries("BACKENDS"), &shown("BACKENDS")),
+        ("pools", &|| pins.clear_entries("SNAT_POOLS"), &shown("SNAT_POOLS")),
+        ("addresses", &|| pins.delete_entries("IPCACHE"), &shown("IPCACHE")),
+        ("the node", &|| pins.clear_entries("NODE"), &shown("NODE")),
+        ("devices", &|| pins.clear_entries("EDGE_DEVICES"), &shown("EDGE_DEVICES")),
+        ("a setting", &|| drop(run(&lab.lb, "sysctl -qw net.ipv4.conf.eth0.forwarding=0")), &|| {
+            run(&lab.lb, forwarding)
+        }),
+    ];
+    for (name, damage, state) in cases {
+        let (before, count) = (state(), repairs(()));
+        damage();
+        eventually(name, PATIENCE, || state() == before && repairs(()) > count);
+    }
+    let status = lab.status_when("well", |status| status["problems"] == Value::Array(Vec::new()));
+    for kind in ["program", "pin", "map", "setting"] {
+        assert!(status["repaired"][kind].as_u64() > Some(0), "{kind} is not counted: {status:#}");
+    }
+    assert!(lab.command(&["status", "--check", "--config", &lab.file().display().to_string()]).status.success());
+    let mut talks = lab.connect_many(&format!("{VIP}:80"), 20);
+    talks.iter_mut().for_each(edge::Talk::goes_on);
+}
