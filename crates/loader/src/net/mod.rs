@@ -129,14 +129,14 @@ impl Net {
     /// Reads such a setting.
     pub fn sysctl(&self, name: &str) -> Result<String, NetError> {
         let path = format!("/proc/sys/net/{name}");
-        let read = self.namespace.run(|| read_setting(&path))?;
+        let read = self.namespace.run_anywhere(|| read_setting(&path))?;
         read.map_err(|error| self.failed(format!("setting {name}"), "read", error))
     }
 
     /// Reads many of them at once; `None` for one that is not there.
     pub fn sysctls<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Vec<Option<String>>, NetError> {
         let paths: Vec<String> = names.into_iter().map(|name| format!("/proc/sys/net/{name}")).collect();
-        self.namespace.run(|| paths.iter().map(|path| read_setting(path).ok()).collect())
+        self.namespace.run_anywhere(|| paths.iter().map(|path| read_setting(path).ok()).collect())
     }
 
     /// The settings of one name of every device (and of `all` and `default`): `ipv4/conf/*/forwarding`.

@@ -3,7 +3,10 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd, AsRawFd},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -155,6 +158,15 @@ impl Namespace {
     /// Runs code inside, on a thread of its own, and waits for it.
     pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> Result<T, NetError> {
         on_own_thread(|| self.enter().map(|()| inside()))
+    }
+
+    /// The same for code that may run on any thread: on the calling one, if that is inside already. Making a thread
+    /// costs more than what is done there.
+    pub(super) fn run_anywhere<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> Result<T, NetError> {
+        let identity = |file: fs::Metadata| (file.dev(), file.ino());
+        let ours = self.file.metadata().map(identity).ok();
+        let is_inside = ours.is_some() && fs::metadata("/proc/thread-self/ns/net").map(identity).ok() == ours;
+        if is_inside { Ok(inside()) } else { self.run(inside) }
     }
 
     /// Runs asynchronous code inside, on a thread and a runtime of its own. Dropping the future

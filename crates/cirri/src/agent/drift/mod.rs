@@ -116,6 +116,7 @@ pub async fn watch(shared: Arc<Shared>, mut news: NetworkNews) {
         round = round.wrapping_add(rest.into());
         let network = told.is_some() || deaf || round.is_multiple_of(NETWORK);
         let took = shared.compare(network, rest, by).await;
+        tracing::debug!(?took, network, rest, "compared");
         if rest {
             next = Instant::now() + EVERY;
         }
