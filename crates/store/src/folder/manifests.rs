@@ -85,7 +85,7 @@ impl Manifests {
         let before = self.take(name).unwrap_or_default();
         let was_opaque = before.opaque && !before.newly_opaque;
         let mut file = match content {
-            Ok(bytes) if bytes.trim_ascii().is_empty() => {
+            Ok(bytes) if says_nothing(bytes) => {
                 let why = "is empty; its last content stays in force. Remove it, or write a comment into it, if it is \
                            to say nothing";
                 File { opaque: true, leaving: false, errors: vec![format!("{name}: {why}")], ..before }
@@ -310,6 +310,13 @@ impl File {
         }
         file
     }
+}
+
+/// Whether a file holds not even a comment, from which one could tell that this is meant.
+fn says_nothing(bytes: &[u8]) -> bool {
+    const NOTHING: [&str; 4] = ["---", "...", "null", "~"];
+    let text = String::from_utf8_lossy(bytes).replace('\u{feff}', " ");
+    text.split_whitespace().all(|word| NOTHING.contains(&word))
 }
 
 fn twice(file: &str, owner: &str, resource: &Resource) -> String {

@@ -244,7 +244,7 @@ fn an_empty_file_takes_nothing_away() {
     let mut manifests = Manifests::default();
     manifests.set("a.yaml", Ok(policy("p", "a", "80").as_bytes()));
     manifests.settle();
-    for empty in [&b""[..], b" \n\t\n"] {
+    for empty in [&b""[..], b" \n\t\n", b"---\n", b"---\nnull\n...\n", "\u{feff}".as_bytes(), b"~"] {
         manifests.set("a.yaml", Ok(empty));
         if let Some(change) = manifests.settle() {
             assert!(change.removed.is_empty() && change.errors[0].message.contains("is empty"), "{change:?}");
