@@ -83,6 +83,8 @@ pub struct Core {
     pub unnumbered: BTreeSet<IdentityLabels>,
     /// What is wrong with manifests in the folder.
     pub folder_errors: Vec<String>,
+    /// Why what changed in the folder is not in the store yet.
+    pub uncopied: Option<String>,
     /// Files of endpoints that could not be used at the start, and what came of it.
     pub spoilt_files: Vec<(String, String)>,
     /// What is not well.
@@ -146,6 +148,7 @@ impl Core {
             known_identities: 0,
             unnumbered: BTreeSet::new(),
             folder_errors: Vec::new(),
+            uncopied: None,
             spoilt_files: Vec::new(),
             problems: Problems::default(),
             drift: Drift::default(),

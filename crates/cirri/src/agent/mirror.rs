@@ -35,8 +35,10 @@ pub async fn run(shared: Arc<Shared>, Mirror { mut changes, store }: Mirror) {
         }
         while let Err(error) = copy(&store, &change).await {
             tracing::error!(%error, "manifests are not in force yet; trying again");
+            shared.core.lock().await.uncopied = Some(error.to_string());
             tokio::time::sleep(PAUSE).await;
         }
+        shared.core.lock().await.uncopied = None;
         if first && let Ok(health) = shared.store.health().await {
             shared.core.lock().await.needed_revision = Some(health.revision);
             first = false;

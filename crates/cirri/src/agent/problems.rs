@@ -95,6 +95,10 @@ impl Core {
             let (object, _) = error.split_once(": ").unwrap_or((error, ""));
             note(ProblemKind::Manifest, object, Finding::new(error, "correct the manifest"));
         }
+        if let Some(why) = &self.uncopied {
+            let finding = Finding::new(why.clone(), "it is tried again; what was in force stays");
+            note(ProblemKind::Store, "changes of the folder", finding.wanted("in force"));
+        }
         for (object, found) in self.view.problems() {
             note(ProblemKind::StoredObject, &object, Finding::new(found, "write it anew or delete it"));
         }

@@ -150,21 +150,13 @@ impl Cluster {
 
     /// No less than the entries that the rule takes, whomever it is for.
     fn most_entries(&self, rule: &Rule) -> usize {
-        let mut ports = 0;
-        for port in &rule.ports {
-            match port {
-                // At most one at each receiver.
-                PortMatch::Named { .. } => ports += 1,
-                _ => port.prefixes(&IdentityLabels::default(), |_| ports += 1),
-            }
-        }
         let peers = rule.peers.iter().map(|peer| match peer {
             Peer::Any if rule.names_port_of_peer() => 1 + self.index.matched(&Selector::every_pod()).len(),
             Peer::Any => 1,
             Peer::Pods(selector) => self.index.matched(selector).len(),
             Peer::Addresses(_) => 0,
         });
-        (peers.sum::<usize>() + self.blocks.meant_by(&rule.address_blocks()).len()) * ports
+        (peers.sum::<usize>() + self.blocks.meant_by(&rule.address_blocks()).len()) * rule.most_ports()
     }
 
     fn known(&self, identity: Identity) -> Result<&IdentityLabels, CompileError> {
@@ -253,6 +245,28 @@ impl Cluster {
             }
         }
         self.blocks.meant_by(&rule.address_blocks()).into_iter().for_each(|number| all_common(number, &mut each));
+    }
+}
+
+impl Rule {
+    /// No less than the entries that it takes for one peer.
+    fn most_ports(&self) -> usize {
+        let mut ports = 0;
+        for port in &self.ports {
+            match port {
+                // At most one at each receiver.
+                PortMatch::Named { .. } => ports += 1,
+                _ => port.prefixes(&IdentityLabels::default(), |_| ports += 1),
+            }
+        }
+        ports
+    }
+}
+
+impl Policy {
+    /// No less than the entries that one more address block makes in the rule set of whom it selects.
+    pub(super) fn most_entries_of_a_block(&self) -> usize {
+        self.rules.iter().filter(|rule| !rule.address_blocks().is_empty()).map(Rule::most_ports).sum()
     }
 }
 

@@ -278,9 +278,12 @@ impl Cluster {
         let others = blocks.iter().flat_map(wider).filter_map(|wider| self.named_by.get(&wider.trunc()));
         for other in others.flatten().filter(|other| *other != id) {
             let Some(installed) = self.policies.get(other) else { continue };
+            let more = installed.policy.most_entries_of_a_block();
             for identity in self.index.matched(&installed.policy.subject) {
                 change.identities.insert(identity);
-                self.bounds.remove(&identity);
+                if let Some(bound) = self.bounds.get_mut(&identity) {
+                    *bound += more;
+                }
             }
         }
         change.labels = left_out.iter().zip(kept).any(|(key, kept)| kept != self.index.asks_for(key));

@@ -427,6 +427,21 @@ fn many_blocks_with_exceptions_cost_what_they_come_to() {
 }
 
 #[test]
+fn many_policies_with_an_exception_each_cost_what_they_come_to() {
+    let mut cluster = cluster();
+    let start = std::time::Instant::now();
+    for number in 0..400 {
+        let except = format!("10.0.{}.{}/32", number >> 8, number & 255);
+        let spec = format!(
+            "{{podSelector: {{}}, ingress: [{{from: [{{ipBlock: {{cidr: 0.0.0.0/0, except: [{except}]}}}}]}}]}}"
+        );
+        cluster.upsert_policy(policy(&format!("p{number}"), &spec)).unwrap();
+    }
+    assert!(start.elapsed() < ONCE, "{:?}", start.elapsed());
+    assert_eq!(cluster.entries_of(WEB), 1 + 400 + 2);
+}
+
+#[test]
 fn of_equal_rules_the_first_by_name_answers() {
     let mut cluster = cluster();
     for name in ["b", "a", "c"] {

@@ -243,8 +243,21 @@ pub(super) fn decode(cursor: &Cursor<'_>) -> Result<Service, ResourceError> {
             }
         }
     }
+    let addresses = spec.external_ips.len() + status.load_balancer.ingress.len();
+    if addresses * spec.ports.len() > MOST_FRONTENDS {
+        let (ports, most) = (spec.ports.len(), MOST_FRONTENDS);
+        return Err(cursor.error(
+            format!(
+                "{addresses} addresses with {ports} ports each come to more than the {most} that one service may have"
+            ),
+            "make several services of it, or remove addresses or ports",
+        ));
+    }
     Ok(Service { metadata, spec, status })
 }
+
+/// Addresses with a port that one service may have from outside: they multiply, and the tables are everybody's.
+const MOST_FRONTENDS: usize = 8192;
 
 fn decode_spec(cursor: &Cursor<'_>) -> Result<ServiceSpec, ResourceError> {
     let fields = cursor.object(SPEC)?;

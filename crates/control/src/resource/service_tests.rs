@@ -218,3 +218,19 @@ fn what_services_ask_of_a_pod_comes_back_as_it_went() {
     assert_eq!(Resource::from_json(&resource.to_json()).unwrap(), resource);
     refused("{apiVersion: v1, kind: Pod, metadata: {name: p}, spec: {containers: [{name: c}]}, status: {phase: Up}}");
 }
+
+#[test]
+fn addresses_and_ports_that_multiply_beyond_what_one_service_may_have_are_refused() {
+    let service = |ports: usize, addresses: usize| {
+        let ports: Vec<String> = (0..ports).map(|port| format!("{{name: p{port}, port: {}}}", 1000 + port)).collect();
+        let ips: Vec<String> = (0..addresses).map(|ip| format!("203.0.{}.{}", ip / 200, ip % 200 + 1)).collect();
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: s}}\nspec: {{ports: [{}], externalIPs: [{}]}}\n",
+            ports.join(", "),
+            ips.join(", ")
+        )
+    };
+    one(&service(64, 128));
+    let text = refused(&service(65, 128));
+    assert!(text.contains("128 addresses with 65 ports") && text.contains("8192"), "{text}");
+}
