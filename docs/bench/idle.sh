@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a node costs on which nothing happens: processor time of an agent with pods and no traffic, of `cirri lb`
-# with health checks, and of their starts.
+# with health checks, and of their starts; and after how long `observe` shows what comes after a silence.
 #
 #     docs/bench/idle.sh [BINARY] [SECONDS]      (root; defaults: target/release/cirri, 60)
 #
@@ -43,6 +43,24 @@ idle() {
 # What a process took so far: its start.
 start() { awk -v ns="$(ran "$2")" -v what="$1" 'BEGIN { printf "%-28s %6.0f ms of processor time\n", what, ns / 1e6 }'; }
 
+# Datagrams of a pod, each after a second of silence: from when one is sent until `observe --follow` printed it.
+observed() {
+    local target pid sent
+    target=$("$cirri" lab exec --name "$lab" idle/p2 -- ip -4 -o addr show dev eth0 | sed 's/.*inet \([0-9.]*\).*/\1/')
+    "$cirri" --socket "/run/cirri/lab/$lab/nodes/node1/state/agent.sock" observe --follow --port 9 -o json >"$work/flows" &
+    pid=$!
+    sleep 2
+    for n in $(seq 20); do
+        sent=$("$cirri" lab exec --name "$lab" idle/p1 -- \
+            bash -c "exec 3>/dev/udp/$target/9; date +%s%N; echo . >&3")
+        while [ "$(wc -l <"$work/flows")" -lt "$n" ]; do :; done
+        echo $(($(date +%s%N) - sent))
+        sleep 1
+    done | sort -n | awk '{ all[NR] = $1 / 1e6 }
+        END { printf "%-28s %6.1f ms median, %.1f ms most, of %d\n", "sent to observed", all[int((NR + 1) / 2)], all[NR], NR }'
+    kill $pid
+}
+
 echo "Linux $(uname -r), $(nproc) processors, load $(cut -d' ' -f1-3 /proc/loadavg)"
 
 agent_pid() { "$cirri" lab list --name "$lab" -o json | sed -n 's/.*"pid": *\([0-9]\+\).*/\1/p' | head -1; }
@@ -60,6 +78,7 @@ start "agent, first start" "$(agent_pid)"
 "$cirri" lab apply --name "$lab" --wait -f "$work/pods.yaml" >/dev/null 2>&1
 sleep 15
 idle "agent, 20 pods, no traffic" "$(agent_pid)"
+observed
 "$cirri" lab restart --name "$lab" node1 >/dev/null 2>&1
 start "agent, restart" "$(agent_pid)"
 
@@ -76,14 +95,15 @@ for n in $(seq 11 20); do in_servers ip address add 192.0.2."$n"/24 dev eth0; do
 in_servers ip link set eth0 up
 mkdir "$work/www"
 echo ok >"$work/www/index.html"
-in_servers busybox httpd -f -p 8080 -h "$work/www" &
+nsenter --net=/run/netns/"$servers" busybox httpd -f -p 8080 -h "$work/www" &
 {
     printf 'devices: [eth0]\nacceleration: off\nstateDir: %s\nbpf: {instance: idle-%s}\nservices:\n' "$work/state" $$
     printf '  - name: web\n    address: 203.0.113.10\n    port: 80\n    health: {type: http, path: /, interval: 2s}\n    backends:\n'
     for n in $(seq 11 20); do printf '      - {name: b%s, address: 192.0.2.%s, port: 8080}\n' "$n" "$n"; done
 } >"$work/lb.yaml"
 start_lb() {
-    in_place "$cirri" lb --config "$work/lb.yaml" 2>>"$work/lb.log" &
+    # Not by a function: its process would be a shell's.
+    nsenter --net=/run/netns/"$place" "$cirri" lb --config "$work/lb.yaml" 2>>"$work/lb.log" &
     lb=$!
     until "$cirri" lb status --config "$work/lb.yaml" >/dev/null 2>&1; do
         kill -0 $lb || { cat "$work/lb.log"; exit 1; }
@@ -93,8 +113,9 @@ start_lb() {
 start_lb
 start "lb, first start" $lb
 sleep 15
-up=$("$cirri" lb list --config "$work/lb.yaml" -o json | grep -c '"up"' || true)
-[ "$up" -ge 10 ] || { echo "only $up backends are up"; cat "$work/lb.log"; exit 1; }
+"$cirri" lb list --config "$work/lb.yaml" -o json >"$work/list" || true
+up=$(grep -c '"state": "active"' "$work/list" || true)
+[ "$up" -ge 10 ] || { echo "only $up backends are up"; cat "$work/lb.log" "$work/list"; exit 1; }
 idle "lb, 10 HTTP checks at 2 s" $lb
 kill $lb
 wait $lb || true
