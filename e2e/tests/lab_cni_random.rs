@@ -113,14 +113,14 @@ impl<'a> World<'a> {
         self.tell(format!("CHECK {key:?}"));
         let previous = self.attached.get(&key).cloned().unwrap_or_else(|| json!({}));
         let outcome = self.name(key).call("CHECK", json!({"prevResult": previous}));
-        let code = outcome.map_or_else(|error| error["code"].as_u64(), |_| None);
+        let code = outcome.as_ref().map_or_else(|error| error["code"].as_u64(), |_| None);
         let expected = match (self.agent, self.attached.contains_key(&key), self.damaged.contains(&key)) {
             (false, ..) => Some(11),
             (true, false, _) => Some(3),
             (true, true, true) => Some(101),
             (true, true, false) => None,
         };
-        assert_eq!(code, expected, "{}", self.story());
+        assert_eq!(code, expected, "{outcome:?}: {}", self.story());
         "CHECK"
     }
 

@@ -5,7 +5,10 @@ use std::os::fd::AsRawFd;
 use futures::TryStreamExt;
 use rtnetlink::{
     LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan,
-    packet_route::link::{InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    },
 };
 
 use super::{Namespace, Net, NetError, absent_is_false, kernel};
@@ -60,8 +63,11 @@ pub struct VethEnd {
 impl Net {
     /// All devices.
     pub async fn links(&self) -> Result<Vec<Link>, NetError> {
-        let links: Vec<LinkMessage> =
-            self.checked(|| "devices".into(), "list", self.handle.link().get().execute().try_collect().await)?;
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let links = self.list("devices", request, |message| match message {
+            RouteNetlinkMessage::NewLink(link) => Some(link),
+            _ => None,
+        })?;
         Ok(links.iter().map(described).collect())
     }
 

@@ -17,6 +17,8 @@ mod xdp;
 
 use std::{io, net::IpAddr, path::PathBuf};
 
+use rtnetlink::{packet_route::RouteNetlinkMessage, sys::protocols::NETLINK_ROUTE};
+
 pub(crate) use filter::{filter_on, put_filter};
 pub use link::{Link, VethEnd, Vxlan};
 pub use lookup::{Lookup, has_main_rule, lookup};
@@ -165,6 +167,18 @@ impl Net {
             Err(error) if [libc::ENODEV, libc::ENXIO].map(Some).contains(&io::Error::raw_os_error(&error)) => Ok(None),
             Err(error) => Err(self.failed(format!("device {index}"), "look up", error)),
         }
+    }
+
+    /// All objects that a request asks for, as they were at one time.
+    fn list<T>(
+        &self,
+        object: &str,
+        request: RouteNetlinkMessage,
+        pick: fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>, NetError> {
+        let answers = self.namespace.run_anywhere(|| wire::ask(NETLINK_ROUTE, request, wire::Scope::All))?;
+        let answers = answers.map_err(|error| self.failed(object, "list", error))?;
+        Ok(answers.into_iter().filter_map(pick).collect())
     }
 
     fn failed(&self, object: impl Into<String>, action: &'static str, error: io::Error) -> NetError {

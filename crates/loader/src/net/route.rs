@@ -2,11 +2,10 @@
 
 use std::{fmt, net::IpAddr};
 
-use futures::TryStreamExt;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
-        AddressFamily,
+        AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
         route::{
@@ -15,7 +14,7 @@ use rtnetlink::{
     },
 };
 
-use super::{Net, NetError, absent_is_false, host_bits, kernel};
+use super::{Net, NetError, absent_is_false, host_bits};
 
 /// The routing protocol number of Cirri's routes, so that a restart knows which are its own.
 pub const ROUTE_PROTOCOL: u8 = 193;
@@ -114,8 +113,11 @@ impl Net {
 
     /// The addresses of all devices, link-local ones included.
     pub async fn addresses(&self) -> Result<Vec<Address>, NetError> {
-        let all: Vec<AddressMessage> =
-            self.checked(|| "addresses".into(), "list", self.handle.address().get().execute().try_collect().await)?;
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let all = self.list("addresses", request, |message| match message {
+            RouteNetlinkMessage::NewAddress(address) => Some(address),
+            _ => None,
+        })?;
         let described = |message: &AddressMessage| {
             // The local address where there is one: on a point-to-point device the other is the peer's.
             let local = message.attributes.iter().find_map(|attribute| match attribute {
@@ -208,8 +210,11 @@ impl Net {
     }
 
     async fn neighbours_in(&self, wanted: impl Fn(NeighbourState) -> bool) -> Result<Vec<Neighbour>, NetError> {
-        let all: Vec<NeighbourMessage> =
-            self.checked(|| "neighbours".into(), "list", self.handle.neighbours().get().execute().try_collect().await)?;
+        let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        let all = self.list("neighbours", request, |message| match message {
+            RouteNetlinkMessage::NewNeighbour(neighbour) => Some(neighbour),
+            _ => None,
+        })?;
         let described = |message: &NeighbourMessage| {
             let ip = message.attributes.iter().find_map(|attribute| match attribute {
                 NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
@@ -242,12 +247,15 @@ impl Net {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
-            let listed = self.handle.route().get(request).execute().try_collect::<Vec<_>>().await;
-            match listed.map_err(kernel) {
+            let listed = self.list("routes", RouteNetlinkMessage::GetRoute(request), |message| match message {
+                RouteNetlinkMessage::NewRoute(route) => Some(route),
+                _ => None,
+            });
+            match listed {
                 Ok(routes) => all.extend(routes),
                 // A kernel without this family has no routes of it.
-                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
-                Err(error) => return Err(self.failed("routes", "list", error)),
+                Err(NetError::Kernel { error, .. }) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(all)

@@ -2,13 +2,10 @@
 
 use std::net::IpAddr;
 
-use futures::TryStreamExt;
-use rtnetlink::{
-    IpVersion,
-    packet_route::{
-        route::{RouteAttribute, RouteMessage, RouteProtocol},
-        rule::{RuleAction, RuleAttribute, RuleMessage},
-    },
+use rtnetlink::packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    route::{RouteAttribute, RouteMessage, RouteProtocol},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
 use super::{Net, NetError, ROUTE_PROTOCOL, Route, absent_is_false, host_bits, kernel, route};
@@ -68,9 +65,12 @@ impl Net {
     }
 
     async fn rules(&self, family: IpAddr) -> Result<Vec<RuleMessage>, NetError> {
-        let version = if family.is_ipv4() { IpVersion::V4 } else { IpVersion::V6 };
-        let listed = self.handle.rule().get(version).execute().try_collect().await;
-        self.checked(|| "rules".into(), "list", listed)
+        let mut request = RuleMessage::default();
+        request.header.family = if family.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        self.list("rules", RouteNetlinkMessage::GetRule(request), |message| match message {
+            RouteNetlinkMessage::NewRule(rule) => Some(rule),
+            _ => None,
+        })
     }
 }
 
