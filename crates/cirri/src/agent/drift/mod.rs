@@ -32,12 +32,12 @@ pub use programs::judge;
 pub use repairs::Repairs;
 
 /// How often that is looked at of which the kernel tells nothing.
-pub const EVERY: Duration = Duration::from_secs(2);
+pub const EVERY: Duration = Duration::from_secs(3);
 /// How many times more rarely the network is compared unasked.
 const NETWORK: u32 = 8;
 /// At least this many times as long as it took to compare the maps passes before they are compared again: on a node
 /// with ten thousand services it takes longer.
-const IDLE: u32 = 500;
+const IDLE: u32 = 1000;
 /// The longest that may become.
 const RARELY: Duration = Duration::from_secs(60);
 /// How long news are gathered: daemons change things in bursts.
