@@ -1,7 +1,7 @@
 //! The CNI plugin, called as a runtime calls it.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use cirri_loader::net::Namespace;
@@ -129,7 +129,11 @@ pub fn assert_leftovers(lab: &Lab, workloads: usize) {
     };
     assert_eq!(names("endpoints").len(), workloads, "records");
     assert_eq!(names("deletions"), Vec::<String>::new(), "notes of deletions");
-    let links = names_in(Path::new(&format!("/sys/fs/bpf/cirri/lab-{}-node1/links", lab.name())));
+    let pins = PathBuf::from(format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name()));
+    let kept = pins.join("endpoints");
+    let kept = if kept.exists() { names_in(&kept) } else { Vec::new() };
+    assert_eq!(kept.len(), workloads, "records in the kernel: {kept:?}");
+    let links = names_in(&pins.join("links"));
     let of_workloads = links.iter().filter(|name| name.contains("workload")).count();
     assert_eq!(of_workloads, 2 * workloads, "programs: {links:?}");
     let node = lab.netns("node:node1").expect("the node is there");

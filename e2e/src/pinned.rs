@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// The directory of an instance: links, programs, and the maps under the hash of the ABI.
+/// The directory of an instance: endpoints, links, programs, and the maps under the hash of the ABI.
 #[derive(Clone, Debug)]
 pub struct Pinned(pub PathBuf);
 
@@ -29,7 +29,8 @@ impl Pinned {
     /// The directory of the maps.
     pub fn maps(&self) -> PathBuf {
         let mut entries = fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().path());
-        entries.find(|path| !path.ends_with("links") && !path.ends_with("programs")).expect("a set of maps")
+        let is_other = |path: &PathBuf| ["endpoints", "links", "programs"].iter().any(|name| path.ends_with(name));
+        entries.find(|path| !is_other(path)).expect("a set of maps")
     }
 
     /// What `bpftool` prints; panics unless it succeeds.

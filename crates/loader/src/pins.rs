@@ -6,6 +6,7 @@
 //! <pin root>/<instance>/programs/              programs that passed the verifier, for the next start
 //! <pin root>/<instance>/links/from_workload-12    program on device
 //! <pin root>/<instance>/links/connect4-0          program on the sockets of a cgroup
+//! <pin root>/<instance>/endpoints/3               what is known of an endpoint; see [`crate::Records`]
 //! ```
 //!
 //! A set is made aside and renamed when it is complete and every program has passed the verifier,
@@ -90,6 +91,11 @@ impl Pins {
 
     pub fn links(&self) -> PathBuf {
         self.dir.join("links")
+    }
+
+    /// What is known of endpoints, of the instance with this directory.
+    pub fn endpoints(dir: &Path) -> PathBuf {
+        dir.join("endpoints")
     }
 
     /// The programs that passed the verifier.
@@ -236,7 +242,7 @@ pub(crate) fn at(path: &Path, action: &'static str) -> impl FnOnce(io::Error) ->
     move |error| LoadError::Pin { path, action, error }
 }
 
-fn create(dir: &Path) -> Result<(), LoadError> {
+pub(crate) fn create(dir: &Path) -> Result<(), LoadError> {
     // Another instance that goes may take the root with it while we are about to use it.
     fs::create_dir_all(dir).or_else(|_| fs::create_dir_all(dir)).map_err(at(dir, "create"))
 }

@@ -40,7 +40,7 @@ impl Core {
             if std::mem::take(&mut endpoint.tunnel_identity) == 0 {
                 continue;
             }
-            if let Err(error) = endpoint.save(&self.config.state_dir.0) {
+            if let Err(error) = self.ledger.save(endpoint) {
                 tracing::warn!(endpoint = id, %error, "its file is behind; a restart repairs it");
             }
             let row = endpoint.row();

@@ -295,11 +295,7 @@ async fn create(
 }
 
 fn save(core: &Core, endpoint: &Endpoint) -> Result<(), ApiError> {
-    let state_dir = &core.config.state_dir.0;
-    endpoint.save(state_dir).map_err(|error| {
-        ApiError::new("internal", format!("cannot write to {}: {error}", state_dir.display()))
-            .hint("free the disk or change stateDir")
-    })
+    core.ledger.save(endpoint).map_err(|error| ApiError::new("internal", error))
 }
 
 /// Whether everything that decides about the workload's packets is in the kernel.
@@ -349,8 +345,8 @@ pub async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, Ap
     if let Err(error) = core.datapath.collect_links() {
         tracing::warn!(%error, "pins of a device that is gone stay until the next start");
     }
-    endpoint.forget(&core.config.state_dir.0).map_err(|error| {
-        ApiError::new("internal", format!("cannot remove the file of endpoint {}: {error}", endpoint.id))
+    core.ledger.forget(&endpoint).map_err(|error| {
+        ApiError::new("internal", format!("what is written about endpoint {} stays: {error}", endpoint.id))
     })?;
     tracing::info!(endpoint = endpoint.id, namespace = endpoint.namespace, pod = endpoint.pod, "detached");
     Ok(true)
@@ -374,7 +370,7 @@ pub async fn leave(core: &mut Core, gone: &Endpoint) {
             Ok(false) => {}
             Ok(true) => {
                 tracing::info!(endpoint = id, device = endpoint.attachment.ifname, "has the default route now");
-                if let Err(error) = endpoint.save(&core.config.state_dir.0) {
+                if let Err(error) = core.ledger.save(endpoint) {
                     tracing::warn!(endpoint = id, %error, "its file is behind");
                 }
             }

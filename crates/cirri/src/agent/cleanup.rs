@@ -3,7 +3,8 @@
 use cirri_loader::Datapath;
 use cirri_loader::net::Net;
 
-use super::{devices, endpoint, node, start};
+use super::ledger::{Found, Ledger};
+use super::{devices, node, start};
 use crate::config::Config;
 use crate::exit::{Because, Failure, Result};
 use crate::settings::Settings;
@@ -20,8 +21,10 @@ pub async fn cleanup(config: &Config) -> Result<()> {
     for device in Datapath::workload_devices(root, instance).because(Failure::Failed)? {
         net.delete_link(&device).await.because(Failure::Failed)?;
     }
-    for endpoint in endpoint::load_all(state_dir).because(Failure::Failed)?.into_iter().flat_map(|found| found.said) {
-        devices::delete(&net, &endpoint).await.because(Failure::Failed)?;
+    for Found { said, kept, .. } in Ledger::of(config).load_all().because(Failure::Failed)? {
+        for endpoint in said.into_iter().chain(kept) {
+            devices::delete(&net, &endpoint).await.because(Failure::Failed)?;
+        }
     }
     if !settings.is_anothers(node::CLAIM).because(Failure::Failed)? {
         net.delete_link(node::OVERLAY).await.because(Failure::Failed)?;

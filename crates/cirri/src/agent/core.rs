@@ -7,15 +7,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 use std::time::Instant;
 
-use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, RulesetSlot, epoch_slot};
+use cirri_abi::{Identity, epoch_slot};
 use cirri_control::ipam::{IpamError, Pool};
 use cirri_control::labels::{IdentityLabels, LabelFilter};
-use cirri_control::policy::{self, Cluster, CompileError, PolicyId};
+use cirri_control::policy::{self, Cluster, PolicyId};
 use cirri_control::resource::{Namespace, Pod};
-use cirri_loader::net::Net;
+use cirri_loader::net::{Link, Net};
 use cirri_loader::{Datapath, Tables};
 use cirri_store::{Entry, Event};
 use ipnet::IpNet;
@@ -23,10 +22,12 @@ use ipnet::IpNet;
 use super::drift::Drift;
 use super::endpoint::Endpoint;
 use super::latency::Latency;
+use super::ledger::Ledger;
 use super::node::Node;
 use super::problems::Problems;
 use super::records;
-use super::rows::{Rows, sort};
+use super::rows::Rows;
+use super::rulesets::Uncompiled;
 use super::services::Serving;
 use super::slots::Slots;
 use super::view::{Change, Named, View};
@@ -59,6 +60,8 @@ pub struct Core {
     pub uncompiled: BTreeMap<u32, Uncompiled>,
     /// This node's pod ranges and what is given out of them; empty until they are allocated.
     pub pools: Vec<Pool>,
+    /// Where workloads are written down.
+    pub ledger: Ledger,
     /// Workloads by number.
     pub endpoints: BTreeMap<u16, Endpoint>,
     /// Numbers of workloads.
@@ -87,6 +90,8 @@ pub struct Core {
     pub uncopied: Option<String>,
     /// Files of endpoints that could not be used at the start, and what came of it.
     pub spoilt_files: Vec<(String, String)>,
+    /// Devices with this agent's programs of which nothing else was known at the start.
+    pub strays: Vec<Link>,
     /// What is not well.
     pub problems: Problems,
     /// How the kernel drifts.
@@ -108,7 +113,7 @@ pub struct Core {
     /// Whether what other versions left was removed.
     pub retired: bool,
     /// Identities whose rule set must be compiled again.
-    dirty: BTreeSet<u32>,
+    pub(super) dirty: BTreeSet<u32>,
     /// Who workloads are must be looked at again.
     labels_stale: bool,
     /// Which identities are known must be looked at again.
@@ -126,6 +131,7 @@ impl Core {
         }
         Core {
             serving: Serving::new(&config, &node, datapath.tables()),
+            ledger: Ledger::of(&config),
             tables: datapath.tables().clone(),
             config,
             node,
@@ -150,6 +156,7 @@ impl Core {
             folder_errors: Vec::new(),
             uncopied: None,
             spoilt_files: Vec::new(),
+            strays: Vec::new(),
             problems: Problems::default(),
             drift: Drift::default(),
             latency: Latency::default(),
@@ -416,7 +423,7 @@ impl Core {
             endpoint.identity = identity.id;
             endpoint.labels = labels;
             endpoint.ruleset = slot;
-            if let Err(error) = endpoint.save(&self.config.state_dir.0) {
+            if let Err(error) = self.ledger.save(endpoint) {
                 tracing::warn!(endpoint = id, %error, "its file is behind; a restart repairs it");
             }
         }
@@ -429,71 +436,10 @@ impl Core {
             let named = (endpoint.namespace.clone(), endpoint.pod.clone());
             let pod = self.view.pods.get(&named);
             let differs = endpoint.seen.update(pod, self.view.namespaces.get(&endpoint.namespace));
-            if differs && let Err(error) = endpoint.save(&self.config.state_dir.0) {
+            if differs && let Err(error) = self.ledger.save(endpoint) {
                 tracing::warn!(endpoint = endpoint.id, %error, "its file is behind; a restart repairs it");
             }
         }
-    }
-
-    fn desire_rulesets(&mut self) {
-        let wanted: BTreeMap<u32, RulesetSlot> =
-            self.endpoints.values().map(|endpoint| (endpoint.identity, endpoint.ruleset)).collect();
-        for (identity, slot) in &wanted {
-            if !self.dirty.contains(identity) && self.rows.rulesets.desired(slot).is_some() {
-                continue;
-            }
-            match self.compile(*identity, *slot) {
-                Ok(entries) => {
-                    self.uncompiled.remove(identity);
-                    self.rows.rulesets.set(*slot, Arc::new(entries));
-                }
-                Err(error) => {
-                    tracing::error!(identity, %error, "no new rule set");
-                    self.uncompiled.insert(*identity, error);
-                    if self.rows.rulesets.desired(slot).is_none() {
-                        let entries = self.pinned(*identity, *slot).unwrap_or_else(|| Arc::new(closed()));
-                        self.rows.rulesets.set(*slot, entries);
-                    }
-                }
-            }
-        }
-        self.uncompiled.retain(|identity, _| wanted.contains_key(identity));
-        // What is dirty and has no workload here is compiled when one comes.
-        self.dirty.clear();
-        let live: BTreeSet<RulesetSlot> = wanted.into_values().collect();
-        let unused: Vec<RulesetSlot> =
-            self.rows.rulesets.iter().map(|(slot, _)| *slot).filter(|slot| !live.contains(slot)).collect();
-        for slot in unused {
-            self.rows.rulesets.unset(&slot);
-        }
-    }
-
-    /// The rule set of an identity, if enough is known to make it.
-    fn compile(&self, identity: u32, slot: RulesetSlot) -> Result<Rules, Uncompiled> {
-        let number = Identity { id: identity };
-        let labels = self.cluster.labels(number);
-        let is_of = |labels: &IdentityLabels| {
-            let canonical = labels.canonical();
-            self.endpoints.values().all(|endpoint| endpoint.identity != identity || endpoint.labels == canonical)
-        };
-        let Some(labels) = labels.filter(|labels| is_of(labels)) else {
-            return Err(Uncompiled::Stranger { identity });
-        };
-        let namespace = labels.namespace().unwrap_or_default();
-        let never_compiled = self.rows.rulesets.desired(&slot).is_none() || self.uncompiled.contains_key(&identity);
-        if never_compiled && self.view.lacks_policy(namespace) && self.pinned(identity, slot).is_some() {
-            return Err(Uncompiled::Hole { identity, namespace: namespace.to_owned() });
-        }
-        let mut ruleset = self.cluster.compile(number)?;
-        sort(&mut ruleset.entries);
-        Ok(ruleset.entries)
-    }
-
-    /// The rule set that an earlier run left in the kernel for this identity.
-    fn pinned(&self, identity: u32, slot: RulesetSlot) -> Option<Arc<Rules>> {
-        let theirs = |row: &cirri_abi::Endpoint| row.identity.id == identity && row.ruleset == slot;
-        let here = self.endpoints.keys().filter_map(|id| self.rows.endpoints.actual(id)).any(theirs);
-        self.rows.rulesets.actual(&slot).filter(|_| here).cloned()
     }
 
     /// The node's ranges are known: reserves in them what its workloads have.
@@ -560,48 +506,6 @@ impl Core {
             }
         }
     }
-}
-
-/// The entries of a rule set.
-type Rules = Vec<(PolicyKey, PolicyEntry)>;
-
-/// Why an identity's rule set is not made anew. The last good one is in force, or none that lets
-/// anything pass.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum Uncompiled {
-    /// The compiler refused.
-    #[error(transparent)]
-    Refused(#[from] CompileError),
-    /// Its record is gone or names others.
-    #[error("identity {identity} is not known by the labels of its workloads; a new number is on its way")]
-    Stranger {
-        /// The number.
-        identity: u32,
-    },
-    /// A policy cannot be read, and nobody knows what it said.
-    #[error(
-        "a policy of namespace {namespace} cannot be read and is not known from before; identity {identity} keeps its rules"
-    )]
-    Hole {
-        /// The number.
-        identity: u32,
-        /// The namespace.
-        namespace: String,
-    },
-}
-
-/// A rule set that lets nothing pass.
-fn closed() -> Rules {
-    let key = |direction| PolicyKey { prefix_len: PolicyKey::STATIC_BITS, direction, ..PolicyKey::default() };
-    let deny = PolicyEntry {
-        cookie: Cookie::DEFAULT_DENY,
-        prefix_len: PolicyKey::STATIC_BITS as u8,
-        ..PolicyEntry::default()
-    };
-    let mut entries =
-        [cirri_abi::Direction::INGRESS, cirri_abi::Direction::EGRESS].map(|direction| (key(direction), deny)).to_vec();
-    sort(&mut entries);
-    entries
 }
 
 /// A pod of which only the name is known.

@@ -1,19 +1,14 @@
-//! Workloads of this node, and the files that let them outlive the agent.
+//! Workloads of this node.
 
-use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::{Path, PathBuf};
 
 use cirri_abi::{Addr, Identity};
 use cirri_control::resource::{Namespace, Pod, Resource};
 use serde::{Deserialize, Serialize};
 
 use crate::api::Attachment;
-use crate::files;
 
-/// A workload of this node. One small file each, so that a restart finds them.
+/// A workload of this node. Each is written down ([`super::ledger`]), so that a restart finds it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// Number on this node.
@@ -186,74 +181,6 @@ impl Endpoint {
             v6: self.v6.map_or(Addr::UNSPECIFIED, |v6| Addr::v6(v6.octets())),
         }
     }
-
-    /// Writes its file, and the copy of that.
-    ///
-    /// # Errors
-    /// The file system's; the old file stays.
-    pub fn save(&self, state_dir: &Path) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(self)?;
-        PLACES.iter().try_for_each(|place| files::write_atomic(&path(state_dir, place, self.id), &text))
-    }
-
-    /// Removes its file, and the copy of that.
-    ///
-    /// # Errors
-    /// The file system's.
-    pub fn forget(&self, state_dir: &Path) -> io::Result<()> {
-        PLACES.iter().try_for_each(|place| files::remove(&path(state_dir, place, self.id)))
-    }
-}
-
-/// Directories of endpoints' files. Each file stands in both: a spoilt one must not cost a running
-/// pod its network.
-const PLACES: [&str; 2] = ["endpoints", "endpoints.copy"];
-
-/// What the files of one endpoint say.
-#[derive(Debug, Default, PartialEq)]
-pub struct Found {
-    /// What could be read: its file, the copy of that.
-    pub said: Vec<Endpoint>,
-    /// The file that could not, and why.
-    pub spoilt: Option<(PathBuf, String)>,
-}
-
-/// Every endpoint that has a file.
-///
-/// # Errors
-/// A directory cannot be read.
-pub fn load_all(state_dir: &Path) -> io::Result<Vec<Found>> {
-    let mut all: BTreeMap<OsString, Found> = BTreeMap::new();
-    for place in PLACES {
-        let directory = state_dir.join(place);
-        for (path, text) in files::read_each(&directory)? {
-            let name = path.file_stem().unwrap_or_default().to_owned();
-            let is_copy = place != PLACES[0];
-            let alone = is_copy && !all.contains_key(&name);
-            let found = all.entry(name.clone()).or_default();
-            match text.map_err(|error| error.to_string()).and_then(|text| parse(&name, &text)) {
-                Ok(endpoint) => found.said.push(endpoint),
-                Err(why) => found.spoilt = found.spoilt.take().or(Some((path, why))),
-            }
-            if alone {
-                let missing = state_dir.join(PLACES[0]).join(&name).with_extension("json");
-                found.spoilt = Some((missing, "it is gone".to_owned()));
-            }
-        }
-    }
-    Ok(all.into_values().collect())
-}
-
-fn parse(name: &OsStr, text: &[u8]) -> Result<Endpoint, String> {
-    let endpoint: Endpoint = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    if *name != *endpoint.id.to_string() {
-        return Err(format!("it says that it is endpoint {}", endpoint.id));
-    }
-    Ok(endpoint)
-}
-
-fn path(state_dir: &Path, place: &str, id: u16) -> PathBuf {
-    state_dir.join(place).join(format!("{id}.json"))
 }
 
 #[cfg(test)]
@@ -268,57 +195,5 @@ mod tests {
         let endpoint: Endpoint = serde_json::from_str(text).unwrap();
         assert_eq!(endpoint.attachment.network, "", "of no network that GC could be asked for");
         assert!(endpoint.has_default.v4 && !endpoint.gc);
-    }
-
-    #[test]
-    fn an_endpoint_survives_in_its_file_and_a_broken_file_harms_nobody() {
-        let dir = std::env::temp_dir().join(format!("cirri-endpoints-{}", std::process::id()));
-        let endpoint = Endpoint {
-            id: 3,
-            attachment: Attachment { network: "n".into(), container_id: "c".into(), ifname: "eth0".into() },
-            netns: "/run/netns/x".into(),
-            netns_cookie: 77,
-            namespace: "shop".into(),
-            pod: "web".into(),
-            identity: 300,
-            tunnel_identity: 299,
-            labels: "k8s:app=web".into(),
-            mac: [2, 0, 0, 0, 0, 1],
-            v4: Some([10, 244, 0, 5].into()),
-            v6: None,
-            host_ifname: "lxc1".into(),
-            ifindex: 9,
-            mtu: 1450,
-            has_default: HasDefault { v4: true, v6: false },
-            gc: true,
-            ruleset: 1,
-            ready_ms: 1.5,
-            seen: Seen::default(),
-        };
-        let sound = || Found { said: vec![endpoint.clone(), endpoint.clone()], spoilt: None };
-        endpoint.save(&dir).unwrap();
-        assert_eq!(load_all(&dir).unwrap(), [sound()]);
-
-        let file = dir.join("endpoints/3.json");
-        let text = std::fs::read_to_string(&file).unwrap();
-        for spoilt in ["", "{", "\u{0}", &text[..text.len() / 2], &text.replace("\"id\": 3", "\"id\": 4")] {
-            std::fs::write(&file, spoilt).unwrap();
-            let found = load_all(&dir).unwrap();
-            assert_eq!(found[0].said, std::slice::from_ref(&endpoint), "{spoilt:?}");
-            assert_eq!(found[0].spoilt.as_ref().unwrap().0, file, "{spoilt:?}");
-        }
-        std::fs::remove_file(&file).unwrap();
-        assert_eq!(load_all(&dir).unwrap()[0].spoilt.as_ref().unwrap().1, "it is gone");
-        std::fs::create_dir(&file).unwrap();
-        assert_eq!(load_all(&dir).unwrap()[0].said, std::slice::from_ref(&endpoint), "a directory");
-        // A directory does not make way for a file by itself.
-        endpoint.save(&dir).unwrap();
-        assert_eq!(load_all(&dir).unwrap(), [sound()]);
-        files::write_atomic(&dir.join("endpoints/4.json"), b"{").unwrap();
-        assert_eq!(load_all(&dir).unwrap().len(), 2);
-        std::fs::remove_file(dir.join("endpoints/4.json")).unwrap();
-        endpoint.forget(&dir).unwrap();
-        assert!(load_all(&dir).unwrap().is_empty());
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

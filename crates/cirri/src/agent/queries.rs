@@ -9,8 +9,9 @@ use cirri_control::policy::{self, CompileError, PolicyId, Question, RuleVerdict}
 use cirri_flow::{Names, Place, RuleText, Served, ServicePort};
 use cirri_loader::Tables;
 
-use super::core::{Core, Uncompiled};
+use super::core::Core;
 use super::endpoint::Endpoint;
+use super::rulesets::Uncompiled;
 use crate::api::{
     ApiError, CounterInfo, EndpointInfo, ExplainedDirection, ExplainedParty, Explanation, IdentityInfo, MapInfo,
     PeerStatus, PolicyExplain, PolicyGet, PolicyInfo, RuleInfo,

@@ -1,5 +1,6 @@
 //! From a configuration to an agent that knows what an earlier run left.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
@@ -10,15 +11,17 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cirri_flow::{Decoder, Ring};
-use cirri_loader::net::{Namespace, Net};
+use cirri_loader::net::{Link, Namespace, Net};
 use cirri_loader::{Datapath, Events, LoadOptions, Use};
 use cirri_store::{Embedded, Etcd, EtcdOptions, PREFIX, Store, folder};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
-use super::endpoint::{self, Endpoint, Found};
+use super::endpoint::Endpoint;
+use super::ledger::Found;
+use super::problems::Finding;
 use super::{Shared, attach, devices, flows, mirror, node};
-use crate::api::StoreStatus;
+use crate::api::{ProblemKind, StoreStatus};
 use crate::config::{Acceleration, Config, Loaded, RoutingMode, SocketMode, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
 use crate::settings::Settings;
@@ -39,6 +42,8 @@ pub struct Started {
 const STATE_DIRECTORIES: [&str; 3] = ["endpoints", "endpoints.copy", "deletions"];
 /// The lock last: until then nobody else begins.
 const STATE_FILES: [&str; 4] = ["store.redb", "seen.redb", "agent.sock", "agent.lock"];
+/// What is on every workload's device.
+const WORKLOAD_PROGRAM: &str = "from_workload";
 /// Events that a monitor may be behind.
 const MONITOR_BACKLOG: usize = 8192;
 
@@ -251,18 +256,14 @@ async fn open_store(config: &Config) -> Result<Sources> {
 
 /// The workloads of an earlier run that are still there.
 async fn restore(core: &mut Core) -> Result<()> {
-    let state_dir = core.config.state_dir.0.clone();
-    let endpoints = endpoint::load_all(&state_dir)
-        .map_err(|error| format!("cannot read {}: {error}", state_dir.display()))
-        .because(Failure::Failed)?;
     let mut lost = Vec::new();
-    for found in endpoints {
+    for found in core.ledger.load_all().because(Failure::Failed)? {
         let Some(mut endpoint) = take_up(core, found).await? else { continue };
         if !is_there(core, &endpoint).await? {
             tracing::info!(endpoint = endpoint.id, pod = endpoint.pod, "its device is gone");
             devices::delete(&core.net, &endpoint).await.because(Failure::Failed)?;
-            if let Err(error) = endpoint.forget(&state_dir) {
-                tracing::warn!(endpoint = endpoint.id, %error, "its file stays");
+            if let Err(error) = core.ledger.forget(&endpoint) {
+                tracing::warn!(endpoint = endpoint.id, %error, "what is written about it stays");
             }
             lost.push(endpoint);
             continue;
@@ -290,36 +291,72 @@ async fn restore(core: &mut Core) -> Result<()> {
     for endpoint in lost {
         attach::leave(core, &endpoint).await;
     }
+    note_strays(core).await
+}
+
+/// Names workloads of which nothing but their devices is left. No table will have a row for them, so their packets
+/// are dropped by the programs that are on their devices.
+async fn note_strays(core: &mut Core) -> Result<()> {
+    let attached = core.datapath.attachments().because(Failure::Failed)?.into_iter();
+    let attached = attached.filter(|it| it.program == WORKLOAD_PROGRAM).map(|it| it.ifindex);
+    // Where programs are attached without links.
+    let known = core.tables.devices.entries().because(Failure::Failed)?.into_iter().map(|(ifindex, _)| ifindex);
+    let mut devices: BTreeSet<u32> = attached.chain(known).collect();
+    devices.retain(|ifindex| core.endpoints.values().all(|endpoint| endpoint.ifindex != *ifindex));
+    let links = core.net.links().await.because(Failure::Failed)?;
+    core.strays = links.into_iter().filter(|link| devices.contains(&link.index)).collect();
+    for link in &core.strays {
+        let (object, finding) = stray(link);
+        tracing::error!(device = object, found = finding.found, "a workload is lost");
+        core.problems.put(ProblemKind::Endpoint, object, finding);
+    }
     Ok(())
 }
 
-/// Of what the files of an endpoint say, what agrees with the kernel. A spoilt file is written anew.
+/// What is said of a workload of which nothing but its device is left.
+pub fn stray(link: &Link) -> (String, Finding) {
+    let whose = link.alias.strip_prefix("cirri ").unwrap_or("an unknown container");
+    let found = format!("nothing is known of its workload ({whose}), neither by a file nor by the kernel");
+    let finding = Finding::new(found, "delete the container and add it again; until then nothing passes");
+    (link.name.clone(), finding.wanted("as it was attached"))
+}
+
+/// Of what is written about an endpoint, what agrees with the kernel. What is spoilt is written anew.
 async fn take_up(core: &mut Core, found: Found) -> Result<Option<Endpoint>> {
-    let Found { said, mut spoilt } = found;
+    let Found { said, kept, mut spoilt } = found;
+    let (of_files, recorded) = (said.len(), kept.is_some());
+    let all: Vec<Endpoint> = said.into_iter().chain(kept).collect();
     let (mut best, mut agreement) = (None, 0);
-    for (number, endpoint) in said.iter().enumerate() {
+    for (number, endpoint) in all.iter().enumerate() {
         let now = agreement_with_kernel(core, endpoint).await?;
         if best.is_none() || now > agreement {
             (best, agreement) = (Some(number), now);
         }
     }
     if best.is_some_and(|best| best > 0) && spoilt.is_none() {
-        let file = core.config.state_dir.0.join(format!("endpoints/{}.json", said[0].id));
-        spoilt = Some((file, "it is not what the kernel has".to_owned()));
+        spoilt = Some((core.ledger.file(all[0].id), "it is not what the kernel has".to_owned()));
     }
-    let endpoint = best.map(|best| said[best].clone());
+    let endpoint = best.map(|best| all[best].clone());
+    if endpoint.is_some() && agreement == 0 {
+        // Its device is gone, and with it all that could be lost.
+        return Ok(endpoint);
+    }
+    // An earlier version told the kernel nothing.
+    let mut incomplete = !recorded;
     if let Some((path, why)) = spoilt {
+        let from = if best.is_some_and(|best| best < of_files) { "its copy" } else { "what the kernel keeps of it" };
         let outcome = match &endpoint {
-            Some(endpoint) => format!("{}/{} is taken up from its copy", endpoint.namespace, endpoint.pod),
+            Some(endpoint) => format!("{}/{} is taken up from {from}", endpoint.namespace, endpoint.pod),
             None => "nothing is known of its workload".to_owned(),
         };
         tracing::error!(path = %path.display(), why, outcome, "an endpoint's file cannot be used");
         core.spoilt_files.push((path.display().to_string(), format!("it cannot be used: {why}; {outcome}")));
-        if let Some(endpoint) = &endpoint
-            && let Err(error) = endpoint.save(&core.config.state_dir.0)
-        {
-            tracing::warn!(endpoint = endpoint.id, %error, "its file is not written anew");
-        }
+        incomplete = true;
+    }
+    if let Some(endpoint) = endpoint.as_ref().filter(|_| incomplete)
+        && let Err(error) = core.ledger.save(endpoint)
+    {
+        tracing::warn!(endpoint = endpoint.id, %error, "it is not written anew");
     }
     Ok(endpoint)
 }

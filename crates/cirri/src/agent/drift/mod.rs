@@ -184,6 +184,7 @@ impl Core {
         let mut kinds = vec![ProblemKind::Setting];
         if self.filled {
             outcome = outcome.and(self.compare_programs(now, &mut findings));
+            self.compare_kept(now);
             kinds.extend([ProblemKind::Program, ProblemKind::Pin]);
             if self.drift.maps.is_due(now) {
                 let began = cpu_time();

@@ -6,10 +6,10 @@ use cirri_abi::GATEWAY_MAC;
 use cirri_loader::net::{Link, Namespace, NetError};
 
 use super::Findings;
-use crate::agent::attach;
 use crate::agent::core::Core;
 use crate::agent::endpoint::Endpoint;
 use crate::agent::problems::Finding;
+use crate::agent::{attach, start};
 use crate::api::ProblemKind;
 
 /// What is wrong with a device, and how to make it right.
@@ -64,6 +64,12 @@ impl Core {
                 findings.push((ProblemKind::Device, object.clone(), finding.wanted(wanted)));
             }
         }
+        let is_there =
+            |stray: &&Link| links.iter().any(|link| (link.index, &link.alias) == (stray.index, &stray.alias));
+        for stray in self.strays.iter().filter(is_there) {
+            let (object, finding) = start::stray(stray);
+            findings.push((ProblemKind::Endpoint, object, finding));
+        }
         let known: Vec<u32> = self.endpoints.values().map(|endpoint| endpoint.ifindex).collect();
         self.drift.mtus.retain(|ifindex, _| known.contains(ifindex));
         self.drift.gone.retain(|id, _| gone.contains(id));
@@ -82,6 +88,21 @@ impl Core {
             findings.push((ProblemKind::Endpoint, object, finding.wanted("as it was attached")));
         }
         Ok(())
+    }
+
+    /// What the kernel keeps of workloads is written again where its pin is gone.
+    pub(super) fn compare_kept(&mut self, now: Instant) {
+        let Core { endpoints, ledger, drift, .. } = self;
+        for endpoint in endpoints.values() {
+            let pin = ledger.pin(endpoint.id);
+            let object = pin.display().to_string();
+            if !pin.exists()
+                && drift.repair(ProblemKind::Pin, &object, "it was removed", "pinned", now)
+                && let Err(error) = ledger.save(endpoint)
+            {
+                tracing::warn!(endpoint = endpoint.id, %error, "it is not written anew");
+            }
+        }
     }
 
     /// Takes away workloads whose device and namespace have been gone for long; whether there were any.
