@@ -19,7 +19,7 @@ use cirri_loader::{Datapath, Tables};
 use cirri_store::{Entry, Event};
 use ipnet::IpNet;
 
-use super::drift::Drift;
+use super::drift::{Drift, Mend};
 use super::endpoint::Endpoint;
 use super::latency::Latency;
 use super::ledger::Ledger;
@@ -94,8 +94,12 @@ pub struct Core {
     pub strays: Vec<Link>,
     /// What is not well.
     pub problems: Problems,
-    /// How the kernel drifts.
+    /// How the kernel and the store drift.
     pub drift: Drift,
+    /// Records in the store, without a lease, that are to be written anew.
+    pub mends: Vec<Mend>,
+    /// Newest revision that a write of this node had.
+    pub written: u64,
     /// How long changes take.
     pub latency: Latency,
     /// Why what is known could not be saved; it is tried again.
@@ -159,6 +163,8 @@ impl Core {
             strays: Vec::new(),
             problems: Problems::default(),
             drift: Drift::default(),
+            mends: Vec::new(),
+            written: 0,
             latency: Latency::default(),
             unsaved: None,
             is_behind: false,

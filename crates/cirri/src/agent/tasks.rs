@@ -16,6 +16,7 @@ use ipnet::IpNet;
 
 use super::Shared;
 use super::allocate::{self, AllocateError};
+use super::drift::Mend;
 
 /// Events taken in before the tables are filled again.
 const CHUNK: usize = 4096;
@@ -41,20 +42,22 @@ pub async fn watch(shared: Arc<Shared>) {
             for event in chunk {
                 let whole = matches!(event, Event::Snapshot(..));
                 complete |= whole || matches!(event, Event::Progress(_));
-                let gone = match &event {
-                    Event::Delete { key, .. } => Some(key.clone()),
-                    _ => None,
+                let concerned = match &event {
+                    Event::Delete { key, .. } => core.answers_for(key),
+                    Event::Put(entry) => core.answers_for(&entry.key),
+                    Event::Snapshot(..) => true,
+                    Event::Progress(_) => false,
                 };
+                core.drift.stored |= concerned;
                 core.apply(event);
                 if whole {
+                    // A store that was replaced may have begun again from a small number.
+                    core.written = 0;
                     core.compare_published();
                 }
-                // Ours, and somebody else removed it.
-                if let Some(key) = gone
-                    && core.rows.published.desired(&key).is_some()
-                {
-                    core.rows.published.suspect(&key);
-                }
+            }
+            if complete {
+                core.compare_stored(seen);
             }
         }
         // What is enforced is saved before: it must hold after a restart too.
@@ -165,6 +168,7 @@ pub async fn publish(shared: Arc<Shared>) {
             let core = shared.core.lock().await;
             if core.filled { core.rows.published.due(Instant::now()) } else { Vec::new() }
         };
+        mend(&shared).await;
         let worked = !due.is_empty();
         for row in due {
             let outcome = match &row.desired {
@@ -175,6 +179,7 @@ pub async fn publish(shared: Arc<Shared>) {
                 tracing::warn!(key = row.key, %error, "not published; it is tried again");
             }
             let mut core = shared.core.lock().await;
+            core.written = core.written.max(outcome.as_ref().copied().unwrap_or_default());
             core.rows.published.settle(&row.key, row.desired, outcome.map(drop), Instant::now());
         }
         if worked {
@@ -194,6 +199,29 @@ pub async fn publish(shared: Arc<Shared>) {
             () = shared.publish.notified() => {}
             () = pause => {}
         }
+    }
+}
+
+/// Writes anew what was found to be gone or spoilt. What is not done is found again.
+async fn mend(shared: &Shared) {
+    let mends = shared.core.lock().await.mends.clone();
+    for Mend { key, value, gone } in &mends {
+        let outcome = match gone {
+            // Not over what somebody else has written meanwhile.
+            true => shared.store.create(key, value, false).await.map(|_| 0),
+            false => shared.store.put(key, value, false).await,
+        };
+        let mut core = shared.core.lock().await;
+        match outcome {
+            Ok(revision) => core.written = core.written.max(revision),
+            Err(error) => {
+                tracing::warn!(key, %error, "not written anew; it is tried again");
+                core.drift.stored = true;
+            }
+        }
+    }
+    if !mends.is_empty() {
+        shared.core.lock().await.mends.clear();
     }
 }
 

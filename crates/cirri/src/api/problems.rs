@@ -65,6 +65,8 @@ pub enum ProblemKind {
     Setting,
     /// A workload is not as it was attached.
     Endpoint,
+    /// What the node wrote in the store is gone, or somebody else changes it.
+    Record,
 }
 
 impl fmt::Display for ProblemKind {

@@ -10,6 +10,7 @@
 
 mod devices;
 mod programs;
+mod records;
 mod repairs;
 mod routes;
 mod settings;
@@ -29,6 +30,7 @@ use super::problems::Finding;
 use crate::api::ProblemKind;
 
 pub use programs::judge;
+pub use records::Mend;
 pub use repairs::Repairs;
 
 /// How often that is looked at of which the kernel tells nothing.
@@ -62,6 +64,8 @@ pub struct Drift {
     present: BTreeSet<u32>,
     /// Those of them that were up.
     up: BTreeSet<u32>,
+    /// Whether the store had news of what this node wrote there, since it was compared last.
+    pub stored: bool,
     /// Since when workloads have no device any more.
     gone: BTreeMap<u16, Instant>,
 }
@@ -146,10 +150,11 @@ impl Shared {
                 outcome = outcome.and(core.compare_network(now).await);
             }
         }
+        core.compare_stored(now);
         if let Err(error) = outcome {
             tracing::warn!(%error, "the kernel cannot be compared with what should be there; it is tried again");
         }
-        let work = !core.rows.is_done() || !core.serving.is_done();
+        let work = !core.rows.is_done() || !core.serving.is_done() || !core.mends.is_empty();
         drop(core);
         if work {
             self.desired();
