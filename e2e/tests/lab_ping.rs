@@ -42,12 +42,16 @@ fn services_addresses_answer_pings_and_the_gateways_address_is_taken() {
     let mut pinged = 0;
     for address in addresses(&services) {
         for whose in ["shop/client", "node:node1", "node:node2", "world"] {
-            let ping = inside(&lab, whose, &["ping", "-n", "-c", "1", "-W", "5", &address]);
-            assert!(ping.status.success(), "{whose} -> {address}: {}", String::from_utf8_lossy(&ping.stdout));
-            pinged += 1;
+            // The longer one takes three fragments.
+            for bytes in ["56", "4000"] {
+                let ping = inside(&lab, whose, &["ping", "-n", "-c", "1", "-W", "5", "-s", bytes, &address]);
+                let said = String::from_utf8_lossy(&ping.stdout);
+                assert!(ping.status.success(), "{whose} -> {address}, {bytes} bytes: {said}");
+                pinged += 1;
+            }
         }
     }
-    assert_eq!(pinged, 4 * 4, "two addresses of each family: {services}");
+    assert_eq!(pinged, 4 * 4 * 2, "two addresses of each family: {services}");
 
     // The kernel's own duplicate address detection, which the pod's device does without.
     let set = "echo 1 > /proc/sys/net/ipv6/conf/eth0/accept_dad; echo 1 > /proc/sys/net/ipv6/conf/eth0/dad_transmits";

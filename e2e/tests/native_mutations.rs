@@ -78,6 +78,8 @@ struct Oracle {
     opened: HashSet<Read>,
     /// The first fragments: as they came, and as they left.
     fragments: HashMap<(IpAddr, IpAddr, u8, u32), (Read, Read)>,
+    /// Pings of services' addresses whose first fragment was answered.
+    pings: HashSet<(IpAddr, IpAddr, u32)>,
 }
 
 impl Oracle {
@@ -120,7 +122,7 @@ impl Oracle {
         if to.is_none() && hook == Hook::TO_OVERLAY {
             return if is(&kind.read.src, "n1") { Ok(()) } else { Err("the node sends as somebody else".into()) };
         }
-        if is_refusal(hook, frame, verdict, &kind, out) || is_echo(hook, frame, verdict, &kind, out) {
+        if self.is_echo(hook, frame, verdict, &kind, out) || is_refusal(hook, frame, verdict, &kind, out) {
             return Ok(());
         }
         let Some(after) = parse(&out.bytes) else { return Err("it became nothing".into()) };
@@ -182,6 +184,36 @@ impl Oracle {
             _ => served,
         };
         if right { Ok(()) } else { Err("it came in another packet, and is for no service".into()) }
+    }
+
+    /// The reply to a ping of a service's address, or a part of it, to who asked.
+    fn is_echo(&mut self, hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Frame) -> bool {
+        let Some(after) = parse(&out.bytes) else { return false };
+        let named = match (hook, verdict) {
+            (Hook::FROM_WORKLOAD, Verdict::Local { ifindex }) => {
+                ifindex == frame.ifindex && device(&kind.read.src) == Some(ifindex)
+            }
+            (Hook::FROM_NETWORK, Verdict::Device { ifindex }) => {
+                ifindex == frame.ifindex && device(&kind.read.src).is_none() && !is(&kind.read.src, "n1")
+            }
+            (Hook::TO_NETWORK, Verdict::Up { ifindex }) => ifindex == frame.ifindex,
+            _ => false,
+        };
+        let asked = ["vip", "lb"].iter().any(|name| is_at(&kind.read.dst, name)) && !kind.unwrapped;
+        let (request, reply) = if kind.read.src.is_ipv4() { (8, 0) } else { (128, 129) };
+        let behind = |frame: &Frame| frame.bytes[14 + if kind.read.src.is_ipv4() { 20 } else { 40 }..].to_vec();
+        let part = |id| (kind.read.src, kind.read.dst, id);
+        let kinds = match kind.fragment {
+            Some((id, true)) => self.pings.contains(&part(id)) && behind(frame) == behind(out),
+            _ => kind.icmp == Some(request) && after.icmp == Some(reply),
+        };
+        let back =
+            (after.read.src, after.read.dst, after.read.dport) == (kind.read.dst, kind.read.src, kind.read.sport);
+        let right = named && asked && kinds && back && frame.bytes.len() == out.bytes.len();
+        if let Some((id, false)) = kind.fragment.filter(|_| right) {
+            self.pings.insert(part(id));
+        }
+        right
     }
 
     /// In IPIP to a backend: a service's, or an error about it.
@@ -424,26 +456,6 @@ fn is_nodes_error(frame: &Frame) -> bool {
     let v6 = frame.bytes.get(12..14) == Some(&[0x86, 0xdd]);
     let read = frame.bytes.get(14..).and_then(|packet| parse_ip(packet, v6, false));
     read.is_some_and(|kind| kind.icmp.is_some() && is(&kind.read.src, "n1"))
-}
-
-/// The reply to a ping of a service's address, to who asked.
-fn is_echo(hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Frame) -> bool {
-    let Some(after) = parse(&out.bytes) else { return false };
-    let named = match (hook, verdict) {
-        (Hook::FROM_WORKLOAD, Verdict::Local { ifindex }) => {
-            ifindex == frame.ifindex && device(&kind.read.src) == Some(ifindex)
-        }
-        (Hook::FROM_NETWORK, Verdict::Device { ifindex }) => {
-            ifindex == frame.ifindex && device(&kind.read.src).is_none() && !is(&kind.read.src, "n1")
-        }
-        (Hook::TO_NETWORK, Verdict::Up { ifindex }) => ifindex == frame.ifindex,
-        _ => false,
-    };
-    let asked = ["vip", "lb"].iter().any(|name| is_at(&kind.read.dst, name)) && !kind.unwrapped;
-    let (request, reply) = if kind.read.src.is_ipv4() { (8, 0) } else { (128, 129) };
-    let kinds = kind.icmp == Some(request) && after.icmp == Some(reply) && kind.fragment.is_none();
-    let back = (after.read.src, after.read.dst, after.read.dport) == (kind.read.dst, kind.read.src, kind.read.sport);
-    named && asked && kinds && back && frame.bytes.len() == out.bytes.len()
 }
 
 /// The rules of `mutate::tables`, said once more.

@@ -22,7 +22,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use cirri_abi::{Hook, node_flag};
-use cirri_datapath::{Packet, Services, Verdict, fast_path, is_echo_request, unwrap_for_host};
+use cirri_datapath::{Packet, Services, Verdict, fast_path, may_be_echo_request, unwrap_for_host};
 
 use crate::{services::Maps, skb::Skb, tables::Kernel, xdp::Raw};
 
@@ -63,7 +63,7 @@ pub fn to_network(ctx: TcContext) -> i32 {
         None => false,
     };
     let skb = Skb::new(ctx.skb.skb);
-    if !(serves || is_echo_request(&skb)) || skb.decided() {
+    if !(serves || may_be_echo_request(&skb)) || skb.decided() {
         return TC_ACT_OK;
     }
     run::<{ Hook::TO_NETWORK }>(ctx)

@@ -95,8 +95,6 @@ fn write_option_v6<P: Packet>(packet: &mut P, vip: &Addr, port: Port) -> bool {
 
 /// The IPv6 destination options header's protocol number.
 pub(crate) const DESTINATION_OPTIONS: u8 = 60;
-/// The IPv6 fragment header's.
-const FRAGMENT: u8 = 44;
 
 /// Notes the service's address that another node has put into the packet's first option, at `at`, if it
 /// stands there and may be believed.
@@ -121,7 +119,7 @@ pub(crate) fn read_option<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut 
             && option.length as u32 == dsr::LENGTH_V6 / 8 - 1;
         let protocol = match packet.load::<wire::Fragment6>(at + dsr::LENGTH_V6) {
             // A datagram's first fragment.
-            Some(fragment) if option.next == FRAGMENT => fragment.next,
+            Some(fragment) if option.next == wire::FRAGMENT6 => fragment.next,
             _ => option.next,
         };
         (ours, Addr { words: option.addr }, option.port, protocol)

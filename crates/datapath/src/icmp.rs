@@ -84,9 +84,6 @@ fn unrelated<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &Scratch) -> O
     Ok(Next::Done(Packed::CONTINUE))
 }
 
-/// The IPv6 fragment header's protocol number.
-const FRAGMENT: u8 = 44;
-
 /// The tuple of the quoted packet; answers the offset of its transport header.
 #[inline(always)]
 pub(crate) fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tuple) -> Result<u32, DropReason> {
@@ -100,7 +97,7 @@ pub(crate) fn quoted<P: Packet>(packet: &P, inner: u32, v6: bool, out: &mut Tupl
         out.proto = ip.next;
         // A datagram's first fragment: that one was too big.
         match packet.load::<wire::Fragment6>(inner + 40) {
-            Some(fragment) if ip.next == FRAGMENT && u16::from_be(fragment.offset) & 0xfff8 == 0 => {
+            Some(fragment) if ip.next == wire::FRAGMENT6 && u16::from_be(fragment.offset) & 0xfff8 == 0 => {
                 out.proto = fragment.next;
                 inner + 48
             }

@@ -40,7 +40,7 @@ mod translate;
 mod verdict;
 mod wire;
 
-pub use echo::is_echo_request;
+pub use echo::may_be_echo_request;
 pub use parse::Parsed;
 pub use place::{Place, PlaceKind};
 pub use plain::unwrap_for_host;

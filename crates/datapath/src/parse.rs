@@ -172,7 +172,7 @@ pub(crate) fn step_over<P: Packet>(packet: &P, out: &mut Parsed) -> Result<bool,
             out.tuple.proto = ext.next;
             Ok(true)
         }
-        44 => {
+        wire::FRAGMENT6 => {
             let Some(ext) = packet.load::<wire::Fragment6>(offset) else {
                 return Err(DropReason::INVALID_EXTENSION_HEADER);
             };
@@ -191,7 +191,7 @@ pub(crate) fn step_over<P: Packet>(packet: &P, out: &mut Parsed) -> Result<bool,
 /// Whether a protocol number is an extension header's.
 #[inline(always)]
 pub(crate) const fn is_extension(protocol: u8) -> bool {
-    matches!(protocol, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140)
+    matches!(protocol, 0 | 43 | wire::FRAGMENT6 | 51 | 60 | 135 | 139 | 140)
 }
 
 /// Reads the transport header, or finds what the first fragment of the datagram said.

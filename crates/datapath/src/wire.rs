@@ -264,6 +264,10 @@ pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// Offset of the IP header.
 pub(crate) const L3: u32 = 14;
+/// Protocol number of the IPv6 fragment header (RFC 8200, 4.5).
+pub(crate) const FRAGMENT6: u8 = 44;
+/// Length of that header.
+pub(crate) const FRAGMENT6_LENGTH: u32 = 8;
 /// More-fragments bit and fragment offset, as they stand in the packet.
 pub(crate) const FRAGMENT_MASK: u16 = 0x3fffu16.to_be();
 /// The fragment offset alone.
