@@ -292,7 +292,10 @@ impl Machine {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]);
         command.args(["sh", "-euc", INSIDE, "sh"]).args([&self.base, &self.changes, &host::rustup_home()]).arg(script);
-        command.env_clear().env("HOME", "/root").env("PATH", "/root/.cargo/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+            .env_clear()
+            .env("HOME", "/root")
+            .env("PATH", "/root/.cargo/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         for (name, value) in std::env::vars_os() {
             let text = name.to_string_lossy().to_lowercase();
             if text.ends_with("_proxy") || text == "term" {
