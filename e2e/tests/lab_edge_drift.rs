@@ -1,6 +1,7 @@
 //! What a load balancer made in the kernel is taken away or altered by hand: it is made right, and counted. Needs root.
 
 use std::fs;
+use std::process::Command;
 
 use cirri_e2e::edge::{self, EdgeLab, PATIENCE, VIP, run};
 use cirri_e2e::lab::eventually;
@@ -63,4 +64,46 @@ fn what_is_taken_from_a_load_balancer_is_put_back() {
     assert!(lab.command(&["status", "--check", "--config", &lab.file().display().to_string()]).status.success());
     let mut talks = lab.connect_many(&format!("{VIP}:80"), 20);
     talks.iter_mut().for_each(edge::Talk::goes_on);
+}
+
+#[test]
+fn a_place_before_the_stack_that_best_effort_had_and_lost_is_named_and_taken_again() {
+    let mut lab = EdgeLab::new(1);
+    let _servers = lab.serve(8080);
+    // Its driver cannot do it; a pair's device would be left to tc from the beginning.
+    run(&lab.lb, "ip link add spare type bridge");
+    run(&lab.lb, "ip link set spare up");
+    lab.write(&format!(
+        "devices: [eth0, spare]\nacceleration: best-effort\nservices: [{{name: web, address: {VIP}, port: 80, \
+         backends: [{{address: 10.77.0.11, port: 8080}}]}}]"
+    ));
+    lab.start();
+    let mode = |()| {
+        let status = lab.ask::<Value>(&["status"]);
+        let devices = status["devices"].as_array().cloned().unwrap_or_default();
+        let spare = devices.into_iter().find(|device| device["name"] == "spare");
+        spare.map(|device| device["mode"].clone())
+    };
+    assert_eq!(mode(()), Some("generic".into()));
+    let pins = Pinned(lab.pins());
+    let link: Value = serde_json::from_str(&run(&lab.lb, "ip -j link show spare")).unwrap();
+    let pin = format!("edge-{}", link[0]["ifindex"]);
+    let before = pins.attached(&pin);
+
+    let programs = fs::read_dir(pins.0.join("programs")).unwrap().map(|entry| entry.unwrap().path());
+    let any = programs.into_iter().find(|path| path.display().to_string().contains("/edge-")).unwrap();
+    let attach = ["net", "attach", "xdpgeneric", "pinned", any.to_str().unwrap(), "dev", "spare"];
+    eventually("somebody else was faster", PATIENCE, || {
+        pins.detach_if_there(&pin);
+        lab.lb.namespace.run(|| Command::new("bpftool").args(attach).output()).unwrap().unwrap().status.success()
+    });
+    let file = lab.file().display().to_string();
+    let is_well = |()| lab.command(&["status", "--check", "--config", &file]).status.success();
+    eventually("it is named", PATIENCE, || {
+        let problems = lab.ask::<Value>(&["status"])["problems"].to_string();
+        problems.contains("another XDP program") && !is_well(())
+    });
+    run(&lab.lb, "bpftool net detach xdpgeneric dev spare");
+    eventually("it is back when the other has gone", PATIENCE, || pins.attached(&pin) == before);
+    eventually("all is well", PATIENCE, || is_well(()) && mode(()) == Some("generic".into()));
 }

@@ -28,6 +28,19 @@ pub enum EdgeWanted {
     BestEffort,
 }
 
+impl EdgeWanted {
+    /// The same for a device whose program is attached again. What best effort once reached there is owed: to fall
+    /// back, because somebody else has taken the place, is no choice but a fault that is told.
+    #[must_use]
+    pub fn again(self, reached: Option<EdgeMode>) -> Self {
+        match (self, reached) {
+            (EdgeWanted::BestEffort, Some(EdgeMode::Native)) => EdgeWanted::Native,
+            (EdgeWanted::BestEffort, Some(EdgeMode::Generic)) => EdgeWanted::Generic,
+            _ => self,
+        }
+    }
+}
+
 /// How packets are met at a device's edge.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EdgeMode {

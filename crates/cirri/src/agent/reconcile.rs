@@ -349,12 +349,15 @@ impl Core {
             && desired.is_none_or(|new| new.ifindex != old.ifindex)
         {
             self.datapath.detach(old.ifindex)?;
+            self.serving.edges.remove(device);
         }
         match desired.map(|new| new.role) {
             Some(Role::Workload) => self.datapath.attach_workload(device).map(drop),
             Some(Role::Network) => {
                 self.datapath.attach_network(device)?;
-                let edge = self.datapath.attach_edge(device, wanted_edge(self.config.services.acceleration))?;
+                let reached = self.serving.edges.get(device).map(|edge| edge.mode);
+                let wanted = wanted_edge(self.config.services.acceleration).again(reached);
+                let edge = self.datapath.attach_edge(device, wanted)?;
                 self.serving.edges.insert(device.to_owned(), edge);
                 Ok(())
             }

@@ -230,6 +230,8 @@ fn host_row(ip: IpAddr) -> (IpcacheKey, Ipcache) {
 #[derive(Default)]
 pub struct Attached {
     devices: BTreeMap<String, (u32, Acceleration, DeviceStatus)>,
+    /// What best effort reached, by the device's number.
+    reached: BTreeMap<u32, EdgeMode>,
 }
 
 impl Attached {
@@ -242,6 +244,7 @@ impl Attached {
         let gone: Vec<String> = self.devices.keys().filter(|name| !plan.devices.contains(name)).cloned().collect();
         for name in gone {
             if let Some((index, ..)) = self.devices.remove(&name) {
+                self.reached.remove(&index);
                 datapath.detach(index)?;
                 tracing::info!(device = name, "not served any more");
             }
@@ -257,29 +260,54 @@ impl Attached {
         let mut first = Ok(());
         for (name, link) in &machine.devices {
             let Some(link) = link else {
-                if self.devices.remove(name).is_some() {
+                if let Some((index, ..)) = self.devices.remove(name) {
+                    self.reached.remove(&index);
                     tracing::warn!(device = name, "device is gone");
                 }
                 continue;
             };
             let known = self.devices.get(name);
-            if known.is_some_and(|(index, wanted, _)| (*index, *wanted) == (link.index, plan.acceleration)) {
+            let done = known.is_some_and(|(index, wanted, _)| (*index, *wanted) == (link.index, plan.acceleration));
+            if done && self.fallen().all(|(fallen, _)| fallen != name) {
                 continue;
             }
             // Whatever becomes of it, it is not as it was.
-            self.devices.remove(name);
-            let attached =
-                datapath.attach_network(name).and_then(|_| datapath.attach_edge(name, wanted(plan.acceleration)));
+            let before = self.devices.remove(name).map(|(.., status)| status);
+            let wanted = wanted(plan.acceleration).again(self.reached.get(&link.index).copied());
+            let attached = datapath.attach_network(name).and_then(|_| match datapath.attach_edge(name, wanted) {
+                // It is served, by tc: what is new in the file need not wait for it.
+                Err(error) if wanted != self::wanted(plan.acceleration) => {
+                    Ok(EdgeStatus { device: name.clone(), mode: EdgeMode::Tc, reason: error.to_string() })
+                }
+                other => other,
+            });
             match attached {
                 Ok(status) => {
+                    if plan.acceleration != Acceleration::BestEffort {
+                        self.reached.remove(&link.index);
+                    } else if status.mode != EdgeMode::Tc {
+                        self.reached.insert(link.index, status.mode);
+                    }
                     let status = told(&status);
-                    tracing::info!(device = name, mode = status.mode, reason = status.reason, "served");
+                    if before.as_ref() != Some(&status) {
+                        tracing::info!(device = name, mode = status.mode, reason = status.reason, "served");
+                    }
                     self.devices.insert(name.clone(), (link.index, plan.acceleration, status));
                 }
                 Err(error) => first = first.and(Err(error)),
             }
         }
         Ok(first?)
+    }
+
+    /// Devices that best effort leaves to tc after it had reached more, and why.
+    pub fn fallen(&self) -> impl Iterator<Item = (&String, &String)> {
+        let tc = EdgeMode::Tc.to_string();
+        let fallen = self
+            .devices
+            .iter()
+            .filter(move |(_, (index, _, status))| status.mode == tc && self.reached.contains_key(index));
+        fallen.map(|(name, (.., status))| (name, &status.reason))
     }
 
     /// Where programs are.
@@ -301,9 +329,10 @@ impl Attached {
         self.devices.retain(|_, (index, ..)| *index != ifindex);
     }
 
-    /// Whether a device that is there has no programs.
-    pub fn is_missing(&self, machine: &Machine) -> bool {
-        machine.devices.iter().any(|(name, link)| link.is_some() && !self.devices.contains_key(name))
+    /// Whether a device that is there has no programs, or is served worse than it was.
+    pub fn is_lacking(&self, machine: &Machine) -> bool {
+        let missing = machine.devices.iter().any(|(name, link)| link.is_some() && !self.devices.contains_key(name));
+        missing || self.fallen().next().is_some()
     }
 
     /// Of every device of the plan how it is served.

@@ -94,8 +94,13 @@ fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: &mut F
         attached.suspect(ifindex);
     }
     // Also what could not be attached last time: the kernel does not tell when it could.
-    if !again.is_empty() || attached.is_missing(machine) {
+    if !again.is_empty() || attached.is_lacking(machine) {
         *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+    }
+    for (device, why) in attached.fallen() {
+        let remedy = "take the other program off (ip link set dev DEVICE xdp off), or say `acceleration: off`; tc serves \
+                      the device until then, and it is tried again by itself";
+        findings.push((ProblemKind::Program, device.clone(), Finding::new(why.clone(), remedy)));
     }
     Ok(())
 }
