@@ -6,7 +6,7 @@ use std::{io, process::Command};
 
 use cirri_e2e::kernel::{TestNamespace, veth};
 use cirri_loader::net::{
-    Address, Namespace, Neighbour, NeighbourChange, Neighbours, Net, Route, VethEnd, in_netns, sockets,
+    Address, Namespace, Neighbour, NeighbourChange, Neighbours, Net, OpenSettings, Route, VethEnd, in_netns, sockets,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -199,6 +199,72 @@ async fn settings_are_those_of_the_namespace_and_not_of_this_process() {
     assert_eq!(std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").expect("read"), outside);
     let error = net.set_sysctl("ipv4/no_such_thing", "1").expect_err("must fail").to_string();
     assert!(error.contains("no_such_thing") && error.contains(place.name()), "{error}");
+}
+
+#[tokio::test]
+async fn settings_that_stay_open_are_those_of_the_device_that_has_the_name_now() {
+    let (place, other) = (TestNamespace::new(), TestNamespace::new());
+    let net = place.net();
+    let names = ["ipv4/conf/lxc1/rp_filter", "ipv6/conf/lxc1/accept_ra", "ipv4/ip_forward", "ipv4/conf/lxc2/rp_filter"];
+    let mut open = OpenSettings::default();
+    let mut read = || -> Vec<Option<String>> { open.read(&net, names).expect("read") };
+    let filter = |value: &str| net.set_sysctl(names[0], value).expect("written");
+    let shown = |found: &[Option<String>]| found.iter().map(|it| it.clone().unwrap_or_default()).collect::<Vec<_>>();
+
+    assert_eq!(read()[0], None, "no device yet");
+    veth(&net, "lxc1", "eth0").await;
+    net.set_sysctl(names[1], "0").expect("written");
+    net.set_sysctl(names[2], "0").expect("written");
+    for value in ["0", "1", "2"] {
+        filter(value);
+        assert_eq!(shown(&read()), [value, "0", "0", ""]);
+    }
+    assert!(net.delete_link("lxc1").await.expect("deleted"));
+    assert_eq!(shown(&read()), ["", "", "0", ""]);
+
+    veth(&net, "lxc1", "eth0").await;
+    filter("1");
+    assert_eq!(shown(&read())[0], "1");
+    // Made anew between two looks.
+    assert!(net.delete_link("lxc1").await.expect("deleted"));
+    veth(&net, "lxc1", "eth0").await;
+    filter("2");
+    assert_eq!(shown(&read())[0], "2");
+    // Under another name, and then another device under this one.
+    net.rename("lxc1", "lxc2").await.expect("renamed");
+    assert_eq!(shown(&read()), ["", "", "0", "2"]);
+    veth(&net, "lxc1", "eth1").await;
+    filter("1");
+    assert_eq!(shown(&read()), ["1", "1", "0", "2"]);
+    // In another namespace.
+    let moved = ["link", "set", "lxc1", "netns", other.name()];
+    let done = place.namespace.run(|| Command::new("ip").args(moved).status()).expect("entered").expect("ip runs");
+    assert!(done.success());
+    assert_eq!(shown(&read()), ["", "", "0", "2"]);
+}
+
+#[tokio::test]
+async fn no_more_settings_stay_open_than_a_process_can_afford() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    for n in 0..100 {
+        veth(&net, &format!("many{n}"), &format!("many{}", n + 100)).await;
+    }
+    let of_each = |setting: &str| (0..200).map(|n| setting.replace('*', &format!("many{n}"))).collect::<Vec<_>>();
+    let (filters, sizes) = (of_each("ipv4/conf/*/rp_filter"), of_each("ipv6/conf/*/mtu"));
+    let stay_open = || {
+        let files = std::fs::read_dir("/proc/self/fd").expect("listed").flatten();
+        let paths = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        paths.filter(|path| path.to_string_lossy().contains("/conf/many")).count()
+    };
+    let mut open = OpenSettings::default();
+    for (names, left) in [([&*filters, &*sizes].concat(), 384), (filters, 200)] {
+        for _twice in 0..2 {
+            let read = open.read(&net, names.iter().map(String::as_str)).expect("read");
+            assert!(read.iter().all(Option::is_some), "{read:?}");
+            assert_eq!(stay_open(), left);
+        }
+    }
 }
 
 #[tokio::test]

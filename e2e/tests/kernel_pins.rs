@@ -5,7 +5,7 @@ use std::{fs, process::Command};
 use aya::programs::{SchedClassifier, TcAttachType};
 use cirri_abi::{Addr, Endpoint, map};
 use cirri_e2e::kernel::{TestInstance, TestNamespace, names_in, veth};
-use cirri_loader::{Datapath, Hooking, LoadError, LoadOptions, Place, Use};
+use cirri_loader::{Audit, Datapath, Hooking, LoadError, LoadOptions, Place, Use};
 
 const POD: Addr = Addr::v4([10, 9, 8, 7]);
 
@@ -320,7 +320,7 @@ async fn what_was_taken_off_a_device_is_told_with_tcx_and_without() {
             let mut datapath = instance.load();
             datapath.attach_workload("lxc1").expect("attached");
             let is_off = |datapath: &Datapath| -> Vec<String> {
-                datapath.misplaced(Place::Workload(ifindex)).into_iter().map(|it| it.program).collect()
+                datapath.misplaced(&[Place::Workload(ifindex)]).into_iter().map(|it| it.program).collect()
             };
             assert_eq!(is_off(&datapath), [""; 0], "{hooking:?}");
             match hooking {
@@ -427,4 +427,26 @@ fn what_is_kept_as_a_program_and_is_none_is_replaced() {
     instance.load().program_mut("unwrap").expect("loaded from the object");
     assert_eq!(kept(&instance), ["unwrap"]);
     aya::programs::SchedClassifier::from_pin(&pin).expect("a program again");
+}
+
+#[test]
+fn another_map_in_a_pins_place_is_noticed_also_when_the_pin_was_right_before() {
+    let instance = TestInstance::new();
+    let mut datapath = instance.load();
+    let pin = instance.maps().join("SERVICES");
+    for _round in 0..2 {
+        for _look in 0..2 {
+            assert_eq!(datapath.audit(&[]).expect("looked"), Audit::default());
+        }
+        fs::remove_file(&pin).expect("unpinned");
+        let strange = ["type", "hash", "key", "4", "value", "4", "entries", "1", "name", "strange"];
+        let made = Command::new("bpftool").args(["map", "create"]).arg(&pin).args(strange).status();
+        assert!(made.expect("bpftool runs").success());
+        let repinned = datapath.audit(&[]).expect("looked").repinned;
+        assert!(matches!(&*repinned, [name] if name.ends_with("/SERVICES")), "{repinned:?}");
+    }
+    fs::remove_file(&pin).expect("unpinned");
+    assert_eq!(datapath.audit(&[]).expect("looked").repinned.len(), 1, "one that is gone");
+    drop(datapath);
+    assert!(instance.load().resumed(), "the next start finds the map itself");
 }

@@ -111,12 +111,15 @@ fn a_rule_set_goes_live_whole_with_one_new_generation_and_survives_a_restart() {
     live.sort_by_key(|(key, _)| key.peer);
     assert_eq!(live, old);
 
+    let before = tables.ruleset_ids().expect("listed");
     assert_eq!(tables.install_ruleset(5, &new).expect("installed"), 2);
+    let now = tables.ruleset_ids().expect("listed");
+    assert!(now[&5] != before[&5] && now[&6] == before[&6], "{before:?}, {now:?}");
     drop(datapath);
     let datapath = instance.load();
     let tables = datapath.tables();
     assert_eq!(tables.read_ruleset(5).expect("read").expect("there is one"), new);
-    assert_eq!(tables.ruleset_slots().expect("listed"), [5, 6]);
+    assert_eq!(tables.ruleset_ids().expect("listed").into_keys().collect::<Vec<_>>(), [5, 6]);
     assert!(tables.remove_ruleset(5).expect("removed"));
     assert_eq!(tables.read_ruleset(5).expect("read"), None);
     assert_eq!(tables.epoch(5).expect("read"), 3, "removing it reaches established flows too");

@@ -6,9 +6,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt, fs, io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirEntryExt as _,
+    },
     path::Path,
 };
 
@@ -98,7 +101,7 @@ impl Datapath {
         let pinned = self.hold()?;
         let wanted: BTreeSet<Attachment> = places.iter().flat_map(Place::attachments).collect();
         self.held.retain(|attachment, _| wanted.contains(attachment));
-        audit.misplaced = places.iter().flat_map(|place| self.misplaced(*place)).collect();
+        audit.misplaced = self.misplaced(places);
         for it in &audit.misplaced {
             // The link that comes next is another one.
             self.held.remove(&it.attachment());
@@ -112,17 +115,23 @@ impl Datapath {
 
     /// The programs that were put somewhere and are not there, as far as that can be told without loading any.
     /// What was attached by other means than this process's is not known.
-    pub fn misplaced(&self, place: Place) -> Vec<Misplaced> {
-        let look = |attachment: Attachment| {
-            let found = self.found(place, &attachment)?;
-            Some(Misplaced { place, program: attachment.program, found })
-        };
-        place.attachments().into_iter().filter_map(look).collect()
+    pub fn misplaced(&self, places: &[Place]) -> Vec<Misplaced> {
+        // The same few programs are in all of the places.
+        let mut numbers = BTreeMap::new();
+        let mut misplaced = Vec::new();
+        for place in places {
+            for attachment in place.attachments() {
+                let ours = numbers.entry(attachment.program.clone()).or_insert_with_key(|name| self.programs.id(name));
+                if let Some(found) = self.found(*place, &attachment, *ours) {
+                    misplaced.push(Misplaced { place: *place, program: attachment.program, found });
+                }
+            }
+        }
+        misplaced
     }
 
-    /// What is found instead of a program; `None`: the program.
-    fn found(&self, place: Place, attachment: &Attachment) -> Option<Found> {
-        let ours = self.programs.id(&attachment.program);
+    /// What is found instead of a program, which has this number; `None`: the program.
+    fn found(&self, place: Place, attachment: &Attachment, ours: Option<u32>) -> Option<Found> {
         if self.hooking == Hooking::Clsact && !matches!(place, Place::Sockets | Place::Edge(_)) {
             return match attach::filter(attachment) {
                 Ok(Some(there)) => ours.filter(|ours| *ours != there).map(|_| Found::Other(there)),
@@ -172,13 +181,23 @@ impl Datapath {
         self.hold().map(drop)
     }
 
-    fn audit_maps(&self, audit: &mut Audit) {
+    /// The pins that the next start finds maps by. One that was looked at is not opened again: as long as it is there,
+    /// no other has its inode's number, and none leads to another map.
+    fn audit_maps(&mut self, audit: &mut Audit) {
         let live = self.pins.live();
+        let there = inodes(&live);
         for map in map::ALL {
             let Some(raw) = self.tables().raw(map.name) else { continue };
+            let inode = there.get(OsStr::new(map.name)).copied();
+            if inode.is_some() && self.right_pins.get(map.name).copied() == inode {
+                continue;
+            }
             let path = live.join(map.name);
             match sys::open_pin(&path).and_then(|there| sys::map_id(there.as_fd())) {
-                Ok(there) if there == raw.info().id => continue,
+                Ok(there) if there == raw.info().id => {
+                    self.right_pins.extend(inode.map(|inode| (map.name, inode)));
+                    continue;
+                }
                 // Another map under our name would be taken up by the next start.
                 Ok(_) => {
                     if let Err(error) = fs::remove_file(&path) {
@@ -269,6 +288,12 @@ fn names(dir: &Path) -> io::Result<Vec<OsString>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }
+}
+
+/// The numbers of the inodes in a directory, by name; none if it is gone.
+fn inodes(dir: &Path) -> BTreeMap<OsString, u64> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| (entry.file_name(), entry.ino())).collect()
 }
 
 /// A pin, as it is told of.

@@ -43,6 +43,8 @@ pub struct Datapath {
     pub(crate) hooking: Hooking,
     /// Links that outlive their pins.
     pub(crate) held: Held,
+    /// Inodes of maps' pins that were found to lead to our maps, by the map's name.
+    pub(crate) right_pins: BTreeMap<&'static str, u64>,
     /// What was written into `EDGE_DEVICES`, by device.
     pub(crate) edge_devices: BTreeMap<u32, u32>,
     tables: Tables,
@@ -164,7 +166,16 @@ impl Datapath {
             }
         })?;
         let hooking = options.hooking.unwrap_or(best);
-        Ok(Datapath { programs, pins, hooking, held: Held::new(), edge_devices: BTreeMap::new(), tables, resumed })
+        Ok(Datapath {
+            programs,
+            pins,
+            hooking,
+            held: Held::new(),
+            right_pins: BTreeMap::new(),
+            edge_devices: BTreeMap::new(),
+            tables,
+            resumed,
+        })
     }
 
     /// Says that nobody else may use or remove an instance as long as the answer is kept.

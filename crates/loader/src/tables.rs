@@ -283,27 +283,16 @@ impl Tables {
         Ok(Some(entries))
     }
 
-    /// The kernel's number of the rule set that is live, `None` if there is none. A rule set that is live never
-    /// changes: the number tells whether it is another's.
-    pub fn ruleset_id(&self, slot: RulesetSlot) -> Result<Option<u32>, MapError> {
-        check_slot(slot)?;
-        let mut id = [0; 4];
-        let there = self
-            .rulesets
-            .lookup(bytes(&u32::from(slot)), &mut id)
-            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "lookup", error))?;
-        Ok(there.then(|| u32::from_ne_bytes(id)))
-    }
-
-    /// The slots that hold a rule set.
-    pub fn ruleset_slots(&self) -> Result<Vec<RulesetSlot>, MapError> {
-        let mut slots = Vec::new();
-        walk(&self.rulesets, map::RULESETS.name, |key, _| {
-            slots.extend(read::<u32>(key).and_then(|slot| RulesetSlot::try_from(slot).ok()));
+    /// The slots that hold a rule set, each with the kernel's number of it. A rule set that is live never changes: the
+    /// number tells whether it is another's.
+    pub fn ruleset_ids(&self) -> Result<BTreeMap<RulesetSlot, u32>, MapError> {
+        let mut ids = BTreeMap::new();
+        walk(&self.rulesets, map::RULESETS.name, |key, id| {
+            let slot = read::<u32>(key).and_then(|slot| RulesetSlot::try_from(slot).ok());
+            ids.extend(slot.zip(read::<u32>(id)));
             true
         })?;
-        slots.sort_unstable();
-        Ok(slots)
+        Ok(ids)
     }
 
     // === Counters ===

@@ -67,7 +67,7 @@ fn of_device(core: &Core, endpoint: &Endpoint, outer: &Link, inner: Option<u32>)
         let now = core.net.sysctl(&setting).unwrap_or_else(|_| "gone".to_owned());
         expect(now == value, format!("the node's setting {setting} is {now}, not {value}"));
     }
-    for Misplaced { program, found, .. } in core.datapath.misplaced(Place::Workload(outer.index)) {
+    for Misplaced { program, found, .. } in core.datapath.misplaced(&[Place::Workload(outer.index)]) {
         expect(false, format!("{program} on {name}: {found}"));
     }
     found

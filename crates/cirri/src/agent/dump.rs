@@ -145,7 +145,7 @@ fn epochs(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {
 
 fn rulesets(tables: &Tables, limit: usize) -> Result<Vec<MapEntry>, MapError> {
     let mut entries = Vec::new();
-    for slot in tables.ruleset_slots()? {
+    for slot in tables.ruleset_ids()?.into_keys() {
         for (key, value) in tables.read_ruleset(slot)?.into_iter().flatten() {
             let port = match key.prefix_len {
                 0..=40 => "any".to_owned(),

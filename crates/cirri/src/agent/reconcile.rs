@@ -29,7 +29,7 @@ impl Core {
     /// A table cannot be read.
     pub async fn adopt(&mut self) -> anyhow::Result<()> {
         self.rows.node.adopt("node", self.tables.node()?);
-        for slot in self.tables.ruleset_slots()? {
+        for slot in self.tables.ruleset_ids()?.into_keys() {
             if let Some(mut entries) = self.tables.read_ruleset(slot)? {
                 sort(&mut entries);
                 self.rows.rulesets.adopt(slot, Arc::new(entries));

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::MissedTickBehavior;
@@ -219,10 +219,10 @@ fn was_starved(elapsed: Duration, timeout: Duration) -> bool {
 }
 
 async fn probe(probe: &Probe, address: SocketAddr, timeout: Duration) -> io::Result<()> {
-    let mut stream = connect(address, timeout).await?;
-    // A reset at the end: no port of this machine waits out its time for every check.
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-    let Probe::Http { path, host, expect } = probe else { return Ok(()) };
+    let Probe::Http { path, host, expect } = probe else {
+        return connect(address, timeout, Handshake::Whole).await.map(drop);
+    };
+    let mut stream = connect(address, timeout, Handshake::EndsWithRequest).await?;
     let host = host.clone().unwrap_or_else(|| address.to_string());
     let version = env!("CARGO_PKG_VERSION");
     let request = format!(
@@ -243,17 +243,38 @@ async fn probe(probe: &Probe, address: SocketAddr, timeout: Duration) -> io::Res
     }
 }
 
+/// How a connection is made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Handshake {
+    /// The server is told at once that its answer came.
+    Whole,
+    /// The request tells it: a packet less for both sides.
+    EndsWithRequest,
+}
+
 /// Connects, and asks again while nobody answers: a packet that a busy way loses is no failed backend. The kernel
 /// repeats a SYN after a second (RFC 6298, section 2), when many a check is over.
-async fn connect(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    let mut attempts = FuturesUnordered::new();
-    let mut again = tokio::time::interval(timeout / CONNECTS as u32);
+async fn connect(address: SocketAddr, timeout: Duration, handshake: Handshake) -> io::Result<TcpStream> {
+    let pause = timeout / CONNECTS as u32;
+    let mut again = tokio::time::interval_at(tokio::time::Instant::now() + pause, pause);
+    // The first does not wait for a timer: one that is due now wakes the process up to a millisecond later.
+    let mut attempts = FuturesUnordered::from_iter([attempt(address, handshake)]);
     loop {
         tokio::select! {
-            _ = again.tick(), if attempts.len() < CONNECTS => attempts.push(TcpStream::connect(address)),
+            _ = again.tick(), if attempts.len() < CONNECTS => attempts.push(attempt(address, handshake)),
             Some(outcome) = attempts.next() => return outcome,
         }
     }
+}
+
+async fn attempt(address: SocketAddr, handshake: Handshake) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }?;
+    // A reset at the end: no port of this machine waits out its time for every check.
+    socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO))?;
+    if handshake == Handshake::EndsWithRequest {
+        rustix::net::sockopt::set_tcp_quickack(&socket, false)?;
+    }
+    socket.connect(address).await
 }
 
 /// The code of a status line (RFC 9112, section 4).
@@ -333,6 +354,21 @@ mod tests {
         for line in ["", "HTTP/1.1", "HTTP/1.1 99 x", "SSH-2.0-OpenSSH", "HTTP/2 200"] {
             assert_eq!(status_code(line), None, "{line}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_request_ends_the_handshake_by_itself_and_a_check_without_one_ends_it_at_once() {
+        // The kernel gives a connection away when its handshake is over.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (address, patience) = (listener.local_addr().unwrap(), Duration::from_secs(5));
+        let whole = connect(address, patience, Handshake::Whole).await.unwrap();
+        listener.accept().unwrap();
+        drop(whole);
+        let mut half = connect(address, patience, Handshake::EndsWithRequest).await.unwrap();
+        assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        half.write_all(b"GET").await.unwrap();
+        listener.accept().unwrap();
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use cirri_loader::net::{Address, Net, NetError};
+use cirri_loader::net::{Address, Net, NetError, OpenSettings};
 use rustix::fs::{FlockOperation, flock};
 
 use self::ports::Ports;
@@ -27,7 +27,7 @@ pub const DIRECTORY: &str = "/run/cirri-settings";
 const RESERVED: &str = "ipv4/ip_local_reserved_ports";
 
 /// One owner's part of the settings of a network namespace.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Settings {
     net: Net,
     directory: PathBuf,
@@ -35,6 +35,8 @@ pub struct Settings {
     owner: String,
     /// What this owner set, to compare with.
     wanted: BTreeMap<String, String>,
+    /// What it compares.
+    open: OpenSettings,
     ports: Option<PortRange>,
 }
 
@@ -83,7 +85,8 @@ impl Settings {
     fn within(directory: &Path, net: &Net, owner: String) -> Result<Settings, SettingsError> {
         let file = directory.join(format!("{:x}.json", net.namespace().cookie()?));
         let directory = directory.to_owned();
-        Ok(Settings { net: net.clone(), directory, file, owner, wanted: BTreeMap::new(), ports: None })
+        let (wanted, open) = (BTreeMap::new(), OpenSettings::default());
+        Ok(Settings { net: net.clone(), directory, file, owner, wanted, open, ports: None })
     }
 
     /// Says that there can be no other owner of this kind of claim here.
@@ -180,10 +183,10 @@ impl Settings {
     ///
     /// # Errors
     /// The namespace cannot be entered.
-    pub fn drifted(&self, more: &[(String, &str)]) -> Result<Vec<Drifted>, SettingsError> {
+    pub fn drifted(&mut self, more: &[(String, &str)]) -> Result<Vec<Drifted>, SettingsError> {
         let own = self.wanted.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let wanted: Vec<(&str, &str)> = own.chain(more.iter().map(|(name, value)| (name.as_str(), *value))).collect();
-        let read = self.net.sysctls(wanted.iter().map(|(name, _)| *name).chain([RESERVED]))?;
+        let read = self.open.read(&self.net, wanted.iter().map(|(name, _)| *name).chain([RESERVED]))?;
         let mut drifted = Vec::new();
         for ((name, value), found) in wanted.iter().zip(&read) {
             // A setting that is gone went with its device.
@@ -194,7 +197,7 @@ impl Settings {
             }
         }
         if let (Some(range), Some(Some(now))) = (self.ports, read.last())
-            && Ports::parse(now).with(range) != Ports::parse(now)
+            && !Ports::parse(now).contains(range)
         {
             let wanted = format!("{} among them", String::from(range));
             drifted.push(Drifted { name: RESERVED.to_owned(), found: now.clone(), wanted });

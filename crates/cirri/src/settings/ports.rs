@@ -30,6 +30,11 @@ impl Ports {
         all
     }
 
+    /// Whether a range is among them.
+    pub fn contains(&self, range: PortRange) -> bool {
+        (range.first..=range.last).all(|port| self.has(port.into()))
+    }
+
     /// These, but none of those.
     pub fn without(&self, others: &Ports) -> Ports {
         Ports { bits: self.bits.iter().zip(&others.bits).map(|(ours, theirs)| ours & !theirs).collect() }
@@ -82,5 +87,6 @@ mod tests {
         assert_eq!(ports.to_string(), "1-2,8472,32768-50175,65535");
         assert_eq!(ports.without(&Ports::parse("32768-49151,1")).to_string(), "2,8472,49152-50175,65535");
         assert_eq!(Ports::parse("").to_string(), "");
+        assert!(ports.contains(range(32768, 50175)) && !ports.contains(range(8472, 8473)));
     }
 }

@@ -10,6 +10,7 @@ mod namespace;
 mod news;
 mod route;
 mod rule;
+mod settings;
 pub mod sockets;
 mod watch;
 mod wire;
@@ -26,6 +27,7 @@ pub use namespace::{Namespace, in_netns};
 pub use news::{Changed, NetworkChange, NetworkNews};
 pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
+pub use settings::OpenSettings;
 pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};
 pub(crate) use xdp::xdp_on;
 
@@ -117,7 +119,7 @@ impl Net {
 
     /// Writes a setting below `/proc/sys/net` of this namespace: `ipv4/conf/eth0/rp_filter`.
     pub fn set_sysctl(&self, name: &str, value: &str) -> Result<(), NetError> {
-        let path = format!("/proc/sys/net/{name}");
+        let path = settings::path(name);
         let done = self.namespace.run(|| {
             // Writing some settings has effects even if the value is the same, so it is read first.
             match read_setting(&path) {
@@ -130,20 +132,20 @@ impl Net {
 
     /// Reads such a setting.
     pub fn sysctl(&self, name: &str) -> Result<String, NetError> {
-        let path = format!("/proc/sys/net/{name}");
+        let path = settings::path(name);
         let read = self.namespace.run_anywhere(|| read_setting(&path))?;
         read.map_err(|error| self.failed(format!("setting {name}"), "read", error))
     }
 
     /// Reads many of them at once; `None` for one that is not there.
     pub fn sysctls<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> Result<Vec<Option<String>>, NetError> {
-        let paths: Vec<String> = names.into_iter().map(|name| format!("/proc/sys/net/{name}")).collect();
+        let paths: Vec<String> = names.into_iter().map(settings::path).collect();
         self.namespace.run_anywhere(|| paths.iter().map(|path| read_setting(path).ok()).collect())
     }
 
     /// The settings of one name of every device (and of `all` and `default`): `ipv4/conf/*/forwarding`.
     pub fn sysctl_names(&self, directory: &str, name: &str) -> Result<Vec<String>, NetError> {
-        let path = format!("/proc/sys/net/{directory}");
+        let path = settings::path(directory);
         let listed = self.namespace.run(|| {
             let entries = std::fs::read_dir(&path)?;
             Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>())
@@ -196,19 +198,8 @@ impl Net {
     }
 }
 
-/// The value of a setting. The kernel gives some of them, lists of ports, to the first `read` alone: what did not fit
-/// into its buffer is lost.
 fn read_setting(path: &str) -> io::Result<String> {
-    use std::io::Read as _;
-    for size in [4096, 1 << 20] {
-        let mut buffer = vec![0; size];
-        let length = std::fs::File::open(path)?.read(&mut buffer)?;
-        if length < size {
-            buffer.truncate(length);
-            return Ok(String::from_utf8_lossy(&buffer).trim().to_owned());
-        }
-    }
-    Err(io::Error::other("it is longer than a megabyte"))
+    std::fs::File::open(path).and_then(|file| settings::read(&file))
 }
 
 /// A socket to ask about devices by.

@@ -46,8 +46,7 @@ impl Core {
     fn compare_rulesets(&mut self, now: Instant) -> anyhow::Result<()> {
         let mut found = BTreeMap::new();
         let mut known = std::mem::take(&mut self.drift.rulesets);
-        for slot in self.tables.ruleset_slots()? {
-            let Some(id) = self.tables.ruleset_id(slot)? else { continue };
+        for (slot, id) in self.tables.ruleset_ids()? {
             let desired = self.rows.rulesets.desired(&slot);
             let entries = match desired.filter(|_| known.get(&slot) == Some(&id)) {
                 Some(desired) => Arc::clone(desired),
