@@ -98,8 +98,10 @@ fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: &mut F
         *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
     }
     for (device, why) in attached.fallen() {
-        let remedy = "take the other program off (ip link set dev DEVICE xdp off), or say `acceleration: off`; tc serves \
-                      the device until then, and it is tried again by itself";
+        let remedy = format!(
+            "make room for it (another program goes with `ip link set dev {device} xdp off`), or say `acceleration: \
+             off`; tc serves the device until then, and it is tried again by itself"
+        );
         findings.push((ProblemKind::Program, device.clone(), Finding::new(why.clone(), remedy)));
     }
     Ok(())
