@@ -224,6 +224,25 @@ async fn detaching_takes_both_programs_off_and_twice_is_no_error() {
 }
 
 #[tokio::test]
+async fn a_device_that_the_audit_was_not_asked_about_yet_is_not_called_bare_afterwards() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+    let looked = place.namespace.run(|| {
+        let mut datapath = instance.load();
+        datapath.attach_workload("lxc1").expect("attached");
+        datapath.audit(&[]).expect("looked");
+        let before = datapath.misplaced(&[Place::Workload(ifindex)]);
+        for name in names_in(&instance.dir().join("links")) {
+            fs::remove_file(instance.dir().join("links").join(name)).expect("unpinned");
+        }
+        let repinned = datapath.audit(&[Place::Workload(ifindex)]).expect("looked").repinned.len();
+        datapath.detach(ifindex).expect("detached");
+        (before, repinned, datapath.misplaced(&[Place::Workload(ifindex)]).len())
+    });
+    assert_eq!(looked.expect("in the namespace"), (Vec::new(), 2, 2), "there; put back; taken off");
+}
+
+#[tokio::test]
 async fn links_whose_device_is_gone_are_collected_and_others_stay() {
     let (instance, place) = (TestInstance::new(), TestNamespace::new());
     let net = place.net();

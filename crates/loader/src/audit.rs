@@ -100,7 +100,8 @@ impl Datapath {
         self.audit_kept(&mut audit);
         let pinned = self.hold()?;
         let wanted: BTreeSet<Attachment> = places.iter().flat_map(Place::attachments).collect();
-        self.held.retain(|attachment, _| wanted.contains(attachment));
+        // Who asks need not know yet what was attached a moment ago.
+        self.held.retain(|attachment, _| wanted.contains(attachment) || pinned.contains(attachment));
         audit.misplaced = self.misplaced(places);
         for it in &audit.misplaced {
             // The link that comes next is another one.

@@ -96,7 +96,7 @@ fn dispatch(
 ) -> Result<Option<Value>, CniError> {
     let command = need(env, "CNI_COMMAND")?;
     if command == "VERSION" {
-        return Ok(Some(spec::versions()));
+        return Ok(Some(spec::versions(input)));
     }
     let conf: NetConf = serde_json::from_str(input).map_err(|error| {
         CniError::new(
@@ -158,7 +158,11 @@ fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, Cn
     };
     let added: EndpointAdded = client::call(&conf.socket, "endpoint.add", &params, PATIENCE)
         .map_err(|error| from_call(error, code::REFUSED))?;
-    Ok(spec::added(&conf.cni_version, &params.ifname, &netns, &added))
+    let ours = spec::added(&conf.cni_version, &params.ifname, &netns, &added);
+    Ok(match &conf.prev_result {
+        Some(previous) => spec::after(previous, ours),
+        None => ours,
+    })
 }
 
 /// Succeeds, or leaves its note and succeeds: a runtime that is refused keeps the whole container, and what
@@ -316,8 +320,12 @@ mod tests {
 
     #[test]
     fn version_lists_what_is_spoken() {
-        let answer = run_with("", &[("CNI_COMMAND", "VERSION")]).unwrap().unwrap();
-        assert_eq!(answer["supportedVersions"], serde_json::json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+        let ask = |input| run_with(input, &[("CNI_COMMAND", "VERSION")]).unwrap().unwrap();
+        assert_eq!(ask("")["supportedVersions"], serde_json::json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+        assert_eq!(ask("")["cniVersion"], "1.1.0");
+        assert_eq!(ask(r#"{"cniVersion":"0.4.0"}"#)["cniVersion"], "0.4.0", "the runtime's own");
+        assert_eq!(ask(r#"{"cniVersion":"9.9.9"}"#)["cniVersion"], "9.9.9");
+        assert_eq!(ask(r#"{"cniVersion":"\u0007"}"#)["cniVersion"], "1.1.0");
     }
 
     #[test]

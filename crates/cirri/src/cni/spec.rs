@@ -164,9 +164,11 @@ impl CniError {
     }
 }
 
-/// The answer to VERSION.
-pub fn versions() -> Value {
-    json!({ "cniVersion": VERSIONS[VERSIONS.len() - 1], "supportedVersions": VERSIONS })
+/// The answer to VERSION, in the version of the question (CNI specification 1.1.0, "VERSION").
+pub fn versions(question: &str) -> Value {
+    let question: Value = serde_json::from_str(question).unwrap_or_default();
+    let asked = question["cniVersion"].as_str().filter(|version| is_plain(version));
+    json!({ "cniVersion": asked.unwrap_or(VERSIONS[VERSIONS.len() - 1]), "supportedVersions": VERSIONS })
 }
 
 /// The answer to ADD.
@@ -204,6 +206,23 @@ pub fn added(version: &str, ifname: &str, netns: &str, added: &EndpointAdded) ->
         }
     }
     json!({ "cniVersion": version, "interfaces": interfaces, "ips": ips, "routes": routes, "dns": {} })
+}
+
+/// The answer of a plugin that others of a chain were called before: what they answered, and ours behind it. DNS is
+/// theirs alone.
+pub fn after(previous: &Value, mut ours: Value) -> Value {
+    let list = |result: &Value, key: &str| result[key].as_array().cloned().unwrap_or_default();
+    let theirs = list(previous, "interfaces").len();
+    for ip in ours["ips"].as_array_mut().into_iter().flatten() {
+        ip["interface"] = ip["interface"].as_u64().map_or(Value::Null, |index| json!(index + theirs as u64));
+    }
+    for key in ["interfaces", "ips", "routes"] {
+        ours[key] = [list(previous, key), list(&ours, key)].concat().into();
+    }
+    if previous["dns"].is_object() {
+        ours["dns"] = previous["dns"].clone();
+    }
+    ours
 }
 
 /// What an earlier result says of this attachment and is not so any more. What other plugins of a chain added
@@ -402,6 +421,24 @@ mod tests {
             change(&mut previous);
             assert!(!differences(&now, &previous).is_empty(), "change {number}: {previous}");
         }
+    }
+
+    #[test]
+    fn what_plugins_before_this_one_answered_is_passed_on() {
+        let ours = added("1.1.0", "net1", "/run/netns/x", &answer());
+        let previous = json!({
+            "cniVersion": "1.1.0",
+            "interfaces": [{ "name": "veth7" }, { "name": "eth0", "sandbox": "/run/netns/x" }],
+            "ips": [{ "interface": 1, "address": "192.0.2.1/24" }],
+            "dns": { "nameservers": ["192.0.2.53"] },
+        });
+        let both = after(&previous, ours.clone());
+        assert_eq!(both["interfaces"][1]["name"], "eth0");
+        assert_eq!(both["interfaces"][3], ours["interfaces"][1]);
+        assert_eq!((&both["ips"][0]["interface"], &both["ips"][1]["interface"]), (&json!(1), &json!(3)));
+        assert_eq!((&both["routes"], &both["dns"]), (&ours["routes"], &previous["dns"]));
+        assert_eq!(differences(&ours, &both), Vec::<String>::new(), "CHECK finds its own part");
+        assert_eq!(after(&json!({}), ours.clone()), ours);
     }
 
     #[test]
