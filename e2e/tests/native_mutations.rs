@@ -150,7 +150,10 @@ impl Oracle {
         let same = frame.bytes == out.bytes;
         if hook == Hook::FROM_NETWORK {
             // What is for the node in a service's place will be answered in its name.
-            let given = is(&after.read.dst, "n1") && (!same || names_service(frame, true));
+            let names = names_service(frame, true);
+            // Another connection has its port, and its first packet named a service.
+            let moved = moved(&kind.read, &after.read) && (names || self.opened.contains(&after.read));
+            let given = is(&after.read.dst, "n1") && (!same || names);
             self.opened.extend(given.then_some(after.read));
             let served = is_front(hook, &kind.read) && is_backend(&after.read);
             if let Some((id, false)) = kind.fragment.filter(|_| served) {
@@ -161,7 +164,7 @@ impl Oracle {
                 return self.check_unwrapped(hook, &kind, served);
             }
             let later = kind.fragment.is_some_and(|(_, later)| later);
-            return if same || served || later || kind.quotes.is_some() {
+            return if same || served || moved || later || kind.quotes.is_some() {
                 Ok(())
             } else {
                 Err("it is for no service, and is another".into())
@@ -352,8 +355,8 @@ impl Oracle {
         let forms = if hook == Hook::FROM_WORKLOAD { [came, came] } else { [came, left] };
         let answers = !front && !kind.syn && forms.iter().any(|read| self.opened.contains(&read.turned()));
         if self.opened.contains(&read) || answers {
-            // It may have got another port than last time.
-            self.opened.extend(front.then_some(left));
+            // It may have got another port than last time: of a service's address, or of its own.
+            self.opened.extend((front || moved(&came, &left)).then_some(left));
             return Ok(());
         }
         if hook == Hook::FROM_OVERLAY {
@@ -373,6 +376,11 @@ impl Oracle {
         self.opened.extend([read, left]);
         Ok(())
     }
+}
+
+/// Whether a packet leaves with another port of its sender than it came with, and is else the same.
+fn moved(came: &Read, left: &Read) -> bool {
+    left != came && Read { sport: came.sport, ..*left } == *came
 }
 
 /// Whether something is for a service, where it was met.

@@ -120,10 +120,10 @@ fn wanted_source<T: Tables>(tables: &T, s: &Scratch) -> Result<Option<Source>, D
         return Err(DropReason::NO_CONFIG);
     };
     let (first, mask) = (node.masquerade_first.number(), node.masquerade_mask);
-    // Clients use one port towards several services at once, and these may have a backend in common: then
-    // the second needs another port, or its answers would come from the first.
-    let same = matches!(s.opener.proto, proto::TCP | proto::UDP) && s.served.yes;
-    let same = same.then_some(Source { addr: s.opener.src, first, mask, own: true });
+    // Clients use one port towards several services and their backends at once, and these may have a backend in
+    // common: then the second connection needs another port, or its answers would be taken for the first one's.
+    let ports = matches!(s.opener.proto, proto::TCP | proto::UDP);
+    let same = ports.then_some(Source { addr: s.opener.src, first, mask, own: true });
     if s.from.kind == PlaceKind::Local {
         if s.served.yes && s.to.kind == PlaceKind::Local && s.to.ifindex == s.from.ifindex {
             // It reaches itself: without another source it would answer itself directly.
@@ -198,6 +198,9 @@ fn bind<T: Tables>(tables: &T, s: &mut Scratch, source: &Source) -> Outcome {
         s.forward.rewrite &= !Rewrite::SOURCE;
         s.reverse.rewrite &= !Rewrite::DESTINATION;
         s.answer.dport = Port::new(port);
+        if claim(tables, s) {
+            return Ok(Next::Go);
+        }
         // Its own from earlier, and what is over, make way.
         let (opener, over) = (s.opener, |recipe: &Recipe| recipe.state == State::CLOSING);
         vacate(tables, s, Table::Pending, |recipe, other| *other == opener || over(recipe));

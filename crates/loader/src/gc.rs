@@ -57,7 +57,7 @@ pub struct Swept {
 
 /// How long a collector may rest that found little and nothing over. Looking through tables costs their size,
 /// however few their entries are; what ends meanwhile stays a little longer.
-const REST: Duration = Duration::from_secs(10);
+const REST: Duration = Duration::from_secs(30);
 /// So few entries are little.
 const FEW: usize = 1024;
 
