@@ -61,7 +61,7 @@ pub use cleanup::cleanup;
 pub use drift::{EVERY as COMPARE_EVERY, Findings, Pace, Repairs, cpu_time, judge as judge_programs};
 pub use problems::{Finding, Problems};
 pub use queries::counters_by_name;
-pub use services::changed as changed_services;
+pub use services::{Reach, changed as changed_services};
 pub use services::{carry_out as write_services, found as found_services};
 pub use start::notify;
 pub use status::resident_memory;

@@ -13,7 +13,7 @@ use cirri_loader::{MapError, Tables};
 use super::found::{self, BackendKey};
 use super::health::{Checks, Health, Outcome, Target};
 use super::plan::{Plan, Pool, Service};
-use crate::agent::{changed_services, found_services, write_services};
+use crate::agent::{Reach, changed_services, found_services, write_services};
 use crate::files;
 
 /// Everything that is known of what is balanced, and its rows in the kernel.
@@ -194,19 +194,19 @@ impl Core {
         self.apply(self.plan.clone())
     }
 
-    /// Makes rows right that somebody else changed, as far as `repair` agrees: it is asked about each, by its name and
-    /// what became of it.
+    /// Makes rows right that somebody else changed, as far as they are looked at and `repair` agrees: it is asked about
+    /// each, by its name and what became of it.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn repair(&mut self, mut repair: impl FnMut(&str, &str) -> bool) -> Result<(), ApplyError> {
+    pub fn repair(&mut self, reach: Reach, mut repair: impl FnMut(&str, &str) -> bool) -> Result<(), ApplyError> {
         let (_, rows) = self.numbered(&self.plan);
         for (number, row) in rows {
             if repair(&format!("SNAT_POOLS {number}"), "altered") {
                 self.kernel(|tables| tables.snat_pools.put(&number, &row))?;
             }
         }
-        let writes = changed_services(&self.books, &self.tables, repair)?;
+        let writes = changed_services(&self.books, &self.tables, reach, repair)?;
         self.write(&writes)
     }
 

@@ -9,7 +9,7 @@ use cirri_loader::Place;
 
 use super::core::Core;
 use super::{Here, Shared};
-use crate::agent::{COMPARE_EVERY, Finding, Findings, Pace, Problems, Repairs, cpu_time, judge_programs};
+use crate::agent::{COMPARE_EVERY, Finding, Findings, Pace, Problems, Reach, Repairs, cpu_time, judge_programs};
 use crate::api::{Problem, ProblemKind};
 
 /// What is known about how the kernel drifts.
@@ -18,7 +18,12 @@ pub struct Drift {
     repairs: Repairs,
     problems: Problems,
     maps: Pace,
+    /// How often the maps were compared.
+    compared: u32,
 }
+
+/// Maps are compared whole once in so many times: that costs what they can hold, and an idle load balancer is to be idle.
+const WHOLE: u32 = 4;
 
 impl Drift {
     /// What is not well.
@@ -120,6 +125,8 @@ fn compare_maps(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Resul
             core.tables.renew_epoch(slot)?;
         }
     }
-    core.repair(|object, found| ask(object, found, "as written"))?;
+    let reach = if drift.compared.is_multiple_of(WHOLE) { Reach::Whole } else { Reach::Written };
+    drift.compared = drift.compared.wrapping_add(1);
+    core.repair(reach, |object, found| ask(object, found, "as written"))?;
     Ok(())
 }

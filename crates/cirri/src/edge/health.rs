@@ -38,6 +38,8 @@ pub struct Outcome {
 /// The checks that are running.
 pub struct Checks {
     running: BTreeMap<Target, Running>,
+    /// What their moments are counted from.
+    since: Instant,
     /// So many at a time: a thousand backends must not want a thousand sockets at once.
     at_once: Arc<Semaphore>,
     outcomes: mpsc::UnboundedSender<Outcome>,
@@ -57,12 +59,18 @@ const CONNECTS: usize = 4;
 const LONGEST_LINE: usize = 4096;
 /// The first check of a backend comes within this time, so that a dead one is found early.
 const FIRST_WITHIN: Duration = Duration::from_secs(1);
+/// Checks begin at moments that they share: to be woken costs an idle process more than one check more does. There are
+/// several in an interval, so that backends are not all asked at once ...
+const MOMENTS: u128 = 8;
+/// ... and never so long apart.
+const LONGEST_MOMENT: Duration = Duration::from_millis(250);
 
 impl Checks {
     /// None yet. Outcomes go to the receiver.
     pub fn new() -> (Checks, mpsc::UnboundedReceiver<Outcome>) {
         let (outcomes, receiver) = mpsc::unbounded_channel();
-        (Checks { running: BTreeMap::new(), at_once: Arc::new(Semaphore::new(AT_ONCE)), outcomes }, receiver)
+        let at_once = Arc::new(Semaphore::new(AT_ONCE));
+        (Checks { running: BTreeMap::new(), since: Instant::now(), at_once, outcomes }, receiver)
     }
 
     /// Makes them those of a plan. What stays the same goes on undisturbed. Must be called within a
@@ -88,13 +96,10 @@ impl Checks {
         });
         for (target, (check, address)) in wanted {
             if !self.running.contains_key(&target) {
-                let task = tokio::spawn(keep_checking(
-                    target.clone(),
-                    check.clone(),
-                    address,
-                    Arc::clone(&self.at_once),
-                    self.outcomes.clone(),
-                ));
+                let begin = self.since + first_moment(self.since.elapsed(), check.interval, random());
+                let (at_once, outcomes) = (Arc::clone(&self.at_once), self.outcomes.clone());
+                let task =
+                    tokio::spawn(keep_checking(target.clone(), check.clone(), address, begin, at_once, outcomes));
                 let running = Running { check: check.clone(), address, task: task.abort_handle() };
                 self.running.insert(target, running);
             }
@@ -177,13 +182,13 @@ async fn keep_checking(
     target: Target,
     check: Check,
     address: SocketAddr,
+    begin: Instant,
     at_once: Arc<Semaphore>,
     outcomes: mpsc::UnboundedSender<Outcome>,
 ) {
-    // Backends are not all asked in the same moment.
-    let begin = random_part_of(check.interval.min(FIRST_WITHIN));
-    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + begin, check.interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut ticks = tokio::time::interval_at(begin.into(), check.interval);
+    // One that is late keeps its moments.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut late = false;
     loop {
         ticks.tick().await;
@@ -284,9 +289,18 @@ fn status_code(line: &str) -> Option<u16> {
     rest.get(..3)?.parse().ok().filter(|code| (100..=599).contains(code))
 }
 
-fn random_part_of(span: Duration) -> Duration {
-    let random = RandomState::new().build_hasher().finish();
-    span.mul_f64((random >> 11) as f64 / (1u64 << 53) as f64)
+/// When a check first comes: at one of the moments of its interval that follow, which all checks with that interval
+/// share. Times are since the first of them; `random` is from 0 to 1.
+fn first_moment(now: Duration, interval: Duration, random: f64) -> Duration {
+    let parts = interval.as_nanos().div_ceil(LONGEST_MOMENT.as_nanos()).max(MOMENTS);
+    let moment = (interval.as_nanos() / parts).max(1);
+    let within = interval.min(FIRST_WITHIN).mul_f64(random).as_nanos();
+    let next = ((now.as_nanos() + within) / moment).max(now.as_nanos().div_ceil(moment));
+    Duration::from_nanos(u64::try_from(next * moment).unwrap_or(u64::MAX))
+}
+
+fn random() -> f64 {
+    (RandomState::new().build_hasher().finish() >> 11) as f64 / (1u64 << 53) as f64
 }
 
 #[cfg(test)]
@@ -345,6 +359,22 @@ mod tests {
         let timeout = Duration::from_secs(1);
         assert!(!was_starved(Duration::from_millis(1010), timeout));
         assert!(was_starved(Duration::from_millis(1300), timeout));
+    }
+
+    #[test]
+    fn checks_of_one_interval_share_their_moments_also_with_later_ones() {
+        let (second, interval) = (Duration::from_secs(1), Duration::from_millis(2100));
+        let mut moments = std::collections::BTreeSet::new();
+        for (now, random) in [(0, 0.0), (0, 0.4), (0, 0.99), (7, 0.2), (7, 0.8), (1000, 0.5)] {
+            let now = second * now + Duration::from_micros(10);
+            let first = first_moment(now, interval, random);
+            assert!(first >= now && first <= now + second, "{first:?}");
+            moments.insert(first.as_nanos() % interval.as_nanos() / 1000);
+        }
+        let apart = interval.as_micros() / 9;
+        assert!(moments.iter().all(|at| at % apart < 9 || at % apart > apart - 9), "{moments:?}");
+        assert!(first_moment(second * 50, Duration::from_secs(60), 1.0) <= second * 51);
+        assert_eq!(first_moment(second, Duration::ZERO, 0.5), second, "nothing that could fail");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::config::{self, Config};
 
 pub use health::serve as serve_health;
 pub use info::count;
-pub use repair::{changed, found};
+pub use repair::{Reach, changed, found};
 pub use sockets::end as end_sockets;
 pub use write::carry_out;
 

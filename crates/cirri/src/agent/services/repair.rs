@@ -1,5 +1,6 @@
 //! Taking over what an earlier run left in the tables of services.
 
+use cirri_abi::{Service, ServiceKey};
 use cirri_control::service::table::{Restored, Tables as Books, Write};
 use cirri_loader::{MapError, Table, Tables};
 
@@ -29,11 +30,20 @@ impl Serving {
     /// A table cannot be read.
     pub fn compare(&mut self, tables: &Tables, repair: impl FnMut(&str, &str) -> bool) -> Result<(), MapError> {
         if self.swept && self.is_done() {
-            let writes = changed(&self.books, tables, repair)?;
+            let writes = changed(&self.books, tables, Reach::Whole, repair)?;
             self.push(None, writes, false);
         }
         Ok(())
     }
+}
+
+/// How much of the tables of services is compared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// All of it. That costs what the tables can hold, however little they do.
+    Whole,
+    /// What was written. What somebody added is not seen.
+    Written,
 }
 
 /// The writes that make the tables of services right where somebody else changed them, as far as `repair` agrees: it is
@@ -44,9 +54,13 @@ impl Serving {
 pub fn changed(
     books: &Books,
     tables: &Tables,
+    reach: Reach,
     mut repair: impl FnMut(&str, &str) -> bool,
 ) -> Result<Vec<Write>, MapError> {
-    let found = found_up_to(tables, books.last_backend())?;
+    let found = match reach {
+        Reach::Whole => found_up_to(tables, books.last_backend())?,
+        Reach::Written => found_written(books, tables)?,
+    };
     let mut writes: Vec<Write> = Vec::new();
     for difference in books.compare(&found) {
         let epoch = matches!(difference.write, Write::Bump(_));
@@ -68,8 +82,30 @@ pub fn found(tables: &Tables) -> Result<Restored, MapError> {
 /// The same, with the backends up to this number alone: most of their table is empty.
 fn found_up_to(tables: &Tables, last_backend: u32) -> Result<Restored, MapError> {
     let services = tables.services.entries()?;
-    let backends = occupied(&tables.backends, last_backend)?;
     let node_ports = occupied(&tables.node_ports, u32::MAX)?;
+    with(tables, services, node_ports, last_backend)
+}
+
+/// The same, of rows and node ports those alone that were written.
+fn found_written(books: &Books, tables: &Tables) -> Result<Restored, MapError> {
+    let (mut services, mut node_ports) = (Vec::new(), Vec::new());
+    for key in books.written_rows() {
+        services.extend(tables.services.get(&key)?.map(|row| (key, row)));
+    }
+    for word in books.written_node_ports() {
+        node_ports.extend(tables.node_ports.get(&word)?.map(|bits| (word, bits)));
+    }
+    with(tables, services, node_ports, books.last_backend())
+}
+
+/// What is found beside these rows and node ports.
+fn with(
+    tables: &Tables,
+    services: Vec<(ServiceKey, Service)>,
+    node_ports: Vec<(u32, u64)>,
+    last_backend: u32,
+) -> Result<Restored, MapError> {
+    let backends = occupied(&tables.backends, last_backend)?;
     let ranges: Vec<_> = tables.source_ranges.entries()?.into_iter().map(|(key, _)| key).collect();
     let end = services
         .iter()

@@ -34,7 +34,7 @@ impl Tables {
         self.compare_backends(lives(), found, &mut all);
         self.compare_slots(found, &mut all);
         compare_ranges(lives(), found, &mut all);
-        self.compare_rows(lives(), found, &mut all);
+        self.compare_rows(found, &mut all);
         self.compare_node_ports(found, &mut all);
         if !all.is_empty() {
             // Recipes may have been made from what was wrong: those of every service whose row concerns them.
@@ -56,6 +56,27 @@ impl Tables {
         let lives = self.ports.values().map(|installed| &installed.live).chain(self.inherited.values());
         let numbers = lives.flat_map(|live| live.backends.values()).map(|(number, _)| *number);
         numbers.chain(self.strays.iter().copied()).max().unwrap_or_default()
+    }
+
+    /// The keys of all rows of addresses that were written.
+    pub fn written_rows(&self) -> Vec<ServiceKey> {
+        self.wanted_rows().into_keys().collect()
+    }
+
+    /// The words of `NODE_PORTS` that were written.
+    pub fn written_node_ports(&self) -> Vec<u32> {
+        self.node_ports.words.keys().copied().collect()
+    }
+
+    /// Every row of an address, as it was written.
+    fn wanted_rows(&self) -> HashMap<ServiceKey, Service> {
+        let lives = self.ports.values().map(|installed| &installed.live).chain(self.inherited.values());
+        let mut wanted: HashMap<ServiceKey, Service> = lives.flat_map(|live| live.rows.iter().copied()).collect();
+        for (addr, _) in self.addresses.iter().filter(|(_, refusal)| refusal.stands) {
+            let row = Service { flags: service_flag::REFUSE, slot: epoch_of(0), ..Service::default() };
+            wanted.insert(ServiceKey { addr: *addr, ..ServiceKey::default() }, row);
+        }
+        wanted
     }
 
     fn compare_backends<'a>(&self, lives: impl Iterator<Item = &'a Live>, found: &Restored, all: &mut Vec<Difference>) {
@@ -95,12 +116,8 @@ impl Tables {
         }
     }
 
-    fn compare_rows<'a>(&self, lives: impl Iterator<Item = &'a Live>, found: &Restored, all: &mut Vec<Difference>) {
-        let mut wanted: HashMap<ServiceKey, Service> = lives.flat_map(|live| live.rows.iter().copied()).collect();
-        for (addr, _) in self.addresses.iter().filter(|(_, refusal)| refusal.stands) {
-            let row = Service { flags: service_flag::REFUSE, slot: epoch_of(0), ..Service::default() };
-            wanted.insert(ServiceKey { addr: *addr, ..ServiceKey::default() }, row);
-        }
+    fn compare_rows(&self, found: &Restored, all: &mut Vec<Difference>) {
+        let wanted = self.wanted_rows();
         let there: HashMap<ServiceKey, Service> = found.services.iter().copied().collect();
         for (key, row) in wanted.iter().filter(|(key, row)| there.get(key) != Some(row)) {
             let what = if there.contains_key(key) { ALTERED } else { MISSING };
