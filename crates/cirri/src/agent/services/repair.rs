@@ -46,6 +46,9 @@ pub enum Reach {
     Written,
 }
 
+/// So few rows are sooner asked for one by one than found in their table.
+const FEW: u32 = 1024;
+
 /// The writes that make the tables of services right where somebody else changed them, as far as `repair` agrees: it is
 /// asked about each entry, by its name and what became of it.
 ///
@@ -58,8 +61,8 @@ pub fn changed(
     mut repair: impl FnMut(&str, &str) -> bool,
 ) -> Result<Vec<Write>, MapError> {
     let found = match reach {
-        Reach::Whole => found_up_to(tables, books.last_backend())?,
-        Reach::Written => found_written(books, tables)?,
+        Reach::Written if books.usage().services <= FEW => found_written(books, tables)?,
+        _ => found_up_to(tables, books.last_backend())?,
     };
     let mut writes: Vec<Write> = Vec::new();
     for difference in books.compare(&found) {
