@@ -14,6 +14,8 @@ use super::{Lab, LabError, binary};
 pub const QUIET: Duration = Duration::from_millis(900);
 /// How long what passes may take: beyond any retransmission that a short loss needs.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long one connection of a load may take, in milliseconds: whether it works is asked, not how soon.
+const LOAD_PATIENCE: &str = "60000";
 
 /// An established TCP connection, both ends of which the test holds.
 #[derive(Debug)]
@@ -150,7 +152,9 @@ impl Load {
     /// # Errors
     /// If it cannot be started.
     pub fn start(lab: &Lab, pod: &str, to: SocketAddr, rate: u32, seconds: u64) -> Result<Load, LabError> {
-        Load::with(lab, pod, to, &["--rate", &rate.to_string(), "--seconds", &seconds.to_string()])
+        let (rate, seconds) = (rate.to_string(), seconds.to_string());
+        let arguments = ["--rate", &rate, "--seconds", &seconds, "--timeout", LOAD_PATIENCE];
+        Load::with(lab, pod, to, &arguments)
     }
 
     /// Starts one from a pod, or from `world`, with these arguments.
