@@ -117,6 +117,30 @@ fn nothing_is_lost(name: &str, more: &[&str]) {
 }
 
 #[test]
+fn new_connections_pass_whatever_identity_their_sender_gets() {
+    // As long as it may be: the new identity is used when node2 says that it knows it, and not before.
+    let lab = Lab::up("idc_new", 2, &["--set", "cluster.identityGraceSeconds=300"]).unwrap();
+    lab.apply(&pods("", ", tier: a")).unwrap();
+    let newcomers = Newcomers::of_both_families(&lab);
+    let becomes = |tier: &str| {
+        let before = identity_of_client(&lab);
+        relabel_client(&lab, &format!(r#""app":"client","tier":"{tier}""#));
+        eventually("the client has another identity", PATIENCE, || identity_of_client(&lab) != before);
+    };
+    for tier in ["b", "c", "d"] {
+        becomes(tier);
+        eventually("the new identity is used", PATIENCE, || tunnel_identity_of_client(&lab) == 0);
+        newcomers.iter().for_each(Newcomers::await_more);
+    }
+    lab.kill_agent("node2").unwrap();
+    becomes("e");
+    newcomers.iter().for_each(Newcomers::await_more);
+    let told = tunnel_identity_of_client(&lab);
+    newcomers.into_iter().for_each(Newcomers::finish);
+    assert_ne!(told, 0, "node2 cannot have said that it knows the new identity");
+}
+
+#[test]
 fn an_identity_that_changes_while_another_nodes_agent_is_away_cuts_no_connection() {
     let lab = Lab::up("idc_away", 2, &[]).unwrap();
     lab.apply(&pods("", ", tier: a")).unwrap();
@@ -224,6 +248,66 @@ const EVERY: Duration = Duration::from_millis(1);
 /// Room for what the receiver has not read yet.
 const BUFFER: usize = 64 * 1024 * 1024;
 
+/// How long an event may take that is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Connections of one datagram each from the client to the server, one after the other.
+struct Newcomers {
+    passed: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Newcomers {
+    fn of_both_families(lab: &Lab) -> Vec<Newcomers> {
+        lab.addresses().unwrap()["shop/server"].iter().map(|address| Newcomers::start(lab, *address)).collect()
+    }
+
+    fn start(lab: &Lab, address: IpAddr) -> Newcomers {
+        let any = any_like(address);
+        let server = lab.netns("shop/server").unwrap().run(|| UdpSocket::bind(any)).unwrap().unwrap();
+        server.set_read_timeout(Some(PATIENCE / 4)).unwrap();
+        let to = SocketAddr::new(address, server.local_addr().unwrap().port());
+        let client = lab.netns("shop/client").unwrap();
+        let (passed, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let run = {
+            let (passed, stop) = (Arc::clone(&passed), Arc::clone(&stop));
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let socket = client.run(|| UdpSocket::bind(any)).unwrap().unwrap();
+                    socket.send_to(&[1], to).unwrap();
+                    let number = passed.load(Ordering::Relaxed);
+                    let arrived = server.recv_from(&mut [0]);
+                    let (_, from) = arrived.unwrap_or_else(|error| panic!("connection {number} to {to}: {error}"));
+                    assert_eq!(from.port(), socket.local_addr().unwrap().port());
+                    passed.store(number + 1, Ordering::Relaxed);
+                    std::thread::sleep(EVERY);
+                }
+            }
+        };
+        Newcomers { passed, stop, thread: std::thread::spawn(run) }
+    }
+
+    /// Waits until so many more have passed that some of them began after this call, or until one has not passed.
+    fn await_more(&self) {
+        let before = self.passed.load(Ordering::Relaxed);
+        eventually("new connections pass", PATIENCE, || {
+            self.thread.is_finished() || self.passed.load(Ordering::Relaxed) > before + 100
+        });
+    }
+
+    /// Ends them; panics if one did not pass.
+    fn finish(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    }
+}
+
+/// Any address of the same family, and any port.
+fn any_like(address: IpAddr) -> SocketAddr {
+    if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().unwrap()
+}
+
 /// Numbered datagrams from one pod to another, each answered.
 struct Flow {
     name: String,
@@ -243,7 +327,7 @@ impl Flow {
     }
 
     fn start(lab: &Lab, from: &str, to: &str, address: IpAddr) -> Flow {
-        let any: SocketAddr = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().unwrap();
+        let any = any_like(address);
         let bind = |pod: &str| {
             let socket = lab.netns(pod).unwrap().run(|| UdpSocket::bind(any)).unwrap().unwrap();
             socket2::SockRef::from(&socket).set_recv_buffer_size(BUFFER).unwrap();
