@@ -346,6 +346,44 @@ fn thousands_of_ports_are_told_apart() {
 }
 
 #[test]
+fn ports_cost_what_they_come_to_and_not_the_square_of_it() {
+    let ports = |count: u32| -> String {
+        let port = |i: u32| format!(r#"{{"name": "p{i}", "port": {i}}}"#);
+        (1..=count).map(port).collect::<Vec<_>>().join(", ")
+    };
+    let service = |count| {
+        format!(
+            r#"{{"apiVersion": "v1", "kind": "Service", "metadata": {{"name": "web"}}, "spec": {{"clusterIP": "10.96.0.1", "ports": [{}]}}}}"#,
+            ports(count)
+        )
+    };
+    let slice = |count| {
+        format!(
+            r#"{{"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": {{"name": "web"}}, "addressType": "IPv4", "ports": [{}]}}"#,
+            ports(count)
+        )
+    };
+    let cost = |text: &str| {
+        let reading = || {
+            let begun = time_on_processor();
+            Resource::from_json(text).unwrap();
+            time_on_processor() - begun
+        };
+        (0..3).map(|_| reading()).min().unwrap()
+    };
+    for (kind, few, many) in [("Service", service(8_000), service(32_000)), ("slice", slice(8_000), slice(32_000))] {
+        let (few, many) = (cost(&few), cost(&many));
+        assert!(many < 8 * few, "{kind}: four times as many ports cost {many} ns, not {few} ns");
+    }
+}
+
+/// Nanoseconds that this thread has run, whatever else the machine does.
+fn time_on_processor() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    text.split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
 fn what_is_echoed_of_input_is_cut() {
     let long = "9".repeat(1_000_000);
     let key = "k".repeat(1_000_000);
