@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use cirri_control::cut::cut_message;
-use cirri_control::resource::yaml_options;
+use cirri_control::resource::{past_limit, yaml_options};
 use cirri_control::service::maglev;
 use serde_json::Value;
 
@@ -107,7 +107,7 @@ fn read_file(path: &Path, text: &str) -> Result<Vec<(String, Value)>, ConfigErro
     if text.lines().all(|line| line.trim().is_empty() || line.trim_start().starts_with('#')) {
         return Ok(Vec::new());
     }
-    let wrong = |error: serde_saphyr::Error| ConfigError::File(describe(path, &error));
+    let wrong = |error: serde_saphyr::Error| ConfigError::File(describe(path, text, &error));
     let typed: Config = serde_saphyr::from_str_with_options(text, yaml_options(text)).map_err(wrong)?;
     let raw: Value = serde_saphyr::from_str_with_options(text, yaml_options(text)).map_err(wrong)?;
     let understood = to_tree(&typed);
@@ -120,9 +120,9 @@ fn read_file(path: &Path, text: &str) -> Result<Vec<(String, Value)>, ConfigErro
     Ok(set)
 }
 
-fn describe(path: &Path, error: &serde_saphyr::Error) -> String {
-    let text = error.without_snippet().to_string();
-    let what = cut_message(text.lines().next().unwrap_or_default());
+fn describe(path: &Path, text: &str, error: &serde_saphyr::Error) -> String {
+    let said = past_limit(text, error).unwrap_or_else(|| error.without_snippet().to_string());
+    let what = cut_message(said.lines().next().unwrap_or_default());
     match error.location() {
         Some(location) => format!("{}:{}:{}: {what}", path.display(), location.line(), location.column()),
         None => format!("{}: {what}", path.display()),
@@ -336,6 +336,15 @@ mod tests {
         }
         let error = load_text("store: {folder: ''}", &[], &[]).unwrap_err().to_string();
         assert!(error.contains("store.folder"), "{error}");
+    }
+
+    #[test]
+    fn what_aliases_stand_for_is_bounded_by_the_size_of_the_file() {
+        let name = "x".repeat(10_000);
+        let text = format!("{FOLDER}node:\n  name: &a {name}\n  devices: [{}]\n", vec!["*a"; 3_000].join(","));
+        let error = load_text(&text, &[], &[]).map(drop).unwrap_err().to_string();
+        let limit = format!("bytes of text with its aliases, the limit for a document of {} bytes", text.len());
+        assert!(error.contains("agent.yaml:5:") && error.ends_with(&limit), "{error}");
     }
 
     #[test]

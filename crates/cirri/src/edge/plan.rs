@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use cirri_abi::Algorithm as AlgorithmNumber;
 use cirri_control::cut::cut_message;
-use cirri_control::resource::yaml_options;
+use cirri_control::resource::{past_limit, yaml_options};
 use cirri_control::service::{PortId, maglev};
 use ipnet::IpNet;
 
@@ -154,7 +154,7 @@ impl Plan {
     /// The first thing that is wrong.
     pub fn parse(path: &Path, text: &str) -> Result<Plan, PlanError> {
         let file: File = serde_saphyr::from_str_with_options(text, yaml_options(text)).map_err(|error| {
-            let said = error.without_snippet().to_string();
+            let said = said(text, &error);
             let what = &*cut_message(said.lines().next().unwrap_or_default());
             let Some(at) = error.location() else { return PlanError(format!("{}: {what}", path.display())) };
             let place = format!(" at line {}, column {}", at.line(), at.column());
@@ -171,10 +171,8 @@ impl Plan {
     pub fn state_dir_of(path: &Path) -> Result<PathBuf, PlanError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| PlanError(format!("cannot read {}: {error}", path.display())))?;
-        let tree: serde_json::Value =
-            serde_saphyr::from_str_with_options(&text, yaml_options(&text)).map_err(|error| {
-                PlanError(format!("{}: {}", path.display(), cut_message(&error.without_snippet().to_string())))
-            })?;
+        let tree: serde_json::Value = serde_saphyr::from_str_with_options(&text, yaml_options(&text))
+            .map_err(|error| PlanError(format!("{}: {}", path.display(), cut_message(&said(&text, &error)))))?;
         let named = tree.get("stateDir").and_then(serde_json::Value::as_str);
         Ok(PathBuf::from(named.unwrap_or(config::STATE_DIR)))
     }
@@ -189,6 +187,11 @@ impl Plan {
     pub fn pool(&self, name: &str) -> Option<&Pool> {
         self.pools.iter().find(|pool| pool.name == name)
     }
+}
+
+/// What is wrong with a text: the limit that it is past, or what the parser says.
+fn said(text: &str, error: &serde_saphyr::Error) -> String {
+    past_limit(text, error).unwrap_or_else(|| error.without_snippet().to_string())
 }
 
 impl Service {

@@ -21,6 +21,11 @@ pub fn yaml_options(document: &str) -> Options {
     Limits::of(document).options()
 }
 
+/// Which limit of [`yaml_options`] a document is past; `None` if that is not what is wrong.
+pub fn past_limit(document: &str, error: &Error) -> Option<String> {
+    Limits::of(document).explain(error)
+}
+
 /// The limits of one document.
 pub struct Limits {
     bytes: usize,

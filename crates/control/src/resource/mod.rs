@@ -25,7 +25,7 @@ pub use endpoint_slice::{
     AddressType, Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, HEADLESS_LABEL,
     SERVICE_NAME_LABEL, TargetRef,
 };
-pub use limits::{MAX_FILE_BYTES, yaml_options};
+pub use limits::{MAX_FILE_BYTES, past_limit, yaml_options};
 pub use network_policy::{
     EgressRule, IngressRule, IpBlock, LabelSelector, NetworkPolicy, NetworkPolicySpec, Operator, PolicyPeer,
     PolicyPort, PolicyType, PortRef, STAND_IN, SelectorRequirement,

@@ -55,6 +55,32 @@ fn a_file_is_filled_in_with_defaults() {
     assert_eq!(web.id().to_string(), "lb/web:80/TCP (IPv4)");
 }
 
+#[test]
+fn what_aliases_stand_for_is_bounded_by_the_size_of_the_file() {
+    let name = "x".repeat(10_000);
+    let text = format!("log: &a {name}\ndevices: [{}]\n", vec!["*a"; 3_000].join(","));
+    let error = parse(&text).map(drop).unwrap_err();
+    assert!(error.starts_with("lb.yaml:2:") && error.ends_with(&limit("bytes of text", &text)), "{error}");
+}
+
+/// It is asked of files that are wrong otherwise, so that types bound nothing.
+#[test]
+fn what_aliases_stand_for_is_bounded_where_only_the_state_directory_is_asked_for() {
+    let mut text = format!("a0: &a0 [{}]\n", vec!["1"; 4_000].join(","));
+    for level in 1..=2 {
+        text += &format!("a{level}: &a{level} [{}]\n", vec![format!("*a{}", level - 1); 1_000].join(","));
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &text).unwrap();
+    let error = Plan::state_dir_of(file.path()).unwrap_err().to_string();
+    assert!(error.ends_with(&limit("values", &text)), "{error}");
+}
+
+/// How the refusal of a text ends that has too much of something.
+fn limit(what: &str, text: &str) -> String {
+    format!("{what} with its aliases, the limit for a document of {} bytes", text.len())
+}
+
 /// Every error names the place and what is wrong there.
 #[test]
 fn bad_input_gives_one_clear_error() {
