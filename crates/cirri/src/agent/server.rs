@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::{Shared, attach, check, dump, services, wait};
 use crate::api::{
     Answer, ApiError, Attachment, BackendInfo, EndpointAdd, EndpointGet, MapDump, Observe, PolicyExplain, PolicyGet,
-    Removed, Request, ServiceGet, ServiceInfo, Wait,
+    Removed, ServiceGet, ServiceInfo, Wait,
 };
 use crate::listener;
 
@@ -33,22 +33,14 @@ pub async fn serve(shared: Arc<Shared>, listener: UnixListener) {
 async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
     let may_ask = listener::may_ask(&stream)?;
     let (reader, mut writer) = stream.into_split();
-    let mut line = String::new();
-    let mut reader = BufReader::new(reader.take(LONGEST));
-    reader.read_line(&mut line).await?;
+    let mut reader = BufReader::new(reader);
+    let question = listener::question(&mut reader, LONGEST).await?;
     if !may_ask {
         return refuse(&mut writer, ApiError::new("denied", "only the agent's user and root may ask")).await;
     }
-    if line.len() as u64 == LONGEST && !line.ends_with('\n') {
-        let limit = format!("the question is longer than {} MiB", LONGEST >> 20);
-        return refuse(&mut writer, ApiError::new("bad-request", limit)).await;
-    }
-    let request: Request = match serde_json::from_str(&line) {
+    let request = match question {
         Ok(request) => request,
-        Err(error) => {
-            return refuse(&mut writer, ApiError::new("bad-request", format!("the question cannot be read: {error}")))
-                .await;
-        }
+        Err(error) => return refuse(&mut writer, error).await,
     };
     let mut client = Client { writer, params: request.params };
     // A client that hangs up ends a stream that has nothing to say.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 use super::api::{Drain, Drained, Pools};
@@ -28,12 +28,11 @@ pub async fn serve(shared: Arc<Shared>, listener: UnixListener) {
 async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
     let may_ask = listener::may_ask(&stream)?;
     let (reader, mut writer) = stream.into_split();
-    let mut line = String::new();
-    BufReader::new(reader.take(LONGEST)).read_line(&mut line).await?;
-    let answer = if !may_ask {
-        Err(ApiError::new("denied", "only the load balancer's user and root may ask"))
-    } else {
-        answer(shared, &line).await
+    let question = listener::question(&mut BufReader::new(reader), LONGEST).await?;
+    let answer = match question {
+        _ if !may_ask => Err(ApiError::new("denied", "only the load balancer's user and root may ask")),
+        Ok(request) => answer(shared, request).await,
+        Err(error) => Err(error),
     };
     let answer = match answer {
         Ok(value) => Answer::Result(value),
@@ -44,13 +43,7 @@ async fn converse(shared: &Arc<Shared>, stream: UnixStream) -> io::Result<()> {
     writer.write_all(&text).await
 }
 
-async fn answer(shared: &Arc<Shared>, line: &str) -> Result<serde_json::Value, ApiError> {
-    if line.len() as u64 == LONGEST && !line.ends_with('\n') {
-        let limit = format!("the question is longer than {} MiB", LONGEST >> 20);
-        return Err(ApiError::new("bad-request", limit));
-    }
-    let Request { method, params } = serde_json::from_str(line)
-        .map_err(|error| ApiError::new("bad-request", format!("the question cannot be read: {error}")))?;
+async fn answer(shared: &Arc<Shared>, Request { method, params }: Request) -> Result<serde_json::Value, ApiError> {
     match method.as_str() {
         "status" => json(&report::status(shared).await?),
         "list" => json(&report::list(&*shared.core.lock().await)?),
