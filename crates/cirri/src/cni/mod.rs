@@ -50,22 +50,8 @@ pub fn invoked_as_plugin() -> bool {
 
 /// Runs the command that the environment names.
 pub fn main() -> ExitCode {
-    let mut input = String::new();
-    let outcome = match io::stdin().take(LONGEST_INPUT + 1).read_to_string(&mut input) {
-        Ok(read) if read as u64 > LONGEST_INPUT => Err(Failed {
-            version: spec::VERSIONS[0].to_owned(),
-            error: CniError::new(
-                code::DECODE,
-                format!("the network configuration is longer than {} MiB", LONGEST_INPUT >> 20),
-                "see the CNI specification",
-            ),
-        }),
-        Ok(_) => run(&input, &|name| std::env::var(name).ok().filter(|value| !value.is_empty())),
-        Err(error) => Err(Failed {
-            version: spec::VERSIONS[0].to_owned(),
-            error: CniError::new(code::IO, format!("cannot read the configuration: {error}"), "give it on stdin"),
-        }),
-    };
+    let env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let outcome = read(io::stdin()).and_then(|input| run(&input, &env));
     let (text, exit) = match outcome {
         Ok(Some(value)) => (value.to_string(), ExitCode::SUCCESS),
         Ok(None) => (String::new(), ExitCode::SUCCESS),
@@ -82,6 +68,23 @@ pub fn main() -> ExitCode {
 struct Failed {
     version: String,
     error: CniError,
+}
+
+/// The network configuration.
+fn read(from: impl Read) -> Result<String, Failed> {
+    let failed = |error| Failed { version: spec::VERSIONS[0].to_owned(), error };
+    let mut input = String::new();
+    match from.take(LONGEST_INPUT + 1).read_to_string(&mut input) {
+        Ok(read) if read as u64 > LONGEST_INPUT => Err(failed(CniError::new(
+            code::DECODE,
+            format!("the network configuration is longer than {} MiB", LONGEST_INPUT >> 20),
+            "see the CNI specification",
+        ))),
+        Ok(_) => Ok(input),
+        Err(error) => {
+            Err(failed(CniError::new(code::IO, format!("cannot read the configuration: {error}"), "give it on stdin")))
+        }
+    }
 }
 
 fn run(input: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Value>, Failed> {
@@ -342,6 +345,15 @@ mod tests {
             code(conf, &[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "../x"), ("CNI_IFNAME", "e")]),
             code::INVALID_ENVIRONMENT
         );
+    }
+
+    #[test]
+    fn a_configuration_that_is_too_long_is_refused_with_the_limit_and_read_no_further() {
+        let mut input = io::repeat(b' ').take(2 * LONGEST_INPUT);
+        let error = read(&mut input).map(|read| read.len()).unwrap_err().error;
+        assert_eq!((error.code, input.limit()), (code::DECODE, LONGEST_INPUT - 1));
+        assert!(error.to_json("1.1.0")["msg"].as_str().unwrap().contains("longer than 16 MiB"), "{error:?}");
+        assert_eq!(read(io::repeat(b' ').take(LONGEST_INPUT)).unwrap().len() as u64, LONGEST_INPUT);
     }
 
     #[test]
