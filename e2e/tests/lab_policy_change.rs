@@ -1,9 +1,14 @@
 //! What a change of policy does to connections that are established: those it closes stop with their next packet, in
 //! both directions; those it does not concern do not notice.
 
+use std::fmt::Write;
 use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
 
-use cirri_e2e::lab::{Conversation, Lab, QUIET};
+use cirri_abi::epoch_slot;
+use cirri_e2e::lab::{Conversation, Lab, QUIET, eventually};
+use cirri_loader::Tables;
 use serde_json::Value;
 
 const PODS: &str = r#"
@@ -70,6 +75,26 @@ metadata: {name: bystander, namespace: shop}
 spec: {podSelector: {matchLabels: {app: bystander}}, policyTypes: [Ingress, Egress]}
 "#;
 
+/// What takes a while to write: many blocks of addresses, and a rule set that asks for each.
+fn many_blocks() -> String {
+    let mut policy = String::from(
+        "
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: many, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: near}}
+  ingress:
+  - from:
+",
+    );
+    for number in 0..2_000 {
+        writeln!(policy, "    - {{ipBlock: {{cidr: 203.{}.{}.0/24}}}}", number / 250, number % 250).unwrap();
+    }
+    policy
+}
+
 const RENEWED: &str = "recipes renewed";
 const NODES: [&str; 2] = ["node1", "node2"];
 
@@ -83,6 +108,31 @@ fn a_policy_that_closes_a_connection_at_its_receiver_stops_the_next_packet_of_bo
 #[test]
 fn a_policy_that_closes_a_connection_at_its_sender_stops_the_next_packet_of_both_sides() {
     closes("close_out", EGRESS, |flow| flow["egress_rule"]["kind"] == "default-deny");
+}
+
+#[test]
+fn programs_are_told_that_tables_change_while_they_change_and_no_longer() {
+    let lab = Lab::up("writing", 2, &[]).unwrap();
+    lab.apply(PODS).unwrap();
+    let tables = Tables::open(Path::new("/sys/fs/bpf/cirri"), &format!("lab-{}-node1", lab.name())).unwrap();
+    let told = || tables.epoch(epoch_slot::WRITING).unwrap() != 0;
+    // Who looks may be without a processor during one change, not during all.
+    for policy in [many_blocks().as_str(), ""].iter().cycle().take(40) {
+        let manifests = [PODS, policy].concat();
+        let seen = std::thread::scope(|scope| {
+            let change = scope.spawn(|| lab.apply(&manifests).unwrap());
+            let mut seen = false;
+            while !change.is_finished() {
+                seen |= told();
+            }
+            seen
+        });
+        eventually("programs are told that nothing changes any more", Duration::from_secs(60), || !told());
+        if seen {
+            return;
+        }
+    }
+    panic!("programs are not told while tables change");
 }
 
 fn closes(name: &str, policy: &str, names_the_rule: impl Fn(&Value) -> bool) {
