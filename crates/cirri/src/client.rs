@@ -140,12 +140,16 @@ pub fn stream(
     let request = Request { method: method.to_owned(), params };
     let mut line = serde_json::to_vec(&request).map_err(|error| CallError::Garbled(error.to_string()))?;
     line.push(b'\n');
-    connection.write_all(&line).map_err(failed)?;
+    // Who refuses a question for its length answers and hangs up before its end.
+    let sent = match connection.write_all(&line).map_err(failed) {
+        Err(error @ (CallError::Busy(_) | CallError::Broken(_))) => return Err(error),
+        sent => sent,
+    };
     let mut reader = BufReader::new(connection);
     loop {
         let mut line = Vec::new();
         match reader.read_until(b'\n', &mut line).map_err(failed)? {
-            0 => return Ok(()),
+            0 => return sent,
             // A line without its end: whoever wrote it is gone.
             _ if line.pop() != Some(b'\n') => return Err(CallError::Stopped),
             _ => {}
@@ -196,6 +200,20 @@ mod tests {
         drop(agent.join());
         std::fs::remove_file(&socket).unwrap();
         outcome.unwrap_err()
+    }
+
+    #[test]
+    fn a_refusal_before_the_end_of_the_question_is_heard() {
+        let socket = std::env::temp_dir().join(format!("cirri-client-long-{}", std::process::id()));
+        let listener = UnixListener::bind(&socket).unwrap();
+        let agent = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"{\"error\": {\"code\": \"bad-request\", \"message\": \"too long\"}}\n").unwrap();
+        });
+        let outcome = call::<u32>(&socket, "m", &"x".repeat(4 << 20), Duration::from_secs(10));
+        agent.join().unwrap();
+        std::fs::remove_file(&socket).unwrap();
+        assert!(matches!(outcome, Err(CallError::Refused(ref error)) if error.message == "too long"), "{outcome:?}");
     }
 
     #[test]
