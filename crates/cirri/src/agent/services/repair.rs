@@ -86,7 +86,7 @@ pub fn found(tables: &Tables) -> Result<Restored, MapError> {
 fn found_up_to(tables: &Tables, last_backend: u32) -> Result<Restored, MapError> {
     let services = tables.services.entries()?;
     let node_ports = occupied(&tables.node_ports, u32::MAX)?;
-    with(tables, services, node_ports, last_backend)
+    found_beside(tables, services, node_ports, last_backend)
 }
 
 /// The same, of rows and node ports those alone that were written.
@@ -98,11 +98,11 @@ fn found_written(books: &Books, tables: &Tables) -> Result<Restored, MapError> {
     for word in books.written_node_ports() {
         node_ports.extend(tables.node_ports.get(&word)?.map(|bits| (word, bits)));
     }
-    with(tables, services, node_ports, books.last_backend())
+    found_beside(tables, services, node_ports, books.last_backend())
 }
 
 /// What is found beside these rows and node ports.
-fn with(
+fn found_beside(
     tables: &Tables,
     services: Vec<(ServiceKey, Service)>,
     node_ports: Vec<(u32, u64)>,
