@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use cirri_abi::Identity;
+use cirri_control::cut::cut;
 use cirri_control::identity::{self, Identities};
 use cirri_control::ipam::{ClusterPool, IpamError};
 use cirri_control::labels::IdentityLabels;
@@ -50,7 +51,7 @@ pub async fn identity(
             let record: IdentityRecord = serde_json::from_slice(&entry.value)
                 .map_err(|error| AllocateError::Record { key: key.clone(), why: error.to_string() })?;
             if record.labels == canonical {
-                return Ok(Identity { id: record.id });
+                return confirmed(store, key, &record).await;
             }
             // Somebody made two sets of labels collide; each keeps a key of its own.
             taken_hash += 1;
@@ -69,6 +70,36 @@ pub async fn identity(
             taken_number += 1;
         }
     }
+}
+
+/// The number that a record gives to its labels, once the record of the number says the same: a workload must
+/// not get the identity of others, whoever wrote it there.
+async fn confirmed(store: &dyn Store, key: String, record: &IdentityRecord) -> Result<Identity, AllocateError> {
+    let identity = Identity { id: record.id };
+    record.check().map_err(|why| AllocateError::Record { key: key.clone(), why })?;
+    let by_number = records::identity_key(record.id);
+    // Of a pair of which one is gone the other still holds.
+    if store.create(&by_number, record.labels.as_bytes(), false).await? {
+        return Ok(identity);
+    }
+    let Some(entry) = store.get(&by_number).await? else { return Ok(identity) };
+    match line_of(&entry.value) {
+        Some(line) if line == record.labels => Ok(identity),
+        Some(line) => {
+            let why = format!("identity {} is that of `{}`", record.id, cut(line));
+            Err(AllocateError::Record { key, why })
+        }
+        None => {
+            store.put(&by_number, record.labels.as_bytes(), false).await?;
+            Ok(identity)
+        }
+    }
+}
+
+/// The line of labels that a value is, if it is one.
+fn line_of(value: &[u8]) -> Option<&str> {
+    let line = std::str::from_utf8(value).ok().filter(|line| !line.is_empty())?;
+    IdentityLabels::parse(line).is_ok_and(|labels| labels.canonical() == line).then_some(line)
 }
 
 /// The node's range of a pool: the one it has, or a new one.
@@ -138,6 +169,33 @@ mod tests {
         let number = identity(&store, &Identities::new(), &labels("a")).await.unwrap();
         assert_ne!(number.id, 300);
         assert_eq!(identity(&store, &Identities::new(), &labels("a")).await.unwrap(), number);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_record_of_labels_alone_gives_nobody_the_identity_of_others() {
+        let (dir, store) = store("forged").await;
+        let known = Identities::new();
+        let key = records::labels_key(&identity::labels_key(&labels("a"), 0));
+        let by_number = |id| records::identity_key(id);
+        let says = async |id: u32| {
+            let record = IdentityRecord { id, labels: "k8s:app=a".into() };
+            store.put(&key, &serde_json::to_vec(&record).unwrap(), false).await.unwrap();
+            identity(&store, &known, &labels("a")).await
+        };
+        store.put(&by_number(300), b"k8s:app=b", false).await.unwrap();
+        for others in [0, 1, Identity::WORLD.id, Identity::MIN_ALLOCATED - 1, 70_000, 300] {
+            let outcome = says(others).await;
+            let told = |error: &AllocateError| matches!(error, AllocateError::Record { key: of, .. } if *of == key);
+            assert!(outcome.as_ref().is_err_and(told), "{others}: {outcome:?}");
+        }
+        // One of a pair is gone or spoilt: the other one holds, and both are there again.
+        assert_eq!(says(301).await.unwrap().id, 301);
+        store.put(&by_number(302), b"{", false).await.unwrap();
+        assert_eq!(says(302).await.unwrap().id, 302);
+        for id in [301, 302] {
+            assert_eq!(store.get(&by_number(id)).await.unwrap().unwrap().value, b"k8s:app=a");
+        }
         std::fs::remove_dir_all(&dir).unwrap();
     }
 

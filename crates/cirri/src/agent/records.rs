@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use cirri_abi::Identity;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +51,19 @@ pub struct IdentityRecord {
     pub id: u32,
     /// The labels' canonical line.
     pub labels: String,
+}
+
+impl IdentityRecord {
+    /// Whether it is one that can have been allocated.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), String> {
+        if !(Identity::MIN_ALLOCATED..=Identity::MAX_ALLOCATED).contains(&self.id) {
+            return Err(format!("identity {} is given to no labels", self.id));
+        }
+        Ok(())
+    }
 }
 
 /// The whole key of a node's record.

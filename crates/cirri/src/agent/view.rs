@@ -8,7 +8,7 @@ use cirri_abi::Identity;
 use cirri_control::cut::cut_message;
 use cirri_control::identity::Identities;
 use cirri_control::labels::IdentityLabels;
-use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource};
+use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource, STAND_IN, read_documents};
 use cirri_store::{Entry, Event};
 use serde::de::DeserializeOwned;
 
@@ -183,8 +183,24 @@ impl View {
     }
 
     fn problem(&self, key: &str, why: &str) -> String {
-        let holds = if self.good.contains(key) { "its last good content holds" } else { "nothing is known of it" };
+        let holds = match self.good.contains(key) {
+            true if self.is_stand_in(key) => "it was never known: whom it may concern is closed",
+            true => "its last good content holds",
+            false => "nothing is known of it",
+        };
         format!("cannot be read, {holds}: {why} (key {key})")
+    }
+
+    /// Whether what holds of a resource only stands in for it.
+    fn is_stand_in(&self, key: &str) -> bool {
+        let held = match key.strip_prefix(&super::records::resource_prefix()).and_then(|rest| rest.split_once('/')) {
+            Some(("NetworkPolicy", _)) => policy_of(key).and_then(|named| Some(&self.policies.get(&named)?.0.metadata)),
+            Some(("Namespace", rest)) => {
+                rest.strip_prefix("_/").and_then(|name| Some(&self.namespaces.get(name)?.metadata))
+            }
+            _ => None,
+        };
+        held.is_some_and(|metadata| metadata.annotations.contains_key(STAND_IN))
     }
 
     /// Whole keys below a prefix.
@@ -210,11 +226,7 @@ impl View {
     fn put(&mut self, entry: Entry, changes: &mut Vec<Change>) {
         let kept = Kept::of(&entry);
         if self.entries.get(&entry.key) == Some(&kept) {
-            // Written again, or restored without its revision.
-            if let Some((_, revision)) = policy_of(&entry.key).and_then(|named| self.policies.get_mut(&named)) {
-                *revision = entry.revision;
-            }
-            return;
+            return self.written_again(&entry, changes);
         }
         self.entries.insert(entry.key.clone(), kept);
         match self.read(&entry, changes).map_err(|why| cut_message(&why).into_owned()) {
@@ -226,9 +238,43 @@ impl View {
                 }
             }
             Err(why) => {
+                if !self.good.contains(&entry.key) || self.is_stand_in(&entry.key) {
+                    self.stand_in(&entry, changes);
+                }
                 tracing::error!("{} {}", object(&entry.key), self.problem(&entry.key, &why));
                 self.problems.insert(entry.key, why);
             }
+        }
+    }
+
+    /// Of what was never readable: what lets nothing pass that it may forbid, if it says enough for that.
+    fn stand_in(&mut self, entry: &Entry, changes: &mut Vec<Change>) {
+        let is_it = |resource: &Resource| format!("{}{}", cirri_store::PREFIX, resource.store_key()) == entry.key;
+        let Some(stand_in) = read_documents("", &entry.value).stand_ins.into_iter().find(is_it) else { return };
+        let value = stand_in.to_json().into_bytes();
+        let entry = Entry { key: entry.key.clone(), value, revision: entry.revision };
+        match self.read(&entry, changes) {
+            Ok(()) => {
+                self.good.insert(entry.key.clone());
+                if policy_of(&entry.key).is_none() {
+                    self.unsaved.insert(entry.key, Some(entry.value));
+                }
+            }
+            Err(why) => tracing::error!(key = entry.key, why, "nothing can stand in for it"),
+        }
+    }
+
+    /// The content is known; its revision is another, or was not known: what is restored has none.
+    fn written_again(&mut self, entry: &Entry, changes: &mut Vec<Change>) {
+        if let Some((_, revision)) = policy_of(&entry.key).and_then(|named| self.policies.get_mut(&named)) {
+            *revision = entry.revision;
+        }
+        if let Key::Identity(id) = parse_key(&entry.key)
+            && let Some(revision) = self.identity_revisions.get_mut(&id)
+            && std::mem::replace(revision, entry.revision) != entry.revision
+        {
+            // Others wait for this node to say that it knows the identity of that revision.
+            changes.push(Change::IdentityPut(Identity { id }));
         }
     }
 
@@ -286,7 +332,7 @@ impl View {
                 changes.push(Change::Addresses);
                 changes.push(Change::Workload(named));
             }
-            Key::Labels => drop(json::<IdentityRecord>(text)?),
+            Key::Labels => json::<IdentityRecord>(text)?.check()?,
             Key::Other => {}
         }
         Ok(())
@@ -424,177 +470,4 @@ fn json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entry(key: &str, value: &str, revision: u64) -> Entry {
-        Entry { key: format!("{}{key}", cirri_store::PREFIX), value: value.into(), revision }
-    }
-
-    fn pod(name: &str, app: &str) -> String {
-        format!(
-            r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"{name}","namespace":"shop","labels":{{"app":"{app}"}}}},"spec":{{"containers":[{{"name":"c"}}]}}}}"#
-        )
-    }
-
-    fn ip(node: &str, ip: &str) -> Entry {
-        let value = format!(r#"{{"ip":"{ip}","identity":300,"node":"{node}","namespace":"shop","pod":"web"}}"#);
-        entry(&format!("ips/{node}/{ip}"), &value, 1)
-    }
-
-    #[test]
-    fn a_snapshot_replaces_what_was_known_and_says_only_what_differs() {
-        let mut view = View::default();
-        let first = vec![entry("resources/Pod/shop/a", &pod("a", "x"), 1), entry("identities/id/300", "k8s:app=x", 2)];
-        let changes = view.apply(Event::Snapshot(first.clone(), 2));
-        assert!(
-            matches!(
-                changes.as_slice(),
-                [Change::Source(_), Change::Workload(_), Change::Labels, Change::IdentityPut(Identity { id: 300 })]
-            ),
-            "{changes:?}"
-        );
-        assert!(view.synced && view.revision == 2);
-        assert!(view.apply(Event::Snapshot(first, 3)).is_empty());
-        let changes = view.apply(Event::Snapshot(vec![], 4));
-        let gone =
-            |change: &Change| matches!(change, Change::SourceGone(kind, Some(_), name) if kind == "Pod" && name == "a");
-        assert!(changes.iter().any(gone), "{changes:?}");
-        assert!(view.pods.is_empty());
-    }
-
-    #[test]
-    fn a_broken_value_keeps_the_last_good_one_and_is_reported() {
-        let mut view = View::default();
-        view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("a", "x"), 1)));
-        view.apply(Event::Put(entry("resources/Pod/shop/a", "{", 2)));
-        assert_eq!((view.pods.len(), view.problems.len()), (1, 1));
-        let said: Vec<(String, String)> = view.problems().collect();
-        assert_eq!(said[0].0, "Pod shop/a");
-        assert!(said[0].1.starts_with("cannot be read, its last good content holds: "), "{said:?}");
-        view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("a", "y"), 3)));
-        assert_eq!(view.problems().count(), 0);
-    }
-
-    const ALL: [(&str, &str); 6] = [
-        (
-            "resources/NetworkPolicy/shop/deny",
-            r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"deny","namespace":"shop"},"spec":{"podSelector":{},"policyTypes":["Ingress"]}}"#,
-        ),
-        ("resources/Namespace/_/shop", r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"shop"}}"#),
-        (
-            "resources/Pod/shop/a",
-            r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a","namespace":"shop"},"spec":{"containers":[{"name":"c"}]}}"#,
-        ),
-        ("identities/id/300", "k8s:app=x"),
-        ("nodes/a", r#"{"name":"a","v4":"192.0.2.1","v6":null,"pod_v4":null,"pod_v6":null}"#),
-        ("ips/a/10.0.0.1", r#"{"ip":"10.0.0.1","identity":300,"node":"a","namespace":"shop","pod":"web"}"#),
-    ];
-
-    fn known(view: &View) -> [usize; 6] {
-        let identity = view.identities.labels(Identity { id: 300 });
-        [
-            view.policies.len(),
-            view.namespaces.len(),
-            view.pods.len(),
-            usize::from(identity.is_some()),
-            view.nodes.len(),
-            view.ips.len(),
-        ]
-    }
-
-    /// What an agent saves while these events come; policies are taken as they come.
-    fn saved(view: &mut View, events: impl IntoIterator<Item = Event>, file: &mut BTreeMap<String, Vec<u8>>) {
-        for event in events {
-            for change in view.apply(event) {
-                if let Change::PolicyPut(named, text) = change {
-                    view.save_policy(&named, text);
-                }
-            }
-            for (key, value) in view.take_unsaved() {
-                match value {
-                    Some(value) => file.insert(key, value),
-                    None => file.remove(&key),
-                };
-            }
-        }
-    }
-
-    #[test]
-    fn what_was_good_outlives_the_agent_whatever_object_it_is_until_it_is_gone_or_readable() {
-        for spoilt in ["", "{", "\u{0}", "null", "[]", r#"{"name":"b"}"#, r#"{"kind":"Pod"}"#] {
-            let good = ALL.map(|(key, value)| entry(key, value, 1));
-            let broken = ALL.map(|(key, _)| entry(key, spoilt, 2));
-            let mut file = BTreeMap::new();
-            saved(&mut View::default(), [Event::Snapshot(good.to_vec(), 1)], &mut file);
-            assert_eq!(file.len(), ALL.len());
-
-            // Spoilt while the agent is away, or while it runs and then restarts: twice.
-            for _ in 0..2 {
-                let mut view = View::default();
-                for (key, value) in file.clone() {
-                    view.restore(key, value);
-                }
-                assert!(!view.synced, "the store was not seen");
-                saved(&mut view, [Event::Snapshot(broken.to_vec(), 2)], &mut file);
-                assert_eq!(known(&view), [1; 6], "{spoilt:?}");
-                assert_eq!(view.problems().count(), 6, "{spoilt:?}");
-                saved(&mut view, broken.clone().map(Event::Put), &mut file);
-                assert_eq!((known(&view), file.len()), ([1; 6], 6), "{spoilt:?}");
-            }
-            let mut view = View::default();
-            for (key, value) in file.clone() {
-                view.restore(key, value);
-            }
-            let deletions = ALL.map(|(key, _)| Event::Delete { key: entry(key, "", 0).key, revision: 3 });
-            saved(&mut view, [Event::Snapshot(broken.to_vec(), 2)].into_iter().chain(deletions), &mut file);
-            assert_eq!((known(&view), file.len(), view.problems().count()), ([0; 6], 0, 0), "{spoilt:?}");
-        }
-    }
-
-    #[test]
-    fn what_went_while_the_agent_was_away_is_gone_and_a_refused_policy_keeps_its_last_good_text() {
-        let mut file = BTreeMap::new();
-        let good = ALL.map(|(key, value)| entry(key, value, 1));
-        saved(&mut View::default(), [Event::Snapshot(good.to_vec(), 1)], &mut file);
-        let mut view = View::default();
-        for (key, value) in file.clone() {
-            view.restore(key, value);
-        }
-        let changed = ALL[0].1.replace("Ingress", "Egress");
-        view.apply(Event::Put(entry(ALL[0].0, &changed, 2)));
-        // Nobody took it.
-        assert_eq!(view.take_unsaved(), []);
-        saved(&mut view, [Event::Snapshot(Vec::new(), 3)], &mut file);
-        assert_eq!((known(&view), file.len()), ([0; 6], 0));
-    }
-
-    #[test]
-    fn a_value_under_anothers_key_is_not_read() {
-        let mut view = View::default();
-        view.apply(Event::Put(entry("resources/Pod/shop/a", &pod("b", "x"), 1)));
-        view.apply(Event::Put(entry("resources/Pod/shop/c", ALL[0].1, 1)));
-        view.apply(Event::Put(Entry { key: ip("a", "10.0.0.1").key, ..ip("b", "10.0.0.1") }));
-        assert_eq!(known(&view), [0; 6]);
-        assert_eq!(view.problems().count(), 3);
-    }
-
-    #[test]
-    fn an_address_that_moved_is_not_taken_away_by_its_old_node() {
-        let mut view = View::default();
-        view.apply(Event::Put(ip("a", "10.0.0.1")));
-        view.apply(Event::Put(ip("b", "10.0.0.1")));
-        view.apply(Event::Delete { key: ip("a", "10.0.0.1").key, revision: 3 });
-        assert_eq!(view.ips.values().map(|record| record.node.as_str()).collect::<Vec<_>>(), ["b"]);
-        let web = ("shop".to_owned(), "web".to_owned());
-        assert_eq!(view.records_of(&web).count(), 1);
-        view.apply(Event::Delete { key: ip("b", "10.0.0.1").key, revision: 4 });
-        assert!(view.ips.is_empty() && view.records_of(&web).count() == 0);
-    }
-
-    #[test]
-    fn reserved_numbers_cannot_be_given_away() {
-        let mut view = View::default();
-        assert!(view.apply(Event::Put(entry("identities/id/1", "k8s:app=x", 1))).is_empty());
-    }
-}
+mod tests;
