@@ -130,6 +130,41 @@ fn a_pod_whose_object_is_deleted_while_it_runs_stays_who_it_is_until_it_is_detac
 }
 
 #[test]
+fn another_pod_of_the_same_name_gives_a_container_nothing() {
+    let store = Store::folder("namesake");
+    let one_with =
+        |uid: &str, app: &str| pod("vault", app).replace("name: vault,", &format!("name: vault, uid: {uid},"));
+    store.put(&[deny("vault"), one_with("first", "vault")]);
+    store.settle();
+    let vault = Vault::with_uid(&store, "namesake", "first");
+    vault.add().unwrap();
+    let before = labels(&store);
+    assert!(before.contains("k8s:app=vault"), "{before}");
+    let second = Vault::with_uid(&store, "successor", "second");
+    let refused = second.try_add().unwrap_err();
+    assert_eq!(refused["code"], 11, "the runtime must try again: {refused}");
+    assert!(refused["msg"].as_str().unwrap().contains("UID first, not second"), "{refused}");
+
+    // As after a forced deletion of a StatefulSet's pod: the container of the first still runs.
+    let elsewhere = pod("vault", "open").replace("node1", "node2").replace("name: vault,", "name: vault, uid: third,");
+    for successor in [elsewhere, one_with("second", "open")] {
+        store.delete(Kind::Pod, "vault");
+        store.put(&[successor]);
+        store.settle();
+        assert_eq!(labels(&store), before, "its object is another pod's");
+    }
+    store.lab.restart("node1", &["--kill"]).unwrap();
+    store.settle();
+    assert_eq!(labels(&store), before, "and the agent has started again");
+    assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids");
+
+    vault.del().unwrap();
+    second.add().unwrap();
+    assert!(labels(&store).contains("k8s:app=open"), "{}", labels(&store));
+    second.del().unwrap();
+}
+
+#[test]
 fn what_the_store_spoils_stays_in_force_over_restarts_until_it_is_readable_or_gone() {
     let store = Store::etcd("spoilt");
     store.put(&[deny("vault"), pod("vault", "vault")]);

@@ -92,6 +92,9 @@ pub struct EndpointAdd {
     /// Whether the runtime named the pod: then the store must hold it. A name that was made up need not be there.
     #[serde(default)]
     pub pod_named: bool,
+    /// UID of the pod, if the runtime says it: a Pod of another is not meant.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub pod_uid: String,
     /// Ethernet address wanted inside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,

@@ -155,12 +155,15 @@ pub fn pod(name: &str, app: &str) -> String {
     )
 }
 
+const NAMED: &str = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=vault";
+
 /// A container that listens from before it is attached, and another on its node that sends to every address that it
 /// may get, all the time.
 pub struct Vault<'a> {
     store: &'a Store,
     id: String,
-    named: bool,
+    /// What its runtime says in `CNI_ARGS`.
+    arguments: String,
     place: TestNamespace,
     socket: UdpSocket,
     attacker: Option<Attacker>,
@@ -168,20 +171,25 @@ pub struct Vault<'a> {
 
 impl Vault<'_> {
     pub fn new<'a>(store: &'a Store, id: &str) -> Vault<'a> {
-        Vault::of(store, id, true)
+        Vault::of(store, id, NAMED)
+    }
+
+    /// Its runtime says which of the pods that have its name it is.
+    pub fn with_uid<'a>(store: &'a Store, id: &str, uid: &str) -> Vault<'a> {
+        Vault::of(store, id, &format!("{NAMED};K8S_POD_UID={uid}"))
     }
 
     /// Its runtime knows no pods.
     pub fn nameless<'a>(store: &'a Store, id: &str) -> Vault<'a> {
-        Vault::of(store, id, false)
+        Vault::of(store, id, "")
     }
 
-    fn of<'a>(store: &'a Store, id: &str, named: bool) -> Vault<'a> {
+    fn of<'a>(store: &'a Store, id: &str, arguments: &str) -> Vault<'a> {
         let attacker = Attacker::start(store, id);
         let place = TestNamespace::new();
         let socket = place.namespace.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT)).unwrap()).unwrap();
         socket.set_nonblocking(true).unwrap();
-        Vault { store, id: id.to_owned(), named, place, socket, attacker: Some(attacker) }
+        Vault { store, id: id.to_owned(), arguments: arguments.to_owned(), place, socket, attacker: Some(attacker) }
     }
 
     /// Attaches it as a runtime does: one that is told to try again does.
@@ -197,12 +205,11 @@ impl Vault<'_> {
 
     /// Attaches it once.
     pub fn try_add(&self) -> Result<Value, Value> {
-        let names = if self.named { Some("vault") } else { None };
-        plugin(&self.store.lab, "ADD", &self.id, &self.place, names)
+        plugin(&self.store.lab, "ADD", &self.id, &self.place, &self.arguments)
     }
 
     pub fn del(&self) -> Result<Value, Value> {
-        plugin(&self.store.lab, "DEL", &self.id, &self.place, None)
+        plugin(&self.store.lab, "DEL", &self.id, &self.place, "")
     }
 
     /// Datagrams that came since this was asked last.
@@ -236,7 +243,7 @@ impl Attacker {
     fn start(store: &Store, id: &str) -> Attacker {
         let id = format!("attacker-{id}");
         let place = TestNamespace::new();
-        let added = plugin(&store.lab, "ADD", &id, &place, None).unwrap();
+        let added = plugin(&store.lab, "ADD", &id, &place, "").unwrap();
         let own = added["ips"].as_array().unwrap().iter().find_map(|ip| {
             let text = ip["address"].as_str()?;
             text.split('/').next()?.parse::<Ipv4Addr>().ok()
@@ -264,18 +271,14 @@ impl Attacker {
     fn stop(self, store: &Store) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = self.sender.join();
-        let _ = plugin(&store.lab, "DEL", &self.id, &self.place, None);
+        let _ = plugin(&store.lab, "DEL", &self.id, &self.place, "");
     }
 }
 
-fn plugin(lab: &Lab, verb: &str, id: &str, place: &TestNamespace, pod: Option<&str>) -> Result<Value, Value> {
+fn plugin(lab: &Lab, verb: &str, id: &str, place: &TestNamespace, arguments: &str) -> Result<Value, Value> {
     let configuration = json!({
         "cniVersion": "1.1.0", "name": "vault", "type": "cirri-cni", "socket": lab.socket("node1"),
     });
-    let arguments = match pod {
-        Some(pod) => format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME={pod}"),
-        None => String::new(),
-    };
     let mut child = Command::new(lab::binary().unwrap())
         .arg("cni")
         .env("CNI_COMMAND", verb)

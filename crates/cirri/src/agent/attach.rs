@@ -41,7 +41,7 @@ pub async fn add(
         return Ok(answer);
     }
     see(shared, asked, started).await?;
-    let (mut core, identity) = numbered(shared, &asked.namespace, &asked.pod).await?;
+    let (mut core, identity) = numbered(shared, asked).await?;
     if let Some(answer) = attached(&mut core, &wanted).await? {
         return Ok(answer);
     }
@@ -152,9 +152,9 @@ async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Res
     let (namespace, pod) = (&asked.namespace, &asked.pod);
     let why = match caught_up {
         Ok(Ok(_)) if !asked.pod_named => return Ok(()),
-        Ok(Ok(_)) => match tokio::time::timeout_at(deadline, pod_seen(shared, namespace, pod)).await {
+        Ok(Ok(_)) => match tokio::time::timeout_at(deadline, pod_seen(shared, asked)).await {
             Ok(seen) => return seen,
-            Err(_) => format!("the store has no Pod {namespace}/{pod}"),
+            Err(_) => shared.core.lock().await.unseen(asked),
         },
         Ok(Err(error)) => format!("what the store holds is not known: {error}"),
         Err(_) => format!("the agent is more than {} s behind the store", patience.as_secs()),
@@ -170,11 +170,10 @@ async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Res
 }
 
 /// Returns when the store has shown the pod.
-async fn pod_seen(shared: &Arc<Shared>, namespace: &str, pod: &str) -> Result<(), ApiError> {
-    let named = (namespace.to_owned(), pod.to_owned());
+async fn pod_seen(shared: &Arc<Shared>, asked: &EndpointAdd) -> Result<(), ApiError> {
     let mut seen = shared.seen.subscribe();
     loop {
-        if shared.core.lock().await.view.pods.contains_key(&named) {
+        if shared.core.lock().await.meant(asked).is_some() {
             return Ok(());
         }
         seen.changed().await.map_err(|_| ApiError::new("unavailable", "the agent is stopping"))?;
@@ -184,12 +183,12 @@ async fn pod_seen(shared: &Arc<Shared>, namespace: &str, pod: &str) -> Result<()
 /// The identity of a pod's labels, allocated if need be, and the lock under which they are its labels.
 async fn numbered<'a>(
     shared: &'a Arc<Shared>,
-    namespace: &str,
-    pod: &str,
+    asked: &EndpointAdd,
 ) -> Result<(MutexGuard<'a, Core>, Identity), ApiError> {
+    let (namespace, pod) = (&asked.namespace, &asked.pod);
     loop {
         let core = shared.core.lock().await;
-        let labels = core.labels_of(namespace, pod, &core.cluster.label_filter());
+        let labels = core.labels_of(core.meant(asked), namespace, pod, &core.cluster.label_filter());
         if let Some(identity) = core.view.identities.find(&labels) {
             return Ok((core, identity));
         }
@@ -232,6 +231,7 @@ async fn reserve(
         netns_cookie,
         namespace: wanted.namespace.clone(),
         pod: wanted.pod.clone(),
+        pod_uid: wanted.pod_uid.clone(),
         identity: identity.id,
         tunnel_identity: 0,
         labels,

@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
 
 use cirri_abi::{Identity, epoch_slot};
+use cirri_control::cut::cut;
 use cirri_control::ipam::{IpamError, Pool};
 use cirri_control::labels::{IdentityLabels, LabelFilter};
 use cirri_control::policy::{self, Cluster, PolicyId};
@@ -20,18 +21,18 @@ use cirri_store::{Entry, Event};
 use ipnet::IpNet;
 
 use super::drift::{Drift, Mend};
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, is_meant};
 use super::latency::Latency;
 use super::ledger::Ledger;
 use super::node::Node;
 use super::problems::Problems;
-use super::records;
+use super::records::{self, IpRecord};
 use super::rows::Rows;
 use super::rulesets::Uncompiled;
 use super::services::Serving;
 use super::slots::Slots;
 use super::view::{Change, Named, View};
-use crate::api::Attachment;
+use crate::api::{Attachment, EndpointAdd};
 use crate::config::{Config, RoutingMode};
 use crate::settings::Settings;
 
@@ -265,15 +266,24 @@ impl Core {
     /// Tells services where a pod is, as far as Cirri knows.
     pub fn place(&mut self, named: &Named) {
         let (namespace, name) = named;
-        let here = |endpoint: &&Endpoint| endpoint.namespace == *namespace && endpoint.pod == *name;
+        let pod = self.view.pods.get(named);
+        // What ran under the name before, here or elsewhere, may still run.
+        let here = |endpoint: &&Endpoint| {
+            let is_its = pod.is_none_or(|pod| endpoint.is_of(pod, &self.node.name));
+            endpoint.namespace == *namespace && endpoint.pod == *name && is_its
+        };
+        let there = |record: &&IpRecord| {
+            let on = pod.and_then(|pod| pod.spec.node_name.as_deref());
+            record.node != self.node.name && on.is_none_or(|on| record.node == on)
+        };
         let mut addresses: Vec<IpAddr> = self.endpoints.values().filter(here).flat_map(|it| self.main_of(it)).collect();
         let mut node = (!addresses.is_empty()).then(|| self.node.name.clone());
         // What this node published is known here already, and perhaps out of date in the store.
-        for record in self.view.records_of(named).filter(|record| record.node != self.node.name) {
+        for record in self.view.records_of(named).filter(there) {
             addresses.push(record.ip);
             node.get_or_insert_with(|| record.node.clone());
         }
-        if let Some(Pod { spec, .. }) = self.view.pods.get(named)
+        if let Some(Pod { spec, .. }) = pod
             && spec.host_network
             && let Some(on) = &spec.node_name
         {
@@ -331,10 +341,32 @@ impl Core {
         self.endpoints.values().any(|endpoint| endpoint.identity == identity.id)
     }
 
-    /// Who a pod is. One without a resource of its own is known by its namespace alone.
-    pub fn labels_of(&self, namespace: &str, pod: &str, filter: &LabelFilter) -> IdentityLabels {
-        let known = self.view.pods.get(&(namespace.to_owned(), pod.to_owned()));
+    /// Who a pod is. One without a resource of its own (`known`) is known by its namespace alone.
+    pub fn labels_of(&self, known: Option<&Pod>, namespace: &str, pod: &str, filter: &LabelFilter) -> IdentityLabels {
         self.labels(known, self.view.namespaces.get(namespace), namespace, pod, filter)
+    }
+
+    /// The Pod that a runtime means.
+    pub fn meant(&self, asked: &EndpointAdd) -> Option<&Pod> {
+        let named = self.view.pods.get(&(asked.namespace.clone(), asked.pod.clone()));
+        named.filter(|pod| is_meant(pod, &asked.pod_uid, &self.node.name))
+    }
+
+    /// Why there is none, in words.
+    pub fn unseen(&self, asked: &EndpointAdd) -> String {
+        let EndpointAdd { namespace, pod, pod_uid, .. } = asked;
+        let Some(other) = self.view.pods.get(&(namespace.clone(), pod.clone())) else {
+            return format!("the store has no Pod {namespace}/{pod}");
+        };
+        match &other.metadata.uid {
+            Some(uid) if !pod_uid.is_empty() => {
+                format!("the store's Pod {namespace}/{pod} is another one (UID {}, not {})", cut(uid), cut(pod_uid))
+            }
+            _ => {
+                let on = other.spec.node_name.as_deref().unwrap_or_default();
+                format!("the store's Pod {namespace}/{pod} is of node {}, and this is {}", cut(on), self.node.name)
+            }
+        }
     }
 
     /// Who a workload here is: by what the store says of its pod and namespace or, of what is gone
@@ -347,7 +379,8 @@ impl Core {
     /// The pod of a workload, as the store says or said last.
     pub fn pod_of<'a>(&'a self, endpoint: &'a Endpoint) -> Option<&'a Pod> {
         let named = (endpoint.namespace.clone(), endpoint.pod.clone());
-        self.view.pods.get(&named).or(endpoint.seen.pod.as_ref())
+        let now = self.view.pods.get(&named).filter(|pod| endpoint.is_of(pod, &self.node.name));
+        now.or(endpoint.seen.pod.as_ref())
     }
 
     fn labels(
@@ -440,8 +473,12 @@ impl Core {
     fn remember_seen(&mut self) {
         for endpoint in self.endpoints.values_mut() {
             let named = (endpoint.namespace.clone(), endpoint.pod.clone());
-            let pod = self.view.pods.get(&named);
-            let differs = endpoint.seen.update(pod, self.view.namespaces.get(&endpoint.namespace));
+            let pod = self.view.pods.get(&named).filter(|pod| endpoint.is_of(pod, &self.node.name));
+            let mut differs = endpoint.seen.update(pod, self.view.namespaces.get(&endpoint.namespace));
+            if let Some(uid) = pod.and_then(|pod| pod.metadata.uid.as_ref()).filter(|_| endpoint.pod_uid.is_empty()) {
+                endpoint.pod_uid.clone_from(uid);
+                differs = true;
+            }
             if differs && let Err(error) = self.ledger.save(endpoint) {
                 tracing::warn!(endpoint = endpoint.id, %error, "its file is behind; a restart repairs it");
             }

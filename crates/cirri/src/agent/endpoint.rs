@@ -25,6 +25,9 @@ pub struct Endpoint {
     pub namespace: String,
     /// Name of the pod.
     pub pod: String,
+    /// Its UID; empty as long as nobody said it.
+    #[serde(default)]
+    pub pod_uid: String,
     /// Its identity.
     pub identity: u32,
     /// Who other nodes are told that it is, as long as they may not know its identity; 0: that.
@@ -155,6 +158,20 @@ impl HasDefault {
     }
 }
 
+/// Annotation of the Pod that mirrors one which a node's kubelet runs by itself: what the kubelet calls its UID.
+const STATIC_UID: &str = "kubernetes.io/config.hash";
+
+/// Whether a Pod is the one that runs on this node with that UID (empty: not known). Another may have its name,
+/// before and after it, and here or elsewhere: a container keeps its labels while it runs.
+pub fn is_meant(pod: &Pod, uid: &str, node: &str) -> bool {
+    match &pod.metadata.uid {
+        Some(theirs) if !uid.is_empty() => {
+            theirs == uid || pod.metadata.annotations.get(STATIC_UID).is_some_and(|config| config == uid)
+        }
+        _ => pod.spec.node_name.as_deref().is_none_or(|on| on == node),
+    }
+}
+
 impl Endpoint {
     /// Its addresses, IPv4 first.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
@@ -164,6 +181,11 @@ impl Endpoint {
     /// Its identity.
     pub fn identity(&self) -> Identity {
         Identity { id: self.identity }
+    }
+
+    /// Whether a Pod of the store with its name is its own: see [`is_meant`].
+    pub fn is_of(&self, pod: &Pod, node: &str) -> bool {
+        is_meant(pod, &self.pod_uid, node)
     }
 
     /// As the packet path knows it.
@@ -186,6 +208,37 @@ impl Endpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_is_known_by_its_uid_else_by_its_node() {
+        let pod = |uid: &str, node: &str, annotations: &str| {
+            let on = if node.is_empty() { String::new() } else { format!(r#""nodeName":"{node}","#) };
+            let text = format!(
+                r#"{{"apiVersion":"v1","kind":"Pod",
+                    "metadata":{{"name":"a","namespace":"s","uid":"{uid}","annotations":{{{annotations}}}}},
+                    "spec":{{{on}"containers":[{{"name":"c"}}]}}}}"#
+            );
+            match Resource::from_json(&text).unwrap() {
+                Resource::Pod(pod) => pod,
+                other => panic!("{other:?}"),
+            }
+        };
+        let mirror = r#""kubernetes.io/config.hash":"u""#;
+        for (pod, uid, meant) in [
+            (pod("u", "n", ""), "u", true),
+            (pod("u", "other", ""), "u", true),
+            (pod("v", "n", ""), "u", false),
+            (pod("v", "n", mirror), "u", true),
+            (pod("v", "n", mirror), "w", false),
+            (pod("", "n", ""), "u", true),
+            (pod("", "", ""), "u", true),
+            (pod("", "other", ""), "u", false),
+            (pod("u", "other", ""), "", false),
+            (pod("u", "n", ""), "", true),
+        ] {
+            assert_eq!(is_meant(&pod, uid, "n"), meant, "{:?} {uid}", pod.metadata);
+        }
+    }
 
     #[test]
     fn the_file_of_an_earlier_version_is_read() {

@@ -183,6 +183,7 @@ mod tests {
             netns_cookie: 77,
             namespace: "shop".into(),
             pod: "web".into(),
+            pod_uid: "u".into(),
             identity: 300,
             tunnel_identity: 299,
             labels: "k8s:app=web".into(),

@@ -206,7 +206,8 @@ impl Core {
             return Err(ApiError::new("not-found", format!("there is no pod {text}"))
                 .hint("`cirri endpoint list` shows those of this node"));
         }
-        let labels = self.labels_of(namespace, pod, &self.cluster.label_filter());
+        let known = self.view.pods.get(&(namespace.to_owned(), pod.to_owned()));
+        let labels = self.labels_of(known, namespace, pod, &self.cluster.label_filter());
         let identity = self.view.identities.find(&labels).unwrap_or(Identity::UNKNOWN);
         Ok(policy::Party { identity, labels, address })
     }

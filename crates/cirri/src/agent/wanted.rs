@@ -23,6 +23,8 @@ pub struct Wanted {
     pub namespace: String,
     /// Name of the pod.
     pub pod: String,
+    /// Its UID; empty if the runtime does not say it.
+    pub pod_uid: String,
     /// Ethernet address, if it must be this one.
     pub mac: Option<[u8; 6]>,
     /// IPv4 address, if it must be this one.
@@ -85,6 +87,7 @@ impl Wanted {
             netns: asked.netns.clone(),
             namespace: asked.namespace.clone(),
             pod: asked.pod.clone(),
+            pod_uid: asked.pod_uid.clone(),
             mac,
             v4,
             v6,

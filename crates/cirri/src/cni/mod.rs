@@ -149,6 +149,7 @@ fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, Cn
     let params = EndpointAdd {
         // Runtimes that are not Kubernetes' have names too, but no pods.
         pod_named: namespace.is_some() && pod.is_some(),
+        pod_uid: args.take("K8S_POD_UID").unwrap_or_default(),
         namespace: namespace.unwrap_or_else(|| "default".to_owned()),
         pod: pod.unwrap_or_else(|| attachment.container_id.chars().take(LONGEST_NAME).collect()),
         mac: conf.mac(&mut args),

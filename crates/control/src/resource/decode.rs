@@ -230,9 +230,10 @@ pub fn metadata(
         Some(at) => at.string_map(|key| syntax::label_key(&key.to_lowercase()), |_| Ok(()))?,
         None => Default::default(),
     };
+    let uid = fields.string("uid")?.filter(|uid| !uid.is_empty());
     let creation_timestamp = fields.string("creationTimestamp")?;
     let deletion_timestamp = fields.string("deletionTimestamp")?;
-    Ok(Metadata { name, namespace, labels, annotations, creation_timestamp, deletion_timestamp })
+    Ok(Metadata { name, namespace, labels, annotations, uid, creation_timestamp, deletion_timestamp })
 }
 
 /// Reads a protocol; TCP if absent.
