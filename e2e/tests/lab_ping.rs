@@ -3,10 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::Duration;
 
-use cirri_e2e::lab::{Lab, eventually};
+use cirri_e2e::lab::{self, Lab, eventually};
 use serde_json::Value;
 
 const SHOP: &str = "
@@ -70,8 +70,13 @@ fn addresses(services: &Value) -> BTreeSet<String> {
     addresses.filter(|address| address.parse::<IpAddr>().is_ok()).map(str::to_owned).collect()
 }
 
+/// Runs a program where people do: of a node, in its control group, so that its system calls are looked at too.
 fn inside(lab: &Lab, whose: &str, argv: &[&str]) -> Output {
-    let place = lab.netns(whose).unwrap();
-    let path = format!("--net={}", place.path().display());
-    Command::new("nsenter").arg(path).args(argv).output().expect("nsenter runs")
+    let place = match whose.split_once(':') {
+        Some((_, node)) => vec!["--node", node],
+        None if whose == "world" => vec!["--world"],
+        None => vec![whose],
+    };
+    let exec = ["lab", "exec", "--name", lab.name()];
+    lab::output(exec.into_iter().chain(place).chain(["--"]).chain(argv.iter().copied())).expect("cirri runs")
 }

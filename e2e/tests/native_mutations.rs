@@ -443,10 +443,18 @@ fn is_refusal(hook: u8, frame: &Frame, verdict: Verdict, kind: &Kind, out: &Fram
     let back = match verdict {
         Verdict::Local { ifindex } => hook == Hook::FROM_WORKLOAD && ifindex == frame.ifindex,
         Verdict::Device { ifindex } => hook == Hook::FROM_NETWORK && ifindex == frame.ifindex,
+        // Of what the node sends only datagrams are told so; connections in the system call.
+        Verdict::Up { ifindex } => {
+            hook == Hook::TO_NETWORK
+                && ifindex == frame.ifindex
+                && kind.read.protocol == 17
+                && !is_front(hook, &kind.read)
+        }
         _ => false,
     };
     let named = match hook {
         Hook::FROM_WORKLOAD => device(&kind.read.src) == Some(frame.ifindex),
+        Hook::TO_NETWORK => true,
         _ => device(&kind.read.src).is_none() && !is(&kind.read.src, "n1"),
     };
     let asked = ["vip", "lb"].iter().any(|name| is_at(&kind.read.dst, name));

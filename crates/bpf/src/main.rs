@@ -22,7 +22,7 @@ use aya_ebpf::{
     programs::{TcContext, XdpContext},
 };
 use cirri_abi::{Hook, node_flag};
-use cirri_datapath::{Packet, Services, Verdict, fast_path, may_be_echo_request, unwrap_for_host};
+use cirri_datapath::{Packet, Services, Verdict, fast_path, may_be_datagram_for_service, may_be_echo_request, unwrap_for_host};
 
 use crate::{services::Maps, skb::Skb, tables::Kernel, xdp::Raw};
 
@@ -55,7 +55,8 @@ pub fn edge(ctx: XdpContext) -> u32 {
 }
 
 /// Packets that the node's stack sends to the network: tcx egress of the node's devices. Only answers of
-/// the node's own backends are of interest, and echo requests, which may be for a service's address.
+/// the node's own backends are of interest, and what may be for a service's address and was not translated in the
+/// system call: echo requests, and datagrams to ports that no service has.
 #[classifier]
 pub fn to_network(ctx: TcContext) -> i32 {
     let serves = match Maps.node() {
@@ -63,7 +64,7 @@ pub fn to_network(ctx: TcContext) -> i32 {
         None => false,
     };
     let skb = Skb::new(ctx.skb.skb);
-    if !(serves || may_be_echo_request(&skb)) || skb.decided() {
+    if skb.decided() || !(serves || may_be_echo_request(&skb) || may_be_datagram_for_service(&skb, &Maps)) {
         return TC_ACT_OK;
     }
     run::<{ Hook::TO_NETWORK }>(ctx)

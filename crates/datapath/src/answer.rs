@@ -26,7 +26,8 @@ pub(crate) fn compose<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut 
         proto::ICMPV6 => s.parsed.icmp[0] == 128,
         _ => true,
     };
-    if s.parsed.later_fragment || !asks || !matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_NETWORK) {
+    let by_own_road = matches!(s.hook, Hook::FROM_WORKLOAD | Hook::FROM_NETWORK | Hook::TO_NETWORK);
+    if s.parsed.later_fragment || !asks || !by_own_road {
         return Err(reason.into());
     }
     if s.hook == Hook::FROM_NETWORK && is_enough(tables.now().count, s) {

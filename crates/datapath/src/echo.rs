@@ -4,12 +4,11 @@
 use cirri_abi::{Addr, CounterIndex, DropReason, Hook, Port, ServiceKey, proto};
 
 use crate::{
-    Packed,
     answer::{is_enough, send_back},
     carry::difference,
     ends,
     parse::{Parsed, remember_ports},
-    slow::{Next, Outcome, Scratch},
+    slow::{Next, Outcome, Scratch, back},
     traits::{Packet, Tables},
     wire::{self, L3},
 };
@@ -85,12 +84,7 @@ pub(crate) fn answer<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut S
     remember_ports(tables, &s.parsed);
     send_back(packet, s)?;
     tables.count(CounterIndex::reason(0, s.judgement.direction), packet.length());
-    let ifindex = packet.ifindex();
-    Ok(Next::Done(match s.hook {
-        Hook::FROM_WORKLOAD => Packed::local(ifindex),
-        Hook::FROM_NETWORK => Packed::device(ifindex),
-        _ => Packed::up(ifindex),
-    }))
+    Ok(Next::Done(back(s.hook, packet.ifindex())))
 }
 
 /// Ends exchanged: that changes no sum.

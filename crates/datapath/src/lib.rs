@@ -44,7 +44,7 @@ pub use echo::may_be_echo_request;
 pub use parse::Parsed;
 pub use place::{Place, PlaceKind};
 pub use plain::unwrap_for_host;
-pub use service::Served;
+pub use service::{Served, may_be_datagram_for_service};
 pub use slow::{Current, Next, Outcome, Refusal, Scratch, Stage, run_stage, slow_path};
 pub use socket::{Attempt, Socket, SocketVerdict, bind, reach, restore};
 pub use traits::{Flow, NextHop, Packet, Services, Table, Tables, TunnelKey};
@@ -74,7 +74,12 @@ pub fn process<P: Packet, T: Tables>(
 #[inline(always)]
 pub fn fast_path<P: Packet, T: Tables>(hook: u8, packet: &mut P, tables: &T) -> Option<Packed> {
     match established(hook, packet, tables) {
-        None if hook == Hook::TO_NETWORK && !may_answer(packet, tables) => Some(Packed::CONTINUE),
+        None if hook == Hook::TO_NETWORK
+            && !may_answer(packet, tables)
+            && !may_be_datagram_for_service(packet, tables) =>
+        {
+            Some(Packed::CONTINUE)
+        }
         other => other,
     }
 }

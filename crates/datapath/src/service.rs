@@ -9,10 +9,11 @@ use cirri_abi::{
 };
 
 use crate::{
-    ends,
+    Packed, ends,
     place::{PlaceKind, is_host, is_peer},
     slow::{Next, Outcome, Refusal, Scratch},
     traits::{Packet, Services, Tables},
+    wire,
 };
 
 /// What a packet's service decided for it, as far as the later stages need it.
@@ -79,6 +80,39 @@ pub(crate) fn find<'a, T: Services>(
         }
     }
     tables.service(&ServiceKey { addr: *addr, port: Port { be: 0 }, proto: 0, _pad: 0 })
+}
+
+/// Whether a packet of the node's own may be a datagram for a service's address, asked of a packet that was not taken
+/// apart. Connected sockets send those that no service's port was found for.
+#[inline(always)]
+pub fn may_be_datagram_for_service<P: Packet, T: Services>(packet: &P, tables: &T) -> bool {
+    let Some(eth) = packet.load::<wire::Ethernet>(0) else {
+        return false;
+    };
+    let addr = match u16::from_be(eth.ethertype) {
+        wire::ETHERTYPE_IPV4 if packet.load::<u8>(wire::L3 + 9) == Some(proto::UDP) => {
+            packet.load::<u32>(wire::L3 + 16).map(Addr::v4_word)
+        }
+        wire::ETHERTYPE_IPV6 if packet.load::<u8>(wire::L3 + 6) == Some(proto::UDP) => {
+            packet.load::<wire::Ipv6>(wire::L3).map(|ip| Addr { words: ip.dst })
+        }
+        _ => None,
+    };
+    addr.is_some_and(|addr| tables.service(&ServiceKey { addr, port: Port { be: 0 }, proto: 0, _pad: 0 }).is_some())
+}
+
+/// What the node's own stack sends, and answers nothing: a datagram to a port of a service's address that no service
+/// has is refused.
+#[inline(always)]
+pub(crate) fn refuse_own<T: Services>(tables: &T, s: &Scratch) -> Outcome {
+    let Tuple { dst, dport, proto, .. } = s.parsed.tuple;
+    if proto == proto::UDP
+        && let Some(service) = find(tables, &dst, dport, proto, true)
+        && service.flags & service_flag::REFUSE != 0
+    {
+        return Err(Refusal::answered(DropReason::NO_BACKEND));
+    }
+    Ok(Next::Done(Packed::CONTINUE))
 }
 
 /// Chooses a backend for a new connection and lets the client keep it, if the service says so.

@@ -257,10 +257,20 @@ fn refuse<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch, ref
     s.event.reason = refusal.reason.code;
     let _ = tables.stage(Stage::Report, packet, s);
     if refusal.answer && answer(packet, tables, s).is_ok() {
-        let ifindex = packet.ifindex();
-        return if s.hook == Hook::FROM_WORKLOAD { Packed::local(ifindex) } else { Packed::device(ifindex) };
+        return back(s.hook, packet.ifindex());
     }
     Packed::drop(refusal.reason)
+}
+
+/// The way back of what a packet was made into.
+#[inline(always)]
+pub(crate) fn back(hook: u8, ifindex: u32) -> Packed {
+    match hook {
+        Hook::FROM_WORKLOAD => Packed::local(ifindex),
+        // The node's own stack asked.
+        Hook::TO_NETWORK => Packed::up(ifindex),
+        _ => Packed::device(ifindex),
+    }
 }
 
 /// Turns the packet into an answer to itself.
@@ -319,7 +329,7 @@ fn decide<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch) -> 
     }
     match s.hook {
         // What the node's stack sends is its own, unless it answers.
-        Hook::TO_NETWORK => return Ok(Next::Done(Packed::CONTINUE)),
+        Hook::TO_NETWORK => return service::refuse_own(tables, s),
         Hook::TO_WORKLOAD => {}
         // Out of the overlay only a port of the node itself can be a service.
         Hook::FROM_OVERLAY if !tables.node_port(s.parsed.tuple.dport) => {}

@@ -61,16 +61,14 @@ pub fn reach<S: Socket, T: Services>(attempt: Attempt, socket: &mut S, tables: &
     if socket.is_per_packet(cookie) {
         return SocketVerdict::Proceed;
     }
-    // Resolvers connect datagram sockets to sort addresses, and send nothing. What a workload does send is
-    // refused at its device; the node's own packets meet nobody who would.
-    let refused = if attempt == Attempt::Connect && protocol == proto::UDP && !is_of_node(socket, tables) {
-        SocketVerdict::Proceed
-    } else {
-        SocketVerdict::Refused
-    };
+    // Programs connect datagram sockets to learn their own address (resolvers, ping), and send nothing. What is
+    // sent is refused at the device. Of the node's own datagrams only those to ports that no service has are: for
+    // one without backends the node's program is told at once.
+    let asks = attempt == Attempt::Connect && protocol == proto::UDP;
     if service.flags & service_flag::REFUSE != 0 {
-        return refused;
+        return if asks { SocketVerdict::Proceed } else { SocketVerdict::Refused };
     }
+    let refused = if asks && !is_of_node(socket, tables) { SocketVerdict::Proceed } else { SocketVerdict::Refused };
     if attempt == Attempt::Send
         && let Some(known) = known_backend(socket, tables, &addr, port, service.id)
     {
