@@ -4,6 +4,7 @@
 //! goes at once, and a note in the state directory tells the agent to free the rest.
 
 mod queue;
+mod result;
 mod spec;
 
 use std::io::{self, Read, Write};
@@ -162,9 +163,9 @@ fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, Cn
     };
     let added: EndpointAdded = client::call(&conf.socket, "endpoint.add", &params, PATIENCE)
         .map_err(|error| from_call(error, code::REFUSED))?;
-    let ours = spec::added(&conf.cni_version, &params.ifname, &netns, &added);
+    let ours = result::added(&conf.cni_version, &params.ifname, &netns, &added);
     Ok(match &conf.prev_result {
-        Some(previous) => spec::after(previous, ours),
+        Some(previous) => result::after(previous, ours),
         None => ours,
     })
 }
@@ -196,8 +197,8 @@ fn check(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), Cni
     let params = EndpointCheck { attachment, netns: netns.clone() };
     let now: EndpointAdded = client::call(&conf.socket, "endpoint.check", &params, PATIENCE)
         .map_err(|error| from_call(error, code::CHECK_FAILED))?;
-    let now = spec::added(&conf.cni_version, &ifname, &netns, &now);
-    match spec::differences(&now, previous).as_slice() {
+    let now = result::added(&conf.cni_version, &ifname, &netns, &now);
+    match result::differences(&now, previous).as_slice() {
         [] => Ok(()),
         found => {
             let text = format!("prevResult is not what there is: {}", found.join("; "));
