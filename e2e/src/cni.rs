@@ -83,6 +83,11 @@ impl Attachment {
 
     /// The same with any text for a configuration.
     pub fn feed(&self, verb: &str, configuration: &str) -> Child {
+        self.feed_into(Stdio::piped(), verb, configuration)
+    }
+
+    /// The same with any place for the answer.
+    pub fn feed_into(&self, answer: impl Into<Stdio>, verb: &str, configuration: &str) -> Child {
         let mut plugin = Command::new(lab::binary().expect("a binary"));
         plugin
             .arg("cni")
@@ -93,7 +98,7 @@ impl Attachment {
             .env("CNI_ARGS", &self.args)
             .env("CNI_PATH", "/opt/cni/bin")
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
+            .stdout(answer);
         let started = self.node.run(move || plugin.spawn()).expect("the node's namespace can be entered");
         let mut child = started.expect("the plugin starts");
         child.stdin.take().expect("piped").write_all(configuration.as_bytes()).expect("the plugin reads");

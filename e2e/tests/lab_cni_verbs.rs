@@ -61,13 +61,27 @@ fn every_verb_answers_as_the_specification_says() {
 
     assert_eq!(container.code("GC", json!({})), 7, "a GC that names nothing must not remove everything");
     assert_eq!(container.code("ADD", json!({"cniVersion": "9.0.0"})), 1);
+    assert_eq!(container.refusal("ADD", json!({"cniVersion": "9.0.0"}))["cniVersion"], "9.0.0", "as it was asked for");
     assert_eq!(container.code("FETCH", json!({})), 4);
+    for (verb, more) in [("STATUS", json!({"socket": 7})), ("ADD", json!({"runtimeConfig": {"mac": 7}}))] {
+        let error = container.refusal(verb, more);
+        assert_eq!((&error["code"], &error["cniVersion"]), (&json!(7), &json!("1.1.0")), "{error}");
+    }
     assert_eq!(answer("ADD", container.feed("ADD", "{")).unwrap_err()["code"], 6);
     assert_eq!(container.code("GC", json!({"cniVersion": "1.0.0", "cni.dev/valid-attachments": []})), 1);
     assert_eq!(container.code("STATUS", json!({"cniVersion": "1.0.0"})), 1);
     assert_eq!(container.code("CHECK", json!({"cniVersion": "0.3.1"})), 1);
     assert_eq!(endpoints(&lab).len(), 1, "a GC that is refused removes nothing");
     assert_leftovers(&lab, 1);
+    let configuration = json!({"cniVersion": "1.1.0", "name": "cirri", "socket": container.socket}).to_string();
+    for verb in ["ADD", "VERSION", "FETCH"] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let lost = container.feed_into(full, verb, &configuration).wait().unwrap();
+        assert!(!lost.success(), "{verb}: nobody has its answer");
+    }
+    // What DEL does not need it does not read, and nothing is what Go writes `null` for.
+    let needless = json!({"runtimeConfig": 7, "args": {"cni": null}, "prevResult": null, "stateDir": null});
+    assert_eq!(container.call("DEL", needless), Ok(Value::Null));
 
     lab.kill_agent("node1").unwrap();
     assert_eq!(container.code("ADD", json!({})), 11, "the runtime tries again later");
@@ -159,7 +173,8 @@ fn gc_takes_what_belongs_to_its_network_and_nothing_else() {
     assert_leftovers(&lab, 3);
     stale.of("red", "eth0").call("GC", json!({"cni.dev/valid-attachments": []})).unwrap();
     assert_eq!(left(&lab).len(), 3, "of a network that has nothing here");
-    namesake.call("GC", json!({"cni.dev/valid-attachments": []})).unwrap();
+    // As Go writes a list that nothing was put into.
+    namesake.call("GC", json!({"cni.dev/valid-attachments": null})).unwrap();
     assert_eq!(left(&lab), ["blue/older", "blue/valid"]);
     older.call("DEL", json!({})).unwrap();
     valid.call("DEL", json!({})).unwrap();
@@ -423,10 +438,12 @@ fn addresses_that_are_asked_for_are_given_or_refused_with_the_reason() {
     };
     refused(2, &format!("IP={v4}"), json!({}), 100, "in use by default/asks1");
     refused(2, "", json!({"args": {"cni": {"ips": [&v6]}}}), 100, "in use by default/asks1");
-    refused(2, "IP=192.0.2.7", json!({}), 4, "in none of this node's ranges");
+    refused(2, "IP=192.0.2.7", json!({}), 4, "CNI_ARGS: IP: 192.0.2.7 is in none of this node's ranges");
     refused(2, "IP=web", json!({}), 4, "no address");
-    refused(2, "", json!({"runtimeConfig": {"ips": [beside(0, "80"), beside(0, "81")]}}), 4, "both");
-    refused(2, "", json!({"runtimeConfig": {"ips": [beside(0, "0")]}}), 4, "gives out");
+    refused(2, "", json!({"runtimeConfig": {"ips": [beside(0, "80"), beside(0, "81")]}}), 7, "both");
+    refused(2, "", json!({"runtimeConfig": {"ips": [beside(0, "0")]}}), 7, "gives out");
+    refused(2, "", json!({"args": {"cni": {"ips": ["192.0.2.7"]}}}), 7, "args.cni.ips: 192.0.2.7 is in none");
+    refused(2, "", json!({"runtimeConfig": {"mac": "web"}}), 7, "runtimeConfig.mac: `web` is no Ethernet address");
     refused(2, "", json!({"runtimeConfig": {"mac": mac}}), 100, "default/asks1");
     refused(2, "MAC=02:c1:44:12:10:01", json!({}), 4, "Ethernet address");
     refused(2, "MAC=01:00:00:00:00:01", json!({}), 4, "Ethernet address");
@@ -438,8 +455,8 @@ fn addresses_that_are_asked_for_are_given_or_refused_with_the_reason() {
     let old = container(2, &format!("IgnoreUnknown=1;IP={}", beside(0, "90"))).call("ADD", json!({})).unwrap();
     assert_eq!(ip(&old, 0), beside(0, "90"));
     // The newer way counts.
-    let newer = json!({"args": {"cni": {"ips": [beside(0, "91")]}}});
-    let newer = container(3, &format!("IP={}", beside(0, "92"))).call("ADD", newer).unwrap();
+    let newer = json!({"args": {"cni": {"ips": [beside(0, "91")]}}, "runtimeConfig": {"mac": "", "ips": null}});
+    let newer = container(3, &format!("MAC=;IP={}", beside(0, "92"))).call("ADD", newer).unwrap();
     assert_eq!(ip(&newer, 0), beside(0, "91"));
     container(1, "").call("DEL", json!({})).unwrap();
     container(2, "").call("DEL", json!({})).unwrap();
@@ -472,9 +489,10 @@ fn names_that_no_pod_can_have_are_refused() {
     ] {
         assert_eq!(called(bad).code("ADD", json!({})), 4, "{bad}");
     }
-    for ifname in ["all", "default", "eth%d", "a/b", "a:b", "sixteencharacter", ".."] {
+    for ifname in ["all", "default", "eth%d", "a/b", "a:b", "sixteencharacter", "..", "ethà", "eth\u{a0}"] {
         let container = Attachment { ifname: ifname.to_owned(), ..called("") };
-        assert_eq!(container.code("ADD", json!({})), 4, "{ifname}");
+        let error = container.refusal("ADD", json!({}));
+        assert!(error["code"] == 4 && error["msg"].as_str().unwrap().contains("CNI_IFNAME"), "{ifname}: {error}");
     }
     for id in ["", "_x", "a/b", &"a".repeat(300)] {
         let container = Attachment { id: id.to_owned(), ..called("") };

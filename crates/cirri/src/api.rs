@@ -40,8 +40,8 @@ pub enum Answer {
 /// A refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiError {
-    /// `bad-request`, `bad-netns`, `not-found`, `conflict`, `exhausted`, `timeout`, `unavailable`, `denied`,
-    /// `internal`.
+    /// `bad-request`, of ADD more closely `bad-netns`, `bad-name`, `bad-mac`, `bad-address`; `not-found`, `conflict`,
+    /// `exhausted`, `timeout`, `unavailable`, `denied`, `internal`.
     pub code: String,
     /// What happened.
     pub message: String,
@@ -190,9 +190,9 @@ pub struct EndpointGc {
     pub valid: Vec<ValidAttachment>,
 }
 
-/// An attachment that its runtime knows.
+/// An attachment that its runtime knows. What else the runtime says of it is passed over: then it names fewer, and
+/// more stay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ValidAttachment {
     /// The runtime's name for the container.
     #[serde(alias = "containerID")]

@@ -48,13 +48,13 @@ impl Wanted {
     /// Reads what a runtime asks for.
     ///
     /// # Errors
-    /// `bad-request`: what cannot be what it is said to be.
+    /// `bad-name`, `bad-mac`, `bad-address`: what cannot be what it is said to be.
     pub fn of(asked: &EndpointAdd) -> Result<Wanted, ApiError> {
-        let bad = |message: String| ApiError::new("bad-request", message);
+        let bad = |code: &str, message: String| ApiError::new(code, message);
         let named = |what: &str, name: &str, rule: Result<(), &str>| {
             rule.map_err(|rule| {
-                bad(format!("{what} `{}` {rule}", shown(name)))
-                    .hint("the runtime passes it in CNI_ARGS; give the container a name that a pod can have")
+                bad("bad-name", format!("CNI_ARGS: {what} `{}` {rule}", shown(name)))
+                    .hint("give the container a name that a pod can have")
             })
         };
         named("K8S_POD_NAMESPACE", &asked.namespace, dns_label(&asked.namespace))?;
@@ -67,7 +67,8 @@ impl Wanted {
             None => None,
             Some(text) => {
                 let mac = workload::parse_mac(text).filter(|mac| *mac != GATEWAY_MAC);
-                let refused = || bad(format!("`{}` is no Ethernet address that a container can have", shown(text)));
+                let refused =
+                    || bad("bad-mac", format!("`{}` is no Ethernet address that a container can have", shown(text)));
                 Some(mac.ok_or_else(refused)?)
             }
         };
@@ -76,7 +77,7 @@ impl Wanted {
             let family = if ip.is_ipv4() { &mut v4 } else { &mut v6 };
             match family.replace(*ip) {
                 Some(other) if other != *ip => {
-                    return Err(bad(format!("both {other} and {ip} are asked for"))
+                    return Err(bad("bad-address", format!("both {other} and {ip} are asked for"))
                         .hint("a container gets one address of each family"));
                 }
                 _ => {}
@@ -145,14 +146,14 @@ impl Wanted {
     /// Takes its addresses out of the node's ranges: those asked for, else the next free ones. Only all or none.
     ///
     /// # Errors
-    /// `exhausted`: none is free. `conflict`: the one asked for is another's. `bad-request`: it is in none of the
+    /// `exhausted`: none is free. `conflict`: the one asked for is another's. `bad-address`: it is in none of the
     /// node's ranges.
     pub fn take_addresses(&self, core: &mut Core) -> Result<Vec<IpAddr>, ApiError> {
         let ranges: Vec<String> = core.pools.iter().map(|pool| pool.cidr().to_string()).collect();
         let fits = |ip: &IpAddr| core.pools.iter().any(|pool| pool.cidr().contains(ip));
         if let Some(stranger) = [self.v4, self.v6].iter().flatten().find(|ip| !fits(ip)) {
             let text = format!("{stranger} is in none of this node's ranges ({})", ranges.join(", "));
-            return Err(ApiError::new("bad-request", text).hint("ask for one of theirs, or for none"));
+            return Err(ApiError::new("bad-address", text).hint("ask for one of theirs, or for none"));
         }
         let mut taken = Vec::new();
         for index in 0..core.pools.len() {
@@ -194,7 +195,7 @@ impl Core {
                 ApiError::new("conflict", format!("{address} is in use{owner}")).hint("ask for another, or for none")
             }
             IpamError::Outside { address, cidr } => {
-                ApiError::new("bad-request", format!("{address} is not an address that {cidr} gives out"))
+                ApiError::new("bad-address", format!("{address} is not an address that {cidr} gives out"))
                     .hint("ask for another, or for none")
             }
             other => ApiError::new("exhausted", other),

@@ -7,6 +7,7 @@ mod queue;
 mod result;
 mod spec;
 
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -49,19 +50,32 @@ pub fn invoked_as_plugin() -> bool {
     name.as_deref().and_then(Path::file_name).is_some_and(|name| name == "cirri-cni")
 }
 
+/// A variable of the environment, empty ones left out.
+type Env<'a> = &'a dyn Fn(&str) -> Option<OsString>;
+
 /// Runs the command that the environment names.
 pub fn main() -> ExitCode {
-    let env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     let outcome = read(io::stdin()).and_then(|input| run(&input, &env));
     let (text, exit) = match outcome {
         Ok(Some(value)) => (value.to_string(), ExitCode::SUCCESS),
         Ok(None) => (String::new(), ExitCode::SUCCESS),
         Err(failed) => (failed.error.to_json(&failed.version).to_string(), ExitCode::FAILURE),
     };
-    match io::stdout().write_all(text.as_bytes()) {
+    match say(&mut io::stdout(), &text) {
         Ok(()) => exit,
-        Err(_) => ExitCode::FAILURE,
+        Err(error) => {
+            // Nobody may read this either.
+            let _ = say(&mut io::stderr(), &format!("cirri-cni: the answer cannot be written: {error}\n"));
+            ExitCode::FAILURE
+        }
     }
+}
+
+/// Writes all of a text now: what waits in a buffer for the end of the process is lost without a word.
+fn say(to: &mut impl Write, text: &str) -> io::Result<()> {
+    to.write_all(text.as_bytes())?;
+    to.flush()
 }
 
 /// A refusal, in the version that the runtime speaks.
@@ -88,45 +102,19 @@ fn read(from: impl Read) -> Result<String, Failed> {
     }
 }
 
-fn run(input: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Value>, Failed> {
-    let mut version = spec::VERSIONS[0].to_owned();
-    dispatch(input, env, &mut version).map_err(|error| Failed { version, error })
+fn run(input: &str, env: Env<'_>) -> Result<Option<Value>, Failed> {
+    dispatch(input, env).map_err(|error| {
+        let version = spec::asked_version(input).unwrap_or_else(|| spec::VERSIONS[0].to_owned());
+        Failed { version, error }
+    })
 }
 
-fn dispatch(
-    input: &str,
-    env: &dyn Fn(&str) -> Option<String>,
-    version: &mut String,
-) -> Result<Option<Value>, CniError> {
+fn dispatch(input: &str, env: Env<'_>) -> Result<Option<Value>, CniError> {
     let command = need(env, "CNI_COMMAND")?;
     if command == "VERSION" {
         return Ok(Some(spec::versions(input)));
     }
-    let conf: NetConf = serde_json::from_str(input).map_err(|error| {
-        CniError::new(
-            code::DECODE,
-            format!("the network configuration is no JSON that fits: {error}"),
-            "see the CNI specification",
-        )
-    })?;
-    if !spec::VERSIONS.contains(&conf.cni_version.as_str()) {
-        return Err(CniError::new(
-            code::INCOMPATIBLE_VERSION,
-            format!("cniVersion {} is not spoken", conf.cni_version),
-            format!("use one of {}", spec::VERSIONS.join(", ")),
-        ));
-    }
-    version.clone_from(&conf.cni_version);
-    if conf.name.is_empty() {
-        return Err(CniError::new(code::INVALID_CONFIG, "the network configuration has no `name`", "add one"));
-    }
-    if !spec::is_plain(&conf.name) {
-        return Err(CniError::new(
-            code::INVALID_CONFIG,
-            "the `name` of the network is not valid",
-            "letters, digits, `_`, `.` and `-`, the first a letter or digit",
-        ));
-    }
+    let conf = NetConf::read(input)?;
     let since = |first: &str| conf.is_at_least(first, &command);
     match command.as_str() {
         "ADD" => add(&conf, env).map(Some),
@@ -142,29 +130,42 @@ fn dispatch(
     }
 }
 
-fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, CniError> {
+fn add(conf: &NetConf, env: Env<'_>) -> Result<Value, CniError> {
     let attachment = attachment(conf, env)?;
     let netns = need(env, "CNI_NETNS")?;
-    let mut args = spec::Arguments::parse(&env("CNI_ARGS").unwrap_or_default())?;
+    let mut args = spec::Arguments::parse(&optional(env, "CNI_ARGS")?.unwrap_or_default())?;
     let (namespace, pod) = (args.take("K8S_POD_NAMESPACE"), args.take("K8S_POD_NAME"));
+    let (mac, addresses) = (conf.mac(&mut args)?, conf.addresses(&mut args)?);
+    let previous = conf.previous_result()?;
+    let (of_mac, of_addresses) = (mac.as_ref().map(|it| it.way), addresses.as_ref().map(|it| it.way));
     let params = EndpointAdd {
         // Runtimes that are not Kubernetes' have names too, but no pods.
         pod_named: namespace.is_some() && pod.is_some(),
         pod_uid: args.take("K8S_POD_UID").unwrap_or_default(),
         namespace: namespace.unwrap_or_else(|| "default".to_owned()),
         pod: pod.unwrap_or_else(|| attachment.container_id.chars().take(LONGEST_NAME).collect()),
-        mac: conf.mac(&mut args),
-        addresses: conf.addresses(&mut args)?,
+        mac: mac.map(|it| it.value),
+        addresses: addresses.map_or_else(Vec::new, |it| it.value),
         network: attachment.network,
         container_id: attachment.container_id,
         ifname: attachment.ifname,
         netns: netns.clone(),
         gc: conf.is_at_least("1.1.0", "GC").is_ok(),
     };
-    let added: EndpointAdded = client::call(&conf.socket, "endpoint.add", &params, PATIENCE)
-        .map_err(|error| from_call(error, code::REFUSED))?;
+    let added: EndpointAdded = client::call(&conf.socket, "endpoint.add", &params, PATIENCE).map_err(|error| {
+        // What is wrong stands where the runtime said it.
+        let way = match &error {
+            CallError::Refused(refusal) if refusal.code == "bad-mac" => of_mac,
+            CallError::Refused(refusal) if refusal.code == "bad-address" => of_addresses,
+            _ => None,
+        };
+        match (way, error) {
+            (Some(way), CallError::Refused(ApiError { message, hint, .. })) => way.refusal(message, hint),
+            (_, error) => from_call(error, code::REFUSED),
+        }
+    })?;
     let ours = result::added(&conf.cni_version, &params.ifname, &netns, &added);
-    Ok(match &conf.prev_result {
+    Ok(match previous {
         Some(previous) => result::after(previous, ours),
         None => ours,
     })
@@ -172,7 +173,7 @@ fn add(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Value, Cn
 
 /// Succeeds, or leaves its note and succeeds: a runtime that is refused keeps the whole container, and what
 /// the agent could not do now it will do when it can.
-fn del(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniError> {
+fn del(conf: &NetConf, env: Env<'_>) -> Result<(), CniError> {
     let attachment = attachment(conf, env)?;
     let Err(why) = client::call::<Removed>(&conf.socket, "endpoint.delete", &attachment, PATIENCE) else {
         return Ok(());
@@ -187,10 +188,10 @@ fn del(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniEr
     })
 }
 
-fn check(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), CniError> {
+fn check(conf: &NetConf, env: Env<'_>) -> Result<(), CniError> {
     let attachment = attachment(conf, env)?;
     let netns = need(env, "CNI_NETNS")?;
-    let previous = conf.prev_result.as_ref().ok_or_else(|| {
+    let previous = conf.previous_result()?.ok_or_else(|| {
         CniError::new(code::INVALID_CONFIG, "CHECK needs `prevResult`", "the runtime must pass what ADD answered")
     })?;
     let ifname = attachment.ifname.clone();
@@ -208,13 +209,7 @@ fn check(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<(), Cni
 }
 
 fn gc(conf: &NetConf) -> Result<(), CniError> {
-    let valid = conf.valid_attachments.clone().ok_or_else(|| {
-        CniError::new(
-            code::INVALID_CONFIG,
-            "GC needs `cni.dev/valid-attachments`",
-            "without it everything would be removed; pass an empty list if that is meant",
-        )
-    })?;
+    let valid = conf.valid_attachments()?;
     let params = EndpointGc { network: conf.name.clone(), valid };
     client::call::<Removed>(&conf.socket, "endpoint.gc", &params, PATIENCE)
         .map(drop)
@@ -242,7 +237,7 @@ fn from_call(error: CallError, refused: u32) -> CniError {
         CallError::Refused(ApiError { code, message, hint }) => {
             let number = match code.as_str() {
                 "not-found" => code::UNKNOWN_CONTAINER,
-                "bad-request" => code::INVALID_ENVIRONMENT,
+                "bad-name" => code::INVALID_ENVIRONMENT,
                 "bad-netns" => code::INVALID_NETNS,
                 "unavailable" | "timeout" => code::TRY_AGAIN_LATER,
                 _ => refused,
@@ -266,7 +261,7 @@ fn advice(error: &CallError) -> &'static str {
     }
 }
 
-fn attachment(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<Attachment, CniError> {
+fn attachment(conf: &NetConf, env: Env<'_>) -> Result<Attachment, CniError> {
     let attachment = Attachment {
         network: conf.name.clone(),
         container_id: need(env, "CNI_CONTAINERID")?,
@@ -278,12 +273,13 @@ fn attachment(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<At
         return wrong("CNI_CONTAINERID", "letters, digits, `_`, `.` and `-`, the first a letter or digit");
     }
     let ifname = &attachment.ifname;
-    // The kernel numbers names with `%`, and has settings called `all` and `default`.
-    let forbidden = |c: char| "/:%".contains(c) || c.is_whitespace() || c.is_control();
+    // The kernel numbers names with `%`, and has settings called `all` and `default`. It looks at bytes, and takes 0xa0
+    // for a blank, which is a part of many letters.
+    let forbidden = |c: char| "/:%".contains(c) || !c.is_ascii_graphic();
     if ifname.len() > 15 || [".", "..", "all", "default"].contains(&ifname.as_str()) || ifname.contains(forbidden) {
         return wrong(
             "CNI_IFNAME",
-            "at most 15 characters, no slash, colon, percent sign or blank; not `all`, `default`",
+            "at most 15 characters of ASCII, no slash, colon, percent sign or blank; not `all`, `default`",
         );
     }
     if workload::owner(&attachment).len() > workload::LONGEST_OWNER {
@@ -292,14 +288,24 @@ fn attachment(conf: &NetConf, env: &dyn Fn(&str) -> Option<String>) -> Result<At
     Ok(attachment)
 }
 
-fn need(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Result<String, CniError> {
-    env(name).ok_or_else(|| {
+fn need(env: Env<'_>, name: &str) -> Result<String, CniError> {
+    optional(env, name)?.ok_or_else(|| {
         CniError::new(
             code::INVALID_ENVIRONMENT,
             format!("{name} is not set"),
             "this is a CNI plugin, run by a container runtime; see `cirri cni --help`",
         )
     })
+}
+
+fn optional(env: Env<'_>, name: &str) -> Result<Option<String>, CniError> {
+    let text = |value: OsString| {
+        value.into_string().map_err(|value| {
+            let text = format!("{name} is not valid: `{}` is no UTF-8", value.display());
+            CniError::new(code::INVALID_ENVIRONMENT, text, "the runtime must pass another")
+        })
+    };
+    env(name).map(text).transpose()
 }
 
 fn state_dir(conf: &NetConf) -> PathBuf {
@@ -312,7 +318,7 @@ mod tests {
     use super::*;
 
     fn run_with(input: &str, env: &[(&str, &str)]) -> Result<Option<Value>, CniError> {
-        let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value));
         run(input, &env).map_err(|failed| failed.error)
     }
 
@@ -350,6 +356,42 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_is_in_the_version_that_was_asked_for() {
+        let version = |input: &str, command: &'static str| {
+            run(input, &|name: &str| (name == "CNI_COMMAND").then(|| OsString::from(command))).unwrap_err().version
+        };
+        assert_eq!(version(r#"{"cniVersion":"1.1.0","name":7}"#, "ADD"), "1.1.0");
+        assert_eq!(version(r#"{"cniVersion":"1.0.0","name":"n","socket":{}}"#, "ADD"), "1.0.0");
+        assert_eq!(version(r#"{"cniVersion":"9.0.0","name":"n"}"#, "ADD"), "9.0.0");
+        assert_eq!(version(r#"{"cniVersion":"1.1.0","name":"n"}"#, "MAKE"), "1.1.0");
+        assert_eq!(version("{", "ADD"), "0.3.1", "what cannot be read asks for none");
+    }
+
+    #[test]
+    fn a_variable_that_is_no_name_of_a_device_is_named() {
+        use std::os::unix::ffi::OsStringExt;
+        let conf = r#"{"cniVersion":"1.1.0","name":"n"}"#;
+        for ifname in [&b"eth\xa0"[..], "eth\u{a0}".as_bytes(), "ethà".as_bytes(), b"eth\xff", b"eth 0", b"eth\x7f"] {
+            let env = |name: &str| match name {
+                "CNI_COMMAND" => Some("DEL".into()),
+                "CNI_CONTAINERID" => Some("c1".into()),
+                "CNI_IFNAME" => Some(OsString::from_vec(ifname.to_vec())),
+                _ => None,
+            };
+            let error = run(conf, &env).unwrap_err().error;
+            assert_eq!(error.code, code::INVALID_ENVIRONMENT, "{error:?}");
+            assert!(error.msg.contains("CNI_IFNAME") && error.msg.contains("valid"), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_written_is_an_error_also_if_it_fits_a_buffer() {
+        let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+        assert!(say(&mut io::LineWriter::new(full()), "{}").is_err());
+        say(&mut io::sink(), "{}").unwrap();
+    }
+
+    #[test]
     fn a_configuration_that_is_too_long_is_refused_with_the_limit_and_read_no_further() {
         let mut input = io::repeat(b' ').take(2 * LONGEST_INPUT);
         let error = read(&mut input).map(|read| read.len()).unwrap_err().error;
@@ -365,8 +407,10 @@ mod tests {
         let conf = format!(r#"{{"cniVersion":"1.1.0","name":"n","socket":"{}/agent.sock"}}"#, dir.display());
         assert_eq!(run_with(&conf, &with("ADD")).unwrap_err().code, code::TRY_AGAIN_LATER);
         assert_eq!(run_with(&conf, &with("STATUS")).unwrap_err().code, code::NOT_AVAILABLE);
-        for _ in 0..2 {
-            assert_eq!(run_with(&conf, &with("DEL")).unwrap(), None);
+        // DEL does not mind what it does not need.
+        let needless = conf.replace("1.1.0\",", "1.1.0\",\"runtimeConfig\":7,\"args\":[],\"prevResult\":\"\",");
+        for conf in [&conf, &needless] {
+            assert_eq!(run_with(conf, &with("DEL")).unwrap(), None);
         }
         let queued = pending_deletions(&dir).unwrap();
         assert_eq!(queued.len(), 1);

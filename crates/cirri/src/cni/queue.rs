@@ -1,6 +1,6 @@
 //! Deletions that the agent did not carry out when it was asked.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::api::Attachment;
@@ -25,7 +25,7 @@ pub fn queue(state_dir: &Path, attachment: &Attachment) -> io::Result<()> {
     // The kernel removes both ends and the programs on them. If it cannot be done now, or the device is one
     // that says nothing of its owner, the agent does it when it reads the note.
     if let Err(error) = delete_devices(attachment) {
-        eprintln!("cirri-cni: the device stays until the agent is back: {error}");
+        let _ = writeln!(io::stderr(), "cirri-cni: the device stays until the agent is back: {error}");
     }
     Ok(())
 }

@@ -12,56 +12,44 @@ use serde_json::{Value, json};
 
 use crate::api::ValidAttachment;
 
+/// The agent's socket, unless the configuration names another.
+const SOCKET: &str = "/run/cirri/agent.sock";
 /// Versions of the specification that are spoken, oldest first.
 pub const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 
 /// The network configuration, as far as this plugin reads it. Other keys are the runtime's.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
+///
+/// `null` is what Go writes for what is not there, and is taken so for every key. What one verb alone reads is looked
+/// at when it does: DEL must not fail by what only ADD wants.
+#[derive(Clone, Debug)]
 pub struct NetConf {
     /// Version of the specification that the runtime speaks.
-    #[serde(default = "oldest")]
     pub cni_version: String,
     /// Name of the network.
-    #[serde(default)]
     pub name: String,
     /// The agent's socket.
-    #[serde(default = "default_socket")]
     pub socket: PathBuf,
     /// The agent's state directory; the socket's directory unless given.
-    #[serde(default)]
     pub state_dir: Option<PathBuf>,
-    /// What the runtime passes by capability.
-    #[serde(default)]
-    pub runtime_config: RuntimeConfig,
-    /// Arguments of a runtime that uses the `args` convention.
-    #[serde(default)]
-    pub args: Args,
-    /// What ADD answered; given to CHECK and DEL.
-    #[serde(default)]
-    pub prev_result: Option<Value>,
-    /// What still exists; given to GC.
-    #[serde(default, rename = "cni.dev/valid-attachments")]
-    pub valid_attachments: Option<Vec<ValidAttachment>>,
+    /// All of it.
+    whole: Value,
 }
 
-/// What the runtime passes by capability.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct RuntimeConfig {
-    /// Ethernet address wanted inside.
-    #[serde(default)]
-    pub mac: Option<String>,
-    /// Addresses wanted, with or without a prefix.
-    #[serde(default)]
-    pub ips: Vec<String>,
+/// What a runtime asks for, and by which of the ways to say it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked<T> {
+    /// What.
+    pub value: T,
+    /// The way: the newest that it used.
+    pub way: Way,
 }
 
-/// The `args` convention.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Args {
-    /// For every plugin.
-    #[serde(default)]
-    pub cni: RuntimeConfig,
+/// Where a runtime says what a container shall have, and the code for what is wrong there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// In words.
+    name: &'static str,
+    code: u32,
 }
 
 /// An error as the specification wants it: on standard output, with a code.
@@ -102,6 +90,44 @@ pub mod code {
 }
 
 impl NetConf {
+    /// Reads a configuration.
+    ///
+    /// # Errors
+    /// It is no JSON object, or of a version that is not spoken; its name or a key that every verb needs is wrong.
+    pub fn read(input: &str) -> Result<NetConf, CniError> {
+        let undecoded = |why: &dyn fmt::Display| {
+            let text = format!("the network configuration is no JSON object: {why}");
+            CniError::new(code::DECODE, text, "see the CNI specification")
+        };
+        let whole: Value = serde_json::from_str(input).map_err(|error| undecoded(&error))?;
+        if !whole.is_object() {
+            return Err(undecoded(&"it is another value"));
+        }
+        let text = |key: &'static str| match present(&whole[key]) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text.clone())),
+            Some(_) => Err(wrong_kind(key, "a text")),
+        };
+        let cni_version = text("cniVersion")?.unwrap_or_else(|| VERSIONS[0].to_owned());
+        if !VERSIONS.contains(&cni_version.as_str()) {
+            return Err(CniError::new(
+                code::INCOMPATIBLE_VERSION,
+                format!("cniVersion {cni_version} is not spoken"),
+                format!("use one of {}", VERSIONS.join(", ")),
+            ));
+        }
+        let name = text("name")?
+            .filter(|name| !name.is_empty())
+            .ok_or_else(|| CniError::new(code::INVALID_CONFIG, "the network configuration has no `name`", "add one"))?;
+        if !is_plain(&name) {
+            let rule = "letters, digits, `_`, `.` and `-`, the first a letter or digit";
+            return Err(CniError::new(code::INVALID_CONFIG, "the `name` of the network is not valid", rule));
+        }
+        let socket = text("socket")?.map_or_else(|| PathBuf::from(SOCKET), PathBuf::from);
+        let state_dir = text("stateDir")?.map(PathBuf::from);
+        Ok(NetConf { cni_version, name, socket, state_dir, whole })
+    }
+
     /// Whether the version of the configuration has a command.
     ///
     /// # Errors
@@ -118,37 +144,105 @@ impl NetConf {
         ))
     }
 
-    /// The Ethernet address that the runtime asks for: of the ways to say it the newest that it used.
-    pub fn mac(&self, args: &mut Arguments) -> Option<String> {
-        let old = args.take("MAC");
-        [&self.runtime_config.mac, &self.args.cni.mac, &old].into_iter().flatten().next().cloned()
+    /// The Ethernet address that the runtime asks for: of the ways to say it the newest that it used. An empty one is
+    /// none.
+    ///
+    /// # Errors
+    /// It is said by something else than a text.
+    pub fn mac(&self, args: &mut Arguments) -> Result<Option<Asked<String>>, CniError> {
+        let old = Way::of_args("CNI_ARGS: MAC");
+        for way in [Way::of_conf("runtimeConfig.mac"), Way::of_conf("args.cni.mac")] {
+            match self.at(way.name)? {
+                None => {}
+                Some(Value::String(text)) if text.is_empty() => {}
+                Some(Value::String(text)) => return Ok(Some(Asked { value: text.clone(), way })),
+                Some(_) => return Err(wrong_kind(way.name, "a text")),
+            }
+        }
+        Ok(args.take_asked("MAC").map(|value| Asked { value, way: old }))
     }
 
     /// The addresses that the runtime asks for, by the same rule.
     ///
     /// # Errors
     /// One is no address.
-    pub fn addresses(&self, args: &mut Arguments) -> Result<Vec<IpAddr>, CniError> {
-        let old: Vec<String> = args.take("IP").into_iter().collect();
-        let ways = [
-            ("runtimeConfig.ips", code::INVALID_CONFIG, &self.runtime_config.ips),
-            ("args.cni.ips", code::INVALID_CONFIG, &self.args.cni.ips),
-            ("CNI_ARGS: IP", code::INVALID_ENVIRONMENT, &old),
-        ];
-        let Some((way, number, texts)) = ways.into_iter().find(|(_, _, texts)| !texts.is_empty()) else {
-            return Ok(Vec::new());
-        };
-        let address = |text: &String| {
-            let (ip, prefix) = text.split_once('/').unwrap_or((text, "0"));
-            let ip: IpAddr = ip.parse().ok()?;
-            let longest = if ip.is_ipv4() { 32 } else { 128 };
-            prefix.parse::<u8>().is_ok_and(|prefix| prefix <= longest).then_some(ip.to_canonical())
-        };
+    pub fn addresses(&self, args: &mut Arguments) -> Result<Option<Asked<Vec<IpAddr>>>, CniError> {
+        let old = args.take_asked("IP").map(|text| (Way::of_args("CNI_ARGS: IP"), vec![text]));
+        let mut asked = None;
+        for way in [Way::of_conf("runtimeConfig.ips"), Way::of_conf("args.cni.ips")] {
+            let Some(value) = self.at(way.name)? else { continue };
+            let texts: Vec<String> =
+                Vec::deserialize(value).map_err(|_| wrong_kind(way.name, "a list of addresses"))?;
+            if !texts.is_empty() {
+                asked = Some((way, texts));
+                break;
+            }
+        }
+        let Some((way, texts)) = asked.or(old) else { return Ok(None) };
         let wrong = |text: &String| {
             let text: String = text.chars().take(100).collect();
-            CniError::new(number, format!("{way}: `{text}` is no address"), "write 10.1.2.3, or 10.1.2.3/24")
+            way.refusal(format!("`{text}` is no address"), "write 10.1.2.3, or 10.1.2.3/24")
         };
-        texts.iter().map(|text| address(text).ok_or_else(|| wrong(text))).collect()
+        let value: Result<Vec<IpAddr>, CniError> =
+            texts.iter().map(|text| address(text).map(|(ip, _)| ip).ok_or_else(|| wrong(text))).collect();
+        Ok(Some(Asked { value: value?, way }))
+    }
+
+    /// What ADD answered (given to CHECK and DEL), or plugins before this one (given to ADD).
+    ///
+    /// # Errors
+    /// It is no object.
+    pub fn previous_result(&self) -> Result<Option<&Value>, CniError> {
+        match present(&self.whole["prevResult"]) {
+            Some(previous) if !previous.is_object() => Err(wrong_kind("prevResult", "an object")),
+            previous => Ok(previous),
+        }
+    }
+
+    /// What still exists; given to GC. `null` is an empty list: so Go writes a list that nothing was put into.
+    ///
+    /// # Errors
+    /// It is not there, or no such list.
+    pub fn valid_attachments(&self) -> Result<Vec<ValidAttachment>, CniError> {
+        const KEY: &str = "cni.dev/valid-attachments";
+        match self.whole.get(KEY) {
+            None => Err(CniError::new(
+                code::INVALID_CONFIG,
+                format!("GC needs `{KEY}`"),
+                "without it everything would be removed; pass an empty list if that is meant",
+            )),
+            Some(Value::Null) => Ok(Vec::new()),
+            Some(list) => Vec::deserialize(list).map_err(|_| wrong_kind(KEY, "a list of containerID and ifname")),
+        }
+    }
+
+    /// What stands at the end of a path of keys.
+    fn at(&self, path: &'static str) -> Result<Option<&Value>, CniError> {
+        let mut value = &self.whole;
+        for key in path.split('.') {
+            if !value.is_object() {
+                let above = path.split('.').take_while(|it| *it != key).collect::<Vec<_>>().join(".");
+                return Err(wrong_kind(&above, "an object"));
+            }
+            let Some(found) = present(&value[key]) else { return Ok(None) };
+            value = found;
+        }
+        Ok(Some(value))
+    }
+}
+
+impl Way {
+    fn of_conf(name: &'static str) -> Way {
+        Way { name, code: code::INVALID_CONFIG }
+    }
+
+    fn of_args(name: &'static str) -> Way {
+        Way { name, code: code::INVALID_ENVIRONMENT }
+    }
+
+    /// The error for what was asked for in this way.
+    pub fn refusal(self, why: impl fmt::Display, advice: impl fmt::Display) -> CniError {
+        CniError::new(self.code, format!("{}: {why}", self.name), advice)
     }
 }
 
@@ -164,11 +258,28 @@ impl CniError {
     }
 }
 
+/// The version that a configuration asks for, spoken here or not, as far as it can be read: answers carry it.
+pub fn asked_version(input: &str) -> Option<String> {
+    let input: Value = serde_json::from_str(input).ok()?;
+    input["cniVersion"].as_str().filter(|version| is_plain(version)).map(str::to_owned)
+}
+
 /// The answer to VERSION, in the version of the question (CNI specification 1.1.0, "VERSION").
 pub fn versions(question: &str) -> Value {
-    let question: Value = serde_json::from_str(question).unwrap_or_default();
-    let asked = question["cniVersion"].as_str().filter(|version| is_plain(version));
-    json!({ "cniVersion": asked.unwrap_or(VERSIONS[VERSIONS.len() - 1]), "supportedVersions": VERSIONS })
+    let asked = asked_version(question).unwrap_or_else(|| VERSIONS[VERSIONS.len() - 1].to_owned());
+    json!({ "cniVersion": asked, "supportedVersions": VERSIONS })
+}
+
+/// An address, with the bits of its prefix if it has one.
+pub fn address(text: &str) -> Option<(IpAddr, Option<u8>)> {
+    let (ip, prefix) = text.split_once('/').map_or((text, None), |(ip, prefix)| (ip, Some(prefix)));
+    let ip: IpAddr = ip.parse().ok()?;
+    let longest = if ip.is_ipv4() { 32 } else { 128 };
+    let prefix = match prefix {
+        None => None,
+        Some(prefix) => Some(prefix.parse::<u8>().ok().filter(|prefix| *prefix <= longest)?),
+    };
+    Some((ip.to_canonical(), prefix))
 }
 
 /// Whether a text can be the name of a network or a container's id.
@@ -229,45 +340,86 @@ impl Arguments {
     pub fn take(&mut self, key: &str) -> Option<String> {
         self.0.remove(key)
     }
+
+    /// The same for what the container shall have: an empty value asks for nothing.
+    fn take_asked(&mut self, key: &str) -> Option<String> {
+        self.take(key).filter(|value| !value.is_empty())
+    }
 }
 
-fn oldest() -> String {
-    VERSIONS[0].to_owned()
+fn present(value: &Value) -> Option<&Value> {
+    (!value.is_null()).then_some(value)
 }
 
-fn default_socket() -> PathBuf {
-    PathBuf::from("/run/cirri/agent.sock")
+fn wrong_kind(key: &str, kind: &str) -> CniError {
+    CniError::new(code::INVALID_CONFIG, format!("`{key}` of the network configuration is not {kind}"), "correct it")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn conf(text: &str) -> NetConf {
-        serde_json::from_str(text).unwrap()
+    /// A configuration with these keys.
+    fn conf(more: &Value) -> NetConf {
+        let mut whole = json!({ "cniVersion": "1.1.0", "name": "n" });
+        whole.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        NetConf::read(&whole.to_string()).unwrap()
     }
 
     #[test]
     fn addresses_are_read_from_the_newest_way_that_a_runtime_used() {
-        let of = |json: &str, args: &str| conf(json).addresses(&mut Arguments::parse(args).unwrap());
-        let all = r#"{"runtimeConfig":{"ips":["10.1.2.3/24","fd00::5"]},"args":{"cni":{"ips":["10.9.9.9"]}}}"#;
+        let of = |more: Value, args: &str| {
+            let asked = conf(&more).addresses(&mut Arguments::parse(args).unwrap());
+            asked.map(|asked| asked.map_or_else(Vec::new, |asked| asked.value))
+        };
+        let all = json!({"runtimeConfig": {"ips": ["10.1.2.3/24", "fd00::5"]}, "args": {"cni": {"ips": ["10.9.9.9"]}}});
         assert_eq!(of(all, "IP=10.8.8.8"), Ok(vec!["10.1.2.3".parse().unwrap(), "fd00::5".parse().unwrap()]));
-        let older = r#"{"args":{"cni":{"ips":["10.9.9.9"]}}}"#;
+        let older = json!({"runtimeConfig": {"ips": []}, "args": {"cni": {"ips": ["10.9.9.9"]}}});
         assert_eq!(of(older, "IP=10.8.8.8"), Ok(vec!["10.9.9.9".parse().unwrap()]));
-        assert_eq!(of("{}", "IP=10.8.8.8"), Ok(vec!["10.8.8.8".parse().unwrap()]));
-        assert_eq!(of("{}", ""), Ok(Vec::new()));
-        assert_eq!(of("{}", "IP=10.8.8").unwrap_err().code, code::INVALID_ENVIRONMENT);
+        assert_eq!(of(json!({}), "IP=10.8.8.8"), Ok(vec!["10.8.8.8".parse().unwrap()]));
+        assert_eq!(of(json!({}), ""), Ok(Vec::new()));
+        assert_eq!(of(json!({}), "IP=10.8.8").unwrap_err().code, code::INVALID_ENVIRONMENT);
         for bad in ["10.1.2.3/33", "10.1.2.3/", "web", "", "fd00::1/129"] {
-            let text = json!({ "runtimeConfig": { "ips": [bad] } }).to_string();
-            assert_eq!(of(&text, "").unwrap_err().code, code::INVALID_CONFIG, "{bad}");
+            let more = json!({ "runtimeConfig": { "ips": [bad] } });
+            assert_eq!(of(more, "").unwrap_err().code, code::INVALID_CONFIG, "{bad}");
+        }
+        for bad in [json!("10.1.2.3"), json!([7]), json!([null]), json!({})] {
+            let error = of(json!({ "args": { "cni": { "ips": bad } } }), "").unwrap_err();
+            assert!(error.code == code::INVALID_CONFIG && error.msg.contains("args.cni.ips"), "{bad}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn null_is_absent_and_an_empty_wish_is_none() {
+        for more in [
+            json!({"runtimeConfig": null, "args": null}),
+            json!({"runtimeConfig": {"ips": null, "mac": null}, "args": {"cni": null}}),
+            json!({"runtimeConfig": {"mac": ""}, "args": {"cni": {"ips": null, "mac": ""}}}),
+            json!({"socket": null, "stateDir": null, "prevResult": null}),
+        ] {
+            let conf = conf(&more);
+            let mut args = Arguments::parse("MAC=;IP=").unwrap();
+            assert_eq!(conf.mac(&mut args), Ok(None), "{more}");
+            assert_eq!(conf.addresses(&mut args), Ok(None), "{more}");
+            assert_eq!(conf.previous_result(), Ok(None), "{more}");
+            assert_eq!((conf.socket.to_str(), conf.state_dir), (Some(SOCKET), None), "{more}");
+        }
+        let read = |text: &str| NetConf::read(text);
+        assert_eq!(read(r#"{"cniVersion": null, "name": "n"}"#).unwrap().cni_version, "0.3.1");
+        assert_eq!(read(r#"{"cniVersion": "1.1.0", "name": null}"#).unwrap_err().code, code::INVALID_CONFIG);
+        let older = conf(&json!({"runtimeConfig": {"mac": ""}, "args": {"cni": {"mac": "02:00:00:00:00:01"}}}));
+        let asked = older.mac(&mut Arguments::parse("MAC=02:00:00:00:00:02").unwrap()).unwrap().unwrap();
+        assert_eq!(asked.value, "02:00:00:00:00:01", "the newest that says something");
+        assert_eq!(asked.way.refusal("no", "").msg, "args.cni.mac: no");
+        for bad in [json!({"runtimeConfig": 7}), json!({"args": {"cni": []}}), json!({"runtimeConfig": {"mac": 7}})] {
+            let error = conf(&bad).mac(&mut Arguments::parse("").unwrap()).unwrap_err();
+            assert_eq!(error.code, code::INVALID_CONFIG, "{bad}");
         }
     }
 
     #[test]
     fn a_version_has_what_came_with_it_or_before() {
-        let has = |version: &str, first: &str| {
-            conf(&json!({ "cniVersion": version }).to_string()).is_at_least(first, "GC").is_ok()
-        };
+        let has = |version: &str, first: &str| conf(&json!({ "cniVersion": version })).is_at_least(first, "GC").is_ok();
         assert!(has("1.1.0", "1.1.0") && has("1.0.0", "0.4.0") && has("0.4.0", "0.4.0"));
         assert!(!has("1.0.0", "1.1.0") && !has("0.3.1", "0.4.0"));
     }
@@ -284,10 +436,14 @@ mod tests {
     }
 
     #[test]
-    fn gc_reads_the_valid_attachments() {
-        let text =
-            r#"{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}"#;
-        let conf: NetConf = serde_json::from_str(text).unwrap();
-        assert_eq!(conf.valid_attachments.unwrap()[0].container_id, "a");
+    fn gc_reads_the_valid_attachments_and_takes_null_for_a_list_of_none() {
+        let of = |list: Value| conf(&json!({ "cni.dev/valid-attachments": list })).valid_attachments();
+        let named = of(json!([{ "containerID": "a", "ifname": "eth0", "netns": "/run/netns/a" }])).unwrap();
+        assert_eq!((named.len(), named[0].container_id.as_str()), (1, "a"));
+        assert_eq!(of(Value::Null), Ok(Vec::new()));
+        assert_eq!(conf(&json!({})).valid_attachments().unwrap_err().code, code::INVALID_CONFIG);
+        for bad in [json!({}), json!("a"), json!([{}]), json!([null])] {
+            assert_eq!(of(bad.clone()).unwrap_err().code, code::INVALID_CONFIG, "{bad}");
+        }
     }
 }
