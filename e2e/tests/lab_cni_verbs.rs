@@ -281,6 +281,38 @@ fn of_two_attachments_the_first_has_the_default_route_and_the_other_takes_over()
     first.call("DEL", json!({})).unwrap();
     assert_leftovers(&lab, 0);
 
+    // The path that ADD was given ends with its process, but the namespace lives.
+    let ways: [(&str, bool, bool); 3] = [
+        ("DEL names another", false, false),
+        ("the other attachment has another", true, false),
+        ("a second ADD had another", false, true),
+    ];
+    for (way, other_is_lasting, added_again) in ways {
+        let mut holder = inside.run(|| Command::new("sleep").arg("infinity").spawn()).unwrap().unwrap();
+        let fleeting =
+            |it: &Attachment| Attachment { netns: format!("/proc/{}/ns/net", holder.id()).into(), ..it.clone() };
+        let dead = fleeting(&first);
+        dead.call("ADD", json!({})).unwrap();
+        let other = if other_is_lasting { second.clone() } else { fleeting(&second) };
+        other.call("ADD", json!({})).unwrap();
+        if added_again {
+            first.call("ADD", json!({})).unwrap();
+        }
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        let deleted = if other_is_lasting || added_again { &dead } else { &first };
+        deleted.call("DEL", json!({})).unwrap();
+        for family in ["-4", "-6"] {
+            let shown = printed(inside, &["ip", family, "route", "show", "default"]);
+            assert!(shown.contains("dev net1 "), "{way}: {shown}");
+        }
+        second.call("DEL", json!({})).unwrap();
+        for family in ["-4", "-6"] {
+            assert!(!printed(inside, &["ip", family, "rule"]).contains("19300"), "{way}: a rule stays");
+        }
+    }
+    assert_leftovers(&lab, 0);
+
     // Somebody else's network came first.
     printed(inside, &["ip", "link", "add", "bridged", "type", "veth", "peer", "name", "bridge"]);
     printed(inside, &["ip", "link", "set", "bridge", "up"]);
@@ -566,6 +598,26 @@ fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     container(0).call("ADD", json!({})).unwrap();
     note("0.json", "dies0");
     eventually("the note is carried out", PATIENCE, || endpoints(&lab).is_empty());
+    assert_leftovers(&lab, 0);
+
+    // What is written about it cannot be removed: it stays known until that can be, whoever asks and how often.
+    container(0).call("ADD", json!({})).unwrap();
+    let records = state_dir(&lab).join("endpoints");
+    run("mount", &["--bind", records.to_str().unwrap(), records.to_str().unwrap()]);
+    let read_only = Unmount(records.clone());
+    run("mount", &["-o", "remount,bind,ro", records.to_str().unwrap()]);
+    for _ in 0..2 {
+        assert_eq!(container(0).code("GC", json!({"cni.dev/valid-attachments": []})), 100);
+        assert_eq!(container(0).call("DEL", json!({})), Ok(Value::Null), "it is noted");
+    }
+    assert_eq!((endpoints(&lab).len(), fs::read_dir(&records).unwrap().count()), (1, 1));
+    assert_eq!(container(1).code("ADD", json!({})), 100);
+    assert_eq!(endpoints(&lab).len(), 1, "what could not be attached is gone");
+    drop(read_only);
+    assert_eq!(container(0).call("DEL", json!({})), Ok(Value::Null));
+    assert_eq!(endpoints(&lab), Vec::<Value>::new());
+    let notes = state_dir(&lab).join("deletions");
+    eventually("the note is done with", PATIENCE, || fs::read_dir(&notes).unwrap().count() == 0);
     assert_leftovers(&lab, 0);
 }
 

@@ -157,7 +157,7 @@ pub struct Address {
     pub prefix: u8,
 }
 
-/// Names one attachment: parameters of `endpoint.delete`.
+/// Names one attachment.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Attachment {
@@ -168,6 +168,17 @@ pub struct Attachment {
     pub container_id: String,
     /// Name of the device inside.
     pub ifname: String,
+}
+
+/// Parameters of `endpoint.delete`, and the note of a deletion that the agent did not carry out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointDelete {
+    /// The attachment.
+    #[serde(flatten)]
+    pub attachment: Attachment,
+    /// A path of the container's network namespace, if the runtime says one: that of ADD may lead nowhere any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netns: Option<String>,
 }
 
 /// Parameters of `endpoint.check`.

@@ -76,7 +76,8 @@ pub fn read_each(directory: &Path) -> io::Result<Vec<(PathBuf, io::Result<Vec<u8
 /// The file system's.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // A file system that is read-only says so before it looks for the file.
+        Err(_) if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) => Ok(()),
         other => other,
     }
 }

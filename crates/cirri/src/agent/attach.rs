@@ -14,7 +14,9 @@ use super::core::Core;
 use super::endpoint::{Endpoint, HasDefault, Seen};
 use super::wanted::Wanted;
 use super::{Shared, catch_up, deletions, devices, inside, node};
-use crate::api::{Address, ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointGc, ValidAttachment};
+use crate::api::{
+    Address, ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointDelete, EndpointGc, ValidAttachment,
+};
 use crate::config::Unseen;
 use crate::workload;
 
@@ -54,7 +56,7 @@ pub async fn add(
         made = Err(ApiError::new("unavailable", "the plugin went away"));
     }
     if let Err(error) = made {
-        if let Err(left) = remove(&mut core, &wanted.attachment).await {
+        if let Err(left) = remove(&mut core, &wanted.attachment, Some(&wanted.netns)).await {
             tracing::warn!(endpoint = endpoint.id, error = %left, "not all of a failed attachment could be removed");
         }
         return Err(error);
@@ -79,14 +81,22 @@ pub async fn add(
 /// once it is certain that the new one can be.
 async fn attached(core: &mut Core, wanted: &Wanted) -> Result<Option<EndpointAdded>, ApiError> {
     let place = wanted.place(core)?;
-    deletions::before_add(core, &wanted.attachment).await?;
+    deletions::before_add(core, &wanted.attachment, &wanted.netns).await?;
     let Some(endpoint) = core.endpoint_of(&wanted.attachment) else { return Ok(None) };
     if endpoint.netns_cookie == place.cookie && device_is_there(core, endpoint).await {
         wanted.agrees_with(endpoint)?;
-        return Ok(Some(answer(core, endpoint)));
+        // The newest path is the likeliest to lead there later.
+        let endpoint = Endpoint { netns: wanted.netns.clone(), ..endpoint.clone() };
+        if core.endpoints.get(&endpoint.id) != Some(&endpoint) {
+            if let Err(error) = core.ledger.save(&endpoint) {
+                tracing::warn!(endpoint = endpoint.id, %error, "its file is behind");
+            }
+            core.endpoints.insert(endpoint.id, endpoint.clone());
+        }
+        return Ok(Some(answer(core, &endpoint)));
     }
     // The runtime lost it without saying so.
-    remove(core, &wanted.attachment).await?;
+    remove(core, &wanted.attachment, Some(&wanted.netns)).await?;
     Ok(None)
 }
 
@@ -94,9 +104,9 @@ async fn attached(core: &mut Core, wanted: &Wanted) -> Result<Option<EndpointAdd
 ///
 /// # Errors
 /// The device cannot be removed, or the file of the endpoint.
-pub async fn delete(shared: &Arc<Shared>, attachment: &Attachment) -> Result<bool, ApiError> {
+pub async fn delete(shared: &Arc<Shared>, asked: &EndpointDelete) -> Result<bool, ApiError> {
     let mut core = shared.core.lock().await;
-    let there = remove(&mut core, attachment).await?;
+    let there = remove(&mut core, &asked.attachment, asked.netns.as_deref()).await?;
     drop(core);
     shared.publish.notify_one();
     Ok(there)
@@ -125,7 +135,7 @@ pub async fn collect(shared: &Arc<Shared>, asked: &EndpointGc) -> Result<usize, 
         .collect();
     let mut outcome = Ok(stale.len());
     for attachment in &stale {
-        if let Err(error) = remove(&mut core, attachment).await {
+        if let Err(error) = remove(&mut core, attachment, None).await {
             tracing::warn!(container = attachment.container_id, %error, "GC goes on with the others");
             outcome = outcome.and(Err(error));
         }
@@ -325,8 +335,12 @@ fn all_done(states: impl IntoIterator<Item = (&'static str, Option<String>)>) ->
     }
 }
 
-/// Takes a workload away: its device first, so that nothing flows, then all that was known of it.
-pub async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, ApiError> {
+/// Takes a workload away: its device first, so that nothing flows, then all that was known of it. `netns` is what the
+/// runtime calls the container's network namespace now.
+///
+/// # Errors
+/// Something stays; then the workload stays known, so that whoever tries again finds it.
+pub async fn remove(core: &mut Core, attachment: &Attachment, netns: Option<&str>) -> Result<bool, ApiError> {
     core.raising = None;
     let internal = |error: NetError| ApiError::new("internal", error);
     let Some(endpoint) = core.endpoint_of(attachment).cloned() else {
@@ -334,10 +348,14 @@ pub async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, Ap
         return Ok(false);
     };
     devices::delete(&core.net, &endpoint).await.map_err(internal)?;
+    // While anything is written of it, it is known, and nobody else gets its number or addresses.
+    core.ledger.forget(&endpoint).map_err(|error| {
+        ApiError::new("internal", format!("what is written about endpoint {} stays: {error}", endpoint.id))
+    })?;
     core.endpoint_ids.release(&endpoint.attachment);
     core.endpoints.remove(&endpoint.id);
     core.release(&endpoint.addresses().collect::<Vec<_>>());
-    leave(core, &endpoint).await;
+    leave(core, &endpoint, netns).await;
     core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));
     core.touch();
     core.desire();
@@ -345,25 +363,34 @@ pub async fn remove(core: &mut Core, attachment: &Attachment) -> Result<bool, Ap
     if let Err(error) = core.datapath.collect_links() {
         tracing::warn!(%error, "pins of a device that is gone stay until the next start");
     }
-    core.ledger.forget(&endpoint).map_err(|error| {
-        ApiError::new("internal", format!("what is written about endpoint {} stays: {error}", endpoint.id))
-    })?;
     tracing::info!(endpoint = endpoint.id, namespace = endpoint.namespace, pod = endpoint.pod, "detached");
     Ok(true)
 }
 
 /// Leaves the container as one without this attachment: without its rules, and with the default route by
 /// another attachment if it has one. Mostly there is no container any more.
-pub async fn leave(core: &mut Core, gone: &Endpoint) {
-    let inside = match Namespace::open(&gone.netns) {
-        Ok(inside) if inside.cookie().is_ok_and(|cookie| cookie == gone.netns_cookie) => inside,
-        _ => return,
+pub async fn leave(core: &mut Core, gone: &Endpoint, netns: Option<&str>) {
+    let Some(inside) = core.way_into(gone, netns) else {
+        let mut alive = None;
+        for other in core.beside(gone) {
+            if device_is_there(core, other).await {
+                alive = Some(other);
+            }
+        }
+        if let Some(Endpoint { attachment, .. }) = alive {
+            tracing::warn!(
+                endpoint = gone.id,
+                container = attachment.container_id,
+                "no known path leads to its network namespace, which lives: it may have no default route, and rules of \
+                 what was detached; delete the container and add it again"
+            );
+        }
+        return;
     };
     if let Err(error) = inside::clear(gone, inside.clone()).await {
         tracing::warn!(endpoint = gone.id, %error, "rules of its addresses stay in the container");
     }
-    let others: Vec<u16> =
-        core.endpoints.values().filter(|other| other.netns_cookie == gone.netns_cookie).map(|other| other.id).collect();
+    let others: Vec<u16> = core.beside(gone).map(|other| other.id).collect();
     for id in others {
         let Some(endpoint) = core.endpoints.get_mut(&id) else { continue };
         match inside::take_default(endpoint, inside.clone()).await {

@@ -299,12 +299,9 @@ impl Core {
     /// The addresses by which others know a workload's container: of several attachments those that have the default
     /// route, else the first's, as Kubernetes has one address of each family for a pod.
     fn main_of(&self, endpoint: &Endpoint) -> Vec<IpAddr> {
-        let beside = |other: &&Endpoint| {
-            other.netns_cookie == endpoint.netns_cookie && endpoint.netns_cookie != 0 && other.id != endpoint.id
-        };
         let before = |ip: IpAddr| {
             let rival = |other: &Endpoint| other.has_default.get(ip) || other.id < endpoint.id;
-            self.endpoints.values().filter(beside).any(rival)
+            self.beside(endpoint).any(rival)
         };
         endpoint.addresses().filter(|ip| endpoint.has_default.get(*ip) || !before(*ip)).collect()
     }

@@ -10,7 +10,7 @@ use inotify::{EventStream, Inotify, WatchMask};
 
 use super::core::Core;
 use super::{Shared, attach};
-use crate::api::{ApiError, Attachment};
+use crate::api::{ApiError, Attachment, EndpointDelete};
 use crate::{cni, files};
 
 /// How long to wait before a deletion that failed is tried again; also how often to look where the kernel
@@ -34,8 +34,9 @@ pub async fn carry_out(shared: &Arc<Shared>) -> bool {
         if !deletion.path.exists() {
             continue;
         }
-        if let Err(error) = delete(&mut core, &deletion.attachment, &deletion.path).await {
-            tracing::error!(container = deletion.attachment.container_id, %error, "deletion stays queued");
+        let EndpointDelete { attachment, netns } = &deletion.deletion;
+        if let Err(error) = delete(&mut core, attachment, netns.as_deref(), &deletion.path).await {
+            tracing::error!(container = attachment.container_id, %error, "deletion stays queued");
             done = false;
         }
     }
@@ -60,17 +61,17 @@ pub async fn follow(shared: Arc<Shared>) {
 }
 
 /// Carries out the deletion that is noted for an attachment, if there is one: what is attached now is not
-/// what was deleted.
+/// what was deleted. `netns` is what ADD says of the container.
 ///
 /// # Errors
 /// As for [`attach::delete`].
-pub async fn before_add(core: &mut Core, attachment: &Attachment) -> Result<(), ApiError> {
+pub async fn before_add(core: &mut Core, attachment: &Attachment, netns: &str) -> Result<(), ApiError> {
     let note = cni::note_of(&core.config.state_dir.0, attachment);
-    if note.exists() { delete(core, attachment, &note).await } else { Ok(()) }
+    if note.exists() { delete(core, attachment, Some(netns), &note).await } else { Ok(()) }
 }
 
-async fn delete(core: &mut Core, attachment: &Attachment, note: &Path) -> Result<(), ApiError> {
-    attach::remove(core, attachment).await?;
+async fn delete(core: &mut Core, attachment: &Attachment, netns: Option<&str>, note: &Path) -> Result<(), ApiError> {
+    attach::remove(core, attachment, netns).await?;
     files::remove(note).map_err(|error| ApiError::new("internal", format!("cannot remove {}: {error}", note.display())))
 }
 

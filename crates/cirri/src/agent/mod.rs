@@ -38,6 +38,7 @@ mod tasks;
 mod view;
 mod wait;
 mod wanted;
+mod ways;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -11,8 +11,8 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::{Shared, attach, check, dump, services, wait};
 use crate::api::{
-    Answer, ApiError, Attachment, BackendInfo, EndpointAdd, EndpointGet, MapDump, Observe, PolicyExplain, PolicyGet,
-    Removed, ServiceGet, ServiceInfo, Wait,
+    Answer, ApiError, BackendInfo, EndpointAdd, EndpointDelete, EndpointGet, MapDump, Observe, PolicyExplain,
+    PolicyGet, Removed, ServiceGet, ServiceInfo, Wait,
 };
 use crate::listener;
 
@@ -119,7 +119,7 @@ async fn once(shared: &Arc<Shared>, method: &str, client: &mut Client) -> Result
             json(&attach::add(shared, &asked, || listener::is_there(client.writer.as_ref())).await?)
         }
         "endpoint.delete" => {
-            let removed = attach::delete(shared, &client.params::<Attachment>()?).await?;
+            let removed = attach::delete(shared, &client.params::<EndpointDelete>()?).await?;
             json(&Removed { removed: usize::from(removed) })
         }
         "endpoint.check" => json(&check::check(shared, &client.params()?).await?),

@@ -289,7 +289,7 @@ async fn restore(core: &mut Core) -> Result<()> {
         core.place(&named);
     }
     for endpoint in lost {
-        attach::leave(core, &endpoint).await;
+        attach::leave(core, &endpoint, None).await;
     }
     note_strays(core).await
 }

@@ -15,7 +15,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::api::{ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointCheck, EndpointGc, Removed, Status};
+use crate::api::{
+    ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointCheck, EndpointDelete, EndpointGc, Removed, Status,
+};
 use crate::client::{self, CallError};
 use crate::workload;
 use spec::{CniError, NetConf, code};
@@ -174,12 +176,14 @@ fn add(conf: &NetConf, env: Env<'_>) -> Result<Value, CniError> {
 /// Succeeds, or leaves its note and succeeds: a runtime that is refused keeps the whole container, and what
 /// the agent could not do now it will do when it can.
 fn del(conf: &NetConf, env: Env<'_>) -> Result<(), CniError> {
-    let attachment = attachment(conf, env)?;
-    let Err(why) = client::call::<Removed>(&conf.socket, "endpoint.delete", &attachment, PATIENCE) else {
+    // That the namespace has no name, or none that can be said, keeps nothing from being deleted.
+    let netns = env("CNI_NETNS").and_then(|path| path.into_string().ok());
+    let deletion = EndpointDelete { attachment: attachment(conf, env)?, netns };
+    let Err(why) = client::call::<Removed>(&conf.socket, "endpoint.delete", &deletion, PATIENCE) else {
         return Ok(());
     };
     let state_dir = state_dir(conf);
-    queue::queue(&state_dir, &attachment).map_err(|error| {
+    queue::queue(&state_dir, &deletion).map_err(|error| {
         CniError::new(
             code::IO,
             format!("{why}, and the deletion cannot be noted in {}: {error}", state_dir.display()),
@@ -415,7 +419,11 @@ mod tests {
         let queued = pending_deletions(&dir).unwrap();
         assert_eq!(queued.len(), 1);
         let attachment = Attachment { network: "n".into(), container_id: "c1".into(), ifname: "eth0".into() };
-        assert_eq!(queued[0].attachment, attachment);
+        assert_eq!(queued[0].deletion, EndpointDelete { attachment, netns: Some("/run/netns/x".into()) });
+        // As an earlier version wrote it.
+        let older = r#"{"network":"n","container_id":"c1","ifname":"eth0"}"#;
+        std::fs::write(&queued[0].path, older).unwrap();
+        assert_eq!(pending_deletions(&dir).unwrap()[0].deletion.netns, None);
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -3,14 +3,14 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::api::Attachment;
+use crate::api::{Attachment, EndpointDelete};
 use crate::{files, workload};
 
 /// A deletion that waits for the agent.
 #[derive(Clone, Debug)]
 pub struct Queued {
     /// What to delete.
-    pub attachment: Attachment,
+    pub deletion: EndpointDelete,
     /// The note; remove it once the deletion is done.
     pub path: PathBuf,
 }
@@ -19,12 +19,12 @@ pub struct Queued {
 ///
 /// # Errors
 /// The note cannot be written. A device that is already gone is no error.
-pub fn queue(state_dir: &Path, attachment: &Attachment) -> io::Result<()> {
-    let text = serde_json::to_vec(attachment)?;
-    files::write_atomic(&note_of(state_dir, attachment), &text)?;
+pub fn queue(state_dir: &Path, deletion: &EndpointDelete) -> io::Result<()> {
+    let text = serde_json::to_vec(deletion)?;
+    files::write_atomic(&note_of(state_dir, &deletion.attachment), &text)?;
     // The kernel removes both ends and the programs on them. If it cannot be done now, or the device is one
     // that says nothing of its owner, the agent does it when it reads the note.
-    if let Err(error) = delete_devices(attachment) {
+    if let Err(error) = delete_devices(&deletion.attachment) {
         let _ = writeln!(io::stderr(), "cirri-cni: the device stays until the agent is back: {error}");
     }
     Ok(())
@@ -38,7 +38,7 @@ pub fn pending_deletions(state_dir: &Path) -> io::Result<Vec<Queued>> {
     let mut queued = Vec::new();
     for (path, text) in files::read_all(&deletions_directory(state_dir))? {
         match serde_json::from_slice(&text) {
-            Ok(attachment) => queued.push(Queued { attachment, path }),
+            Ok(deletion) => queued.push(Queued { deletion, path }),
             Err(error) => tracing::warn!(path = %path.display(), %error, "a queued deletion cannot be read"),
         }
     }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use cirri_abi::GATEWAY_MAC;
-use cirri_loader::net::{Link, Namespace, NetError};
+use cirri_loader::net::{Link, NetError};
 
 use super::Findings;
 use crate::agent::core::Core;
@@ -78,7 +78,7 @@ impl Core {
             let Some(endpoint) = self.endpoints.get(&id) else { continue };
             self.drift.gone.entry(id).or_insert(now);
             let found = format!("its device {} is gone", endpoint.host_ifname);
-            let finding = if has_namespace(endpoint) {
+            let finding = if self.way_into(endpoint, None).is_some() {
                 Finding::new(found, "delete the container and add it again: its namespace lives, its device does not")
             } else {
                 let found = format!("{found}, and so is its network namespace, and nobody said DEL");
@@ -112,10 +112,12 @@ impl Core {
         let over: Vec<u16> = over.map(|(id, _)| *id).collect();
         let mut any = false;
         for id in over {
-            let Some(endpoint) = self.endpoints.get(&id).filter(|endpoint| !has_namespace(endpoint)) else { continue };
+            // One that lost only its names, and lives by its processes, still has its device.
+            let is_gone = |endpoint: &&Endpoint| self.way_into(endpoint, None).is_none();
+            let Some(endpoint) = self.endpoints.get(&id).filter(is_gone) else { continue };
             let Endpoint { attachment, namespace, pod, .. } = endpoint.clone();
             tracing::warn!(endpoint = id, namespace, pod, "its network namespace is gone without DEL; it is released");
-            match attach::remove(self, &attachment).await {
+            match attach::remove(self, &attachment, None).await {
                 Ok(_) => any |= self.drift.gone.remove(&id).is_some(),
                 Err(error) => tracing::warn!(endpoint = id, %error, "it cannot be released; it is tried again"),
             }
@@ -154,11 +156,4 @@ impl Wrong<'_> {
             Wrong::Down => ("it is down".to_owned(), "up".to_owned()),
         }
     }
-}
-
-/// Whether the namespace that the workload was attached to still has its name. One that lost only its name,
-/// and lives by its processes, still has its device.
-fn has_namespace(endpoint: &Endpoint) -> bool {
-    let cookie = Namespace::open(&endpoint.netns).and_then(|namespace| namespace.cookie());
-    cookie.is_ok_and(|cookie| cookie == endpoint.netns_cookie)
 }
