@@ -227,7 +227,8 @@ fn a_device_that_is_anothers_is_never_deleted_whatever_its_name() {
 
 #[test]
 fn of_two_attachments_the_first_has_the_default_route_and_the_other_takes_over() {
-    let lab = Lab::up("cnitwo", 1, &[]).unwrap();
+    // Two addresses of IPv4 in all.
+    let lab = Lab::up("cnitwo", 1, &["--set", "cluster.podCidrV4PerNode=30"]).unwrap();
     let node = lab.node("node1").unwrap();
     let place = TestNamespace::new();
     let inside = &place.namespace;
@@ -250,9 +251,12 @@ fn of_two_attachments_the_first_has_the_default_route_and_the_other_takes_over()
     };
     let one = first.call("ADD", json!({})).unwrap();
     default("eth0");
+    assert_eq!(second.call("STATUS", json!({})), Ok(Value::Null));
     let two = second.call("ADD", json!({})).unwrap();
     default("eth0");
     assert_eq!(two["routes"], json!([]), "it has no default route to tell of");
+    let full = second.refusal("STATUS", json!({}));
+    assert!(full["code"] == 50 && full["msg"].as_str().unwrap().contains("all 2 addresses of"), "{full}");
     reaches(&one);
     reaches(&two);
     for (attachment, result) in [(&first, &one), (&second, &two)] {
@@ -606,6 +610,8 @@ fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     run("mount", &["--bind", records.to_str().unwrap(), records.to_str().unwrap()]);
     let read_only = Unmount(records.clone());
     run("mount", &["-o", "remount,bind,ro", records.to_str().unwrap()]);
+    let error = container(0).refusal("STATUS", json!({}));
+    assert!(error["code"] == 50 && error["msg"].as_str().unwrap().contains("endpoints: "), "{error}");
     for _ in 0..2 {
         assert_eq!(container(0).code("GC", json!({"cni.dev/valid-attachments": []})), 100);
         assert_eq!(container(0).call("DEL", json!({})), Ok(Value::Null), "it is noted");
@@ -619,6 +625,26 @@ fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     let notes = state_dir(&lab).join("deletions");
     eventually("the note is done with", PATIENCE, || fs::read_dir(&notes).unwrap().count() == 0);
     assert_leftovers(&lab, 0);
+    assert_eq!(container(0).call("STATUS", json!({})), Ok(Value::Null));
+}
+
+#[test]
+fn status_says_that_the_store_does_not_answer() {
+    let lab = Lab::up("cnistore", 2, &[]).unwrap();
+    let place = TestNamespace::new();
+    let container = Attachment::new(&lab, "asks", place.namespace.path());
+    assert_eq!(container.call("STATUS", json!({})), Ok(Value::Null));
+    let record = fs::read_to_string(format!("/run/cirri/lab/{}/etcd.pid", lab.name())).unwrap();
+    let etcd = record.split_whitespace().next().unwrap();
+    run("kill", &["-STOP", etcd]);
+    // Its threads stop one by one, and the last may still answer.
+    eventually("STATUS says it", PATIENCE, || {
+        let answer = container.call("STATUS", json!({}));
+        let says = |error: Value| error["code"] == 50 && error["msg"].as_str().unwrap().contains("the store holds");
+        answer.is_err_and(says)
+    });
+    run("kill", &["-CONT", etcd]);
+    eventually("the store is back", PATIENCE, || container.call("STATUS", json!({})).is_ok());
 }
 
 /// Every device, address, route and rule of a namespace.

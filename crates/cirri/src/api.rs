@@ -191,6 +191,38 @@ pub struct EndpointCheck {
     pub netns: String,
 }
 
+/// Answer to `endpoint.ready`: what would keep the next ADD from working; empty if nothing would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readiness {
+    /// Each of them.
+    pub obstacles: Vec<Obstacle>,
+}
+
+/// Something that keeps ADD from working.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Obstacle {
+    /// Of what kind.
+    pub reason: NotReady,
+    /// What is wrong.
+    pub found: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+/// Kinds of [`Obstacle`]; lower case with `-` in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NotReady {
+    /// The store was not seen whole yet, or the node has no pod range.
+    NotJoined,
+    /// The store does not answer, and `pods.unseen` refuses what it does not show.
+    Store,
+    /// No address is free, or no number.
+    Exhausted,
+    /// An attachment cannot be written down.
+    StateDir,
+}
+
 /// Parameters of `endpoint.gc`: every attachment of a network that is not named goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

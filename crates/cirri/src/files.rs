@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Access, FlockOperation, access, flock, statvfs};
 
 /// Writes a file so that a reader finds the old text, the new text or nothing, never a part; also
 /// after a power failure. Creates its directory. Readable by the owner only. A directory of that name
@@ -40,6 +40,23 @@ pub fn write_atomic(path: &Path, text: &[u8]) -> io::Result<()> {
         return Err(error);
     }
     File::open(directory)?.sync_all()
+}
+
+/// Makes sure that a file could be made in a directory, which need not be there yet. It writes nothing, so that it can be
+/// asked often.
+///
+/// # Errors
+/// The file system's, or that nothing is free on it.
+pub fn is_writable(directory: &Path) -> io::Result<()> {
+    let directory = directory.ancestors().find(|directory| directory.exists()).unwrap_or(Path::new("/"));
+    let wrong = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", directory.display()));
+    access(directory, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| wrong(error.into()))?;
+    let system = statvfs(directory).map_err(|error| wrong(error.into()))?;
+    // A file system without a table of inodes counts none.
+    if system.f_bfree == 0 || (system.f_files > 0 && system.f_ffree == 0) {
+        return Err(wrong(io::ErrorKind::StorageFull.into()));
+    }
+    Ok(())
 }
 
 /// Every `*.json` of a directory; nothing if there is no such directory.

@@ -78,6 +78,14 @@ impl Ledger {
         Ok(self.kernel.write(endpoint.id, &text)?)
     }
 
+    /// Makes sure that an endpoint could be written down now.
+    ///
+    /// # Errors
+    /// A directory that cannot be written to.
+    pub fn is_writable(&self) -> Result<(), LedgerError> {
+        PLACES.iter().try_for_each(|place| files::is_writable(&self.state_dir.join(place))).map_err(self.in_file())
+    }
+
     /// Removes what is written about an endpoint.
     ///
     /// # Errors

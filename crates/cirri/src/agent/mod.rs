@@ -24,6 +24,7 @@ mod mirror;
 mod node;
 mod problems;
 mod queries;
+mod ready;
 mod reconcile;
 mod records;
 mod rows;

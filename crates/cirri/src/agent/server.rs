@@ -123,6 +123,7 @@ async fn once(shared: &Arc<Shared>, method: &str, client: &mut Client) -> Result
             json(&Removed { removed: usize::from(removed) })
         }
         "endpoint.check" => json(&check::check(shared, &client.params()?).await?),
+        "endpoint.ready" => json(&shared.readiness().await),
         "endpoint.gc" => json(&Removed { removed: attach::collect(shared, &client.params()?).await? }),
         "identity.list" => json(&shared.core.lock().await.identity_infos()),
         "policy.get" => json(&shared.core.lock().await.policy_infos(&client.params::<PolicyGet>()?)),

@@ -23,6 +23,11 @@ impl<K: Ord + Clone> Slots<K> {
         self.by_key.get(key).copied()
     }
 
+    /// Whether every number is taken.
+    pub fn is_full(&self) -> bool {
+        self.used.len() == self.range.len()
+    }
+
     /// The key's number, a new one if it has none; `None` if all are taken.
     pub fn take(&mut self, key: &K) -> Option<u16> {
         if let Some(slot) = self.get(key) {

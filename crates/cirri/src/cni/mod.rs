@@ -16,7 +16,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::api::{
-    ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointCheck, EndpointDelete, EndpointGc, Removed, Status,
+    ApiError, Attachment, EndpointAdd, EndpointAdded, EndpointCheck, EndpointDelete, EndpointGc, Obstacle, Readiness,
+    Removed,
 };
 use crate::client::{self, CallError};
 use crate::workload;
@@ -221,16 +222,16 @@ fn gc(conf: &NetConf) -> Result<(), CniError> {
 }
 
 fn status(conf: &NetConf) -> Result<(), CniError> {
-    let unavailable = |why: String, advice: &str| Err(CniError::new(code::NOT_AVAILABLE, why, advice));
-    match client::call::<Status>(&conf.socket, "status", &serde_json::json!({}), PATIENCE) {
-        Ok(status) if status.pod_cidrs.is_empty() => unavailable(
-            "the node has no pod range yet".to_owned(),
-            "see `cirri status`: the store must be reachable once",
-        ),
-        Ok(_) => Ok(()),
+    let unavailable = |why: &str, advice: &str| Err(CniError::new(code::NOT_AVAILABLE, why, advice));
+    match client::call::<Readiness>(&conf.socket, "endpoint.ready", &serde_json::json!({}), PATIENCE) {
+        Ok(Readiness { obstacles }) if obstacles.is_empty() => Ok(()),
+        Ok(Readiness { obstacles }) => {
+            let all = |part: fn(&Obstacle) -> &str| obstacles.iter().map(part).collect::<Vec<_>>().join("; ");
+            unavailable(&all(|it| &it.found), &all(|it| &it.remedy))
+        }
         Err(error) => {
             let advice = advice(&error);
-            unavailable(error.to_string(), advice)
+            unavailable(&error.to_string(), advice)
         }
     }
 }
