@@ -89,16 +89,32 @@ impl Attachment {
     /// The same with any place for the answer.
     pub fn feed_into(&self, answer: impl Into<Stdio>, verb: &str, configuration: &str) -> Child {
         let mut plugin = Command::new(lab::binary().expect("a binary"));
+        plugin.arg("cni").stdout(answer);
+        self.spawn(plugin, verb, configuration)
+    }
+
+    /// What another plugin of a chain answers to ADD: one of Debian's `containernetworking-plugins`. `more` goes into
+    /// its configuration.
+    pub fn chained(&self, plugin: &str, more: Value) -> Value {
+        let mut configuration = json!({"cniVersion": self.version, "name": self.network, "type": plugin});
+        for (key, value) in more.as_object().expect("an object") {
+            configuration[key] = value.clone();
+        }
+        let mut command = Command::new(format!("/usr/lib/cni/{plugin}"));
+        // They tell what they do on standard error.
+        command.stdout(Stdio::piped()).stderr(Stdio::null());
+        answer(plugin, self.spawn(command, "ADD", &configuration.to_string())).expect("the other plugin does its part")
+    }
+
+    fn spawn(&self, mut plugin: Command, verb: &str, configuration: &str) -> Child {
         plugin
-            .arg("cni")
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", &self.id)
             .env("CNI_IFNAME", &self.ifname)
             .env("CNI_NETNS", &self.netns)
             .env("CNI_ARGS", &self.args)
             .env("CNI_PATH", "/opt/cni/bin")
-            .stdin(Stdio::piped())
-            .stdout(answer);
+            .stdin(Stdio::piped());
         let started = self.node.run(move || plugin.spawn()).expect("the node's namespace can be entered");
         let mut child = started.expect("the plugin starts");
         child.stdin.take().expect("piped").write_all(configuration.as_bytes()).expect("the plugin reads");

@@ -433,6 +433,72 @@ fn check_finds_everything_that_changed_since_add() {
 }
 
 #[test]
+fn check_goes_by_what_the_whole_chain_answered() {
+    let lab = Lab::up("cnichain", 1, &[]).unwrap();
+    let node = lab.netns("node:node1").unwrap();
+    let (place, directory) = (TestNamespace::new(), TempDir::new().unwrap());
+    let inside = &place.namespace;
+    // A result of this version cannot tell an MTU.
+    let container = Attachment { version: "1.0.0".to_owned(), ..Attachment::new(&lab, "chained", inside.path()) };
+    let sh = |command: &str| printed(inside, &["sh", "-c", command]);
+    let check = |result: &Value| container.call("CHECK", json!({"prevResult": result}));
+    let ours = container.call("ADD", json!({})).unwrap();
+    let own = ours["ips"][0]["address"].as_str().unwrap().trim_end_matches("/32").to_owned();
+
+    let (mac, data) = ("02:00:00:00:12:34", directory.path());
+    let tuned = container.chained("tuning", json!({"prevResult": ours, "mac": mac, "mtu": 1400, "dataDir": data}));
+    assert_eq!(check(&tuned), Ok(Value::Null), "the result tells the Ethernet address, and cannot tell the MTU");
+    printed(&node, &["ping", "-c", "1", "-W", "5", &own]);
+    assert_eq!(check(&ours).unwrap_err()["code"], 101, "the chain did not answer that");
+    let routed = container.chained("sbr", json!({"prevResult": tuned}));
+    assert!(!sh("ip route").contains("default"), "the other plugin took the routes to a table of its own");
+    assert_eq!(check(&routed), Ok(Value::Null));
+    let list = |key: &str, more: Value| {
+        let mut result = routed.clone();
+        result[key].as_array_mut().unwrap().push(more);
+        result
+    };
+    // What is done, what undoes it, and what the whole chain answered.
+    let changes = [
+        ("ip link set eth0 mtu 1500", "ip link set eth0 mtu 1400", routed.clone()),
+        ("ip link set eth0 address 02:00:00:00:00:77", &format!("ip link set eth0 address {mac}"), routed.clone()),
+        (&format!("ip rule del from {own}"), &format!("ip rule add from {own} table 100"), routed.clone()),
+        (
+            "ip route del default table 100",
+            "ip route add default via 169.254.1.1 dev eth0 onlink table 100",
+            routed.clone(),
+        ),
+        ("true", "ip addr add 192.0.2.9/32 dev eth0", list("ips", json!({"address": "192.0.2.9/32", "interface": 1}))),
+        (
+            "true",
+            "ip route add 198.51.100.0/24 via 169.254.1.1 dev eth0 onlink",
+            list("routes", json!({"dst": "198.51.100.7/24", "gw": "169.254.1.1"})),
+        ),
+    ];
+    for (doing, undoing, result) in changes {
+        sh(doing);
+        assert_eq!(check(&result).expect_err(undoing)["code"], 101, "{doing}");
+        sh(undoing);
+        assert_eq!(check(&result), Ok(Value::Null), "{undoing}");
+    }
+
+    // What the result says of others, and in other words, is not this plugin's.
+    let mut worded = list("ips", json!({"address": "192.0.2.77/24"}));
+    worded["interfaces"][0]["sandbox"] = json!("");
+    worded["routes"][1]["dst"] = json!("0::0/0");
+    let former = json!({"name": "eth0", "mac": "02:00:00:00:00:99", "sandbox": "/run/netns/former"});
+    worded["interfaces"].as_array_mut().unwrap().push(former);
+    assert_eq!(check(&worded), Ok(Value::Null));
+    // A plugin that takes routes away says so.
+    worded["routes"] = json!([]);
+    sh("ip rule del pref 32765 && ip -6 rule del pref 32765");
+    assert_eq!(check(&worded), Ok(Value::Null));
+    assert_eq!(check(&routed).unwrap_err()["code"], 101);
+    container.call("DEL", json!({})).unwrap();
+    assert_leftovers(&lab, 0);
+}
+
+#[test]
 fn addresses_that_are_asked_for_are_given_or_refused_with_the_reason() {
     let lab = Lab::up("cniask", 1, &[]).unwrap();
     let places: Vec<TestNamespace> = (0..4).map(|_| TestNamespace::new()).collect();

@@ -189,6 +189,34 @@ pub struct EndpointCheck {
     pub attachment: Attachment,
     /// Path of the container's network namespace.
     pub netns: String,
+    /// What the runtime was told of it.
+    #[serde(default)]
+    pub told: Told,
+}
+
+/// What a runtime was told of an attachment when all plugins of a chain had answered: `prevResult`. A later plugin may
+/// have changed what ours made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Told {
+    /// Ethernet address of the device inside, if it was told.
+    pub mac: Option<String>,
+    /// Its largest packet, if it was told: versions before 1.1.0 cannot.
+    pub mtu: Option<u32>,
+    /// Its addresses.
+    pub addresses: Vec<Address>,
+    /// Routes with a router, whoever's: nothing says by which device they lead.
+    pub routes: Vec<ToldRoute>,
+}
+
+/// A route that a runtime was told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ToldRoute {
+    /// Where to.
+    pub to: Address,
+    /// The router.
+    pub via: IpAddr,
 }
 
 /// Answer to `endpoint.ready`: what would keep the next ADD from working; empty if nothing would.

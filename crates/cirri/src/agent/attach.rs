@@ -86,7 +86,8 @@ async fn attached(core: &mut Core, wanted: &Wanted) -> Result<Option<EndpointAdd
     if endpoint.netns_cookie == place.cookie && device_is_there(core, endpoint).await {
         wanted.agrees_with(endpoint)?;
         // The newest path is the likeliest to lead there later.
-        let endpoint = Endpoint { netns: wanted.netns.clone(), ..endpoint.clone() };
+        let (netns, answered) = (wanted.netns.clone(), endpoint.has_default);
+        let endpoint = Endpoint { netns, answered, ..endpoint.clone() };
         if core.endpoints.get(&endpoint.id) != Some(&endpoint) {
             if let Err(error) = core.ledger.save(&endpoint) {
                 tracing::warn!(endpoint = endpoint.id, %error, "its file is behind");
@@ -252,6 +253,7 @@ async fn reserve(
         ifindex: 0,
         mtu: core.node.mtu,
         has_default: HasDefault { v4: false, v6: false },
+        answered: HasDefault { v4: false, v6: false },
         gc: wanted.gc,
         ruleset,
         ready_ms: 0.0,
@@ -298,7 +300,7 @@ async fn create(
     // Labels may have changed the identity meanwhile: only this is ours to write.
     if let Some(kept) = core.endpoints.get_mut(&endpoint.id) {
         kept.ready_ms = endpoint.ready_ms;
-        kept.has_default = endpoint.has_default;
+        (kept.has_default, kept.answered) = (endpoint.has_default, endpoint.has_default);
         *endpoint = kept.clone();
     }
     save(core, endpoint)

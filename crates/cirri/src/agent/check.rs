@@ -1,6 +1,7 @@
-//! CHECK: whether everything that ADD made is still as it made it.
+//! CHECK: whether everything that ADD made is still as it made it, or as a later plugin of the chain made it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use cirri_abi::{Addr, GATEWAY_MAC};
 use cirri_loader::net::{Link, Namespace, NetError};
@@ -8,43 +9,76 @@ use cirri_loader::{MapError, Misplaced, Place};
 
 use super::core::Core;
 use super::endpoint::Endpoint;
+use super::inside::{self, Found};
 use super::rows::ipcache_key;
-use super::{Shared, attach, devices, inside, node};
+use super::{Shared, attach, devices, node};
 use crate::api::{ApiError, EndpointAdded, EndpointCheck};
+use crate::workload;
 
 /// What ADD answered, if all of it still holds.
 ///
 /// # Errors
 /// `not-found`: there is no such attachment. `internal`: everything that is not as it was made, in one line.
 pub async fn check(shared: &Arc<Shared>, asked: &EndpointCheck) -> Result<EndpointAdded, ApiError> {
-    let core = shared.core.lock().await;
+    let mut core = shared.core.lock().await;
     let attachment = &asked.attachment;
-    let endpoint = core.endpoint_of(attachment).ok_or_else(|| {
+    let endpoint = core.endpoint_of(attachment).cloned().ok_or_else(|| {
         ApiError::new("not-found", format!("{} has no {} here", attachment.container_id, attachment.ifname))
             .hint("add it first")
     })?;
-    let found = differences(&core, endpoint, &asked.netns).await?;
-    if found.is_empty() {
-        return Ok(attach::answer(&core, endpoint));
+    let (mac, found) = differences(&core, &endpoint, asked).await?;
+    if !found.is_empty() {
+        return Err(ApiError::new("internal", found.join("; ")).hint("delete the container and add it again"));
     }
-    Err(ApiError::new("internal", found.join("; ")).hint("delete the container and add it again"))
+    match mac.filter(|mac| *mac != endpoint.mac) {
+        None => Ok(attach::answer(&core, &endpoint)),
+        Some(mac) => {
+            let endpoint = learn_mac(&mut core, endpoint, mac).await?;
+            Ok(attach::answer(&core, &endpoint))
+        }
+    }
 }
 
-async fn differences(core: &Core, endpoint: &Endpoint, netns: &str) -> Result<Vec<String>, ApiError> {
+/// A later plugin of the chain gave the device another Ethernet address: what comes from the node's stack is sent to
+/// that from now on. Before, the container threw it away.
+async fn learn_mac(core: &mut Core, endpoint: Endpoint, mac: [u8; 6]) -> Result<Endpoint, ApiError> {
+    let is_others = |other: &&Endpoint| other.id != endpoint.id && other.mac == mac;
+    if let Some(Endpoint { namespace, pod, .. }) = core.endpoints.values().find(is_others) {
+        let text = format!("{} is the Ethernet address of {namespace}/{pod}, too", workload::mac_text(mac));
+        return Err(ApiError::new("internal", text).hint("have the plugins of the chain give each its own"));
+    }
+    tracing::info!(endpoint = endpoint.id, mac = workload::mac_text(mac), "another plugin gave it this address");
+    let endpoint = Endpoint { mac, ..endpoint };
+    core.ledger.save(&endpoint).map_err(|error| ApiError::new("internal", error))?;
+    core.endpoints.insert(endpoint.id, endpoint.clone());
+    core.touch();
+    core.desire();
+    core.reconcile(Instant::now()).await;
+    Ok(endpoint)
+}
+
+/// The Ethernet address inside, and what is not as it should be.
+async fn differences(
+    core: &Core,
+    endpoint: &Endpoint,
+    asked: &EndpointCheck,
+) -> Result<(Option<[u8; 6]>, Vec<String>), ApiError> {
     let internal = |error: NetError| ApiError::new("internal", error);
+    let netns = &asked.netns;
     let inside = Namespace::open(netns).map_err(internal)?;
     if inside.cookie().map_err(internal)? != endpoint.netns_cookie {
         let text = format!("{netns} is another network namespace than the one that was attached ({})", endpoint.netns);
-        return Ok(vec![text]);
+        return Ok((None, vec![text]));
     }
-    let (inner, mut found) = inside::differences(endpoint, inside).await.map_err(internal)?;
+    let Found { device, mac, differences: mut found } =
+        inside::compare(endpoint, &asked.told, inside).await.map_err(internal)?;
     match core.net.find_link_by_index(endpoint.ifindex).await.map_err(internal)? {
-        Some(outer) if devices::is_of(&outer, endpoint) => found.extend(of_device(core, endpoint, &outer, inner)),
+        Some(outer) if devices::is_of(&outer, endpoint) => found.extend(of_device(core, endpoint, &outer, device)),
         _ => found.push(format!("its device {} is gone from the node", endpoint.host_ifname)),
     }
     found.extend(of_stack(core, endpoint).await.map_err(internal)?);
     found.extend(of_tables(core, endpoint).map_err(|error| ApiError::new("internal", error))?);
-    Ok(found)
+    Ok((mac, found))
 }
 
 /// The node's side of the device.

@@ -51,6 +51,10 @@ pub struct Endpoint {
     /// Which of the container's default routes lead by its device.
     #[serde(default)]
     pub has_default: HasDefault,
+    /// Which of them ADD's answer named. What was named, and is not in the result of the whole chain, a later plugin
+    /// took away.
+    #[serde(default)]
+    pub answered: HasDefault,
     /// Whether GC may take it away.
     #[serde(default)]
     pub gc: bool,

@@ -2,10 +2,12 @@
 
 use std::net::IpAddr;
 
-use cirri_abi::{GATEWAY_V4, GATEWAY_V6};
-use cirri_loader::net::{self, Namespace, Net, NetError, Route, SourceRoute};
+use cirri_abi::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6};
+use cirri_loader::net::{self, Link, MAIN_TABLE, Namespace, Net, NetError, Route, SourceRoute};
+use ipnet::IpNet;
 
 use super::endpoint::Endpoint;
+use crate::api::{Told, ToldRoute};
 use crate::workload;
 
 /// Settings of the device when it has an IPv6 address: below `ipv6/conf/DEVICE`.
@@ -67,27 +69,26 @@ pub async fn clear(endpoint: &Endpoint, inside: Namespace) -> Result<(), NetErro
     Ok(())
 }
 
-/// What is not as [`set_up`] made it, each in a sentence about the device; with the number of the device.
-pub async fn differences(endpoint: &Endpoint, inside: Namespace) -> Result<(Option<u32>, Vec<String>), NetError> {
+/// How the container's side was found.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// The number of its device there.
+    pub device: Option<u32>,
+    /// The Ethernet address of that.
+    pub mac: Option<[u8; 6]>,
+    /// What is not as it should be, each in a sentence.
+    pub differences: Vec<String>,
+}
+
+/// Compares the container's side with what [`set_up`] made and what the runtime was told in the end: a later plugin of
+/// the chain may have changed things, and says so in the result, as far as the result can say it.
+pub async fn compare(endpoint: &Endpoint, told: &Told, inside: Namespace) -> Result<Found, NetError> {
     let net = Net::of(inside)?;
     let name = &endpoint.attachment.ifname;
     let Some(link) = net.find_link(name).await?.filter(|link| link.name == *name) else {
-        return Ok((None, vec![format!("there is no {name} in the container")]));
+        return Ok(Found { differences: vec![format!("there is no {name} in the container")], ..Found::default() });
     };
-    let mut found = Vec::new();
-    if link.kind != "veth" || link.peer != Some(endpoint.ifindex) {
-        found.push(format!("{name} is another device than the one that was attached"));
-    }
-    if !link.up {
-        found.push(format!("{name} is down"));
-    }
-    if link.mac != Some(endpoint.mac) {
-        let now = link.mac.map_or_else(|| "none".to_owned(), workload::mac_text);
-        found.push(format!("{name} has the address {now}, not {}", workload::mac_text(endpoint.mac)));
-    }
-    if endpoint.mtu != 0 && link.mtu != endpoint.mtu {
-        found.push(format!("{name} has the MTU {}, not {}", link.mtu, endpoint.mtu));
-    }
+    let mut found = of_device(endpoint, told, &link);
     if !net.find_link("lo").await?.is_some_and(|lo| lo.up) {
         found.push("lo is down".to_owned());
     }
@@ -102,31 +103,84 @@ pub async fn differences(endpoint: &Endpoint, inside: Namespace) -> Result<(Opti
         }
     }
     let there = net.addresses().await?;
-    for address in addresses(endpoint, link.index) {
+    let added = told.addresses.iter().map(|it| net::Address { ip: it.ip, prefix: it.prefix, device: link.index });
+    for address in addresses(endpoint, link.index).chain(added.filter(|it| !endpoint.addresses().any(|ip| ip == it.ip)))
+    {
         if !there.contains(&address) {
             found.push(format!("{name} does not have the address {}/{}", address.ip, address.prefix));
         }
     }
-    let routes = net.main_routes().await?;
+    found.extend(of_routes(endpoint, told, &net, link.index).await?);
+    Ok(Found { device: Some(link.index), mac: link.mac, differences: found })
+}
+
+/// What differs of the device itself.
+fn of_device(endpoint: &Endpoint, told: &Told, link: &Link) -> Vec<String> {
+    let name = &link.name;
+    let mut found = Vec::new();
+    if link.kind != "veth" || link.peer != Some(endpoint.ifindex) {
+        found.push(format!("{name} is another device than the one that was attached"));
+    }
+    if !link.up {
+        found.push(format!("{name} is down"));
+    }
+    let mac = told.mac.clone().unwrap_or_else(|| workload::mac_text(endpoint.mac));
+    let possible = workload::parse_mac(&mac).filter(|mac| *mac != GATEWAY_MAC);
+    if link.mac.is_none() || link.mac != possible {
+        let now = link.mac.map_or_else(|| "none".to_owned(), workload::mac_text);
+        found.push(format!("{name} has the address {now}, not {mac}"));
+    }
+    let fits = match told.mtu {
+        Some(mtu) => link.mtu == mtu,
+        // Nobody could have told of a smaller one. It does no harm, a larger one does.
+        None => endpoint.mtu == 0 || link.mtu <= endpoint.mtu,
+    };
+    if !fits {
+        found.push(format!("{name} has the MTU {}, not {}", link.mtu, told.mtu.unwrap_or(endpoint.mtu)));
+    }
+    found
+}
+
+/// Which routes are not there. Ours may stand in another table by now, if a rule leads all packets from the address to
+/// it: then they leave as they should.
+async fn of_routes(endpoint: &Endpoint, told: &Told, net: &Net, device: u32) -> Result<Vec<String>, NetError> {
+    let name = &endpoint.attachment.ifname;
+    let routes = net.table_routes().await?;
+    let mut found = Vec::new();
     for ip in endpoint.addresses() {
+        let is_told = |route: &&ToldRoute| route.via == gateway(ip);
+        let (everywhere, more): (Vec<ToldRoute>, Vec<ToldRoute>) =
+            told.routes.iter().filter(is_told).partition(|route| route.to.prefix == 0);
+        for ToldRoute { to, via } in more {
+            let net = |ip, prefix| IpNet::new(ip, prefix).map(|net| net.trunc());
+            let is_it = |route: &Route| route.via == Some(via) && net(route.to, route.prefix) == net(to.ip, to.prefix);
+            if !routes.iter().any(|(_, route)| is_it(route)) {
+                found.push(format!("there is no route to {}/{} via {via}", to.ip, to.prefix));
+            }
+        }
         if !endpoint.has_default.get(ip) {
-            let wanted = source_route(endpoint, ip, link.index);
+            let wanted = source_route(endpoint, ip, device);
             if !net.has_source_route(&wanted).await? {
                 found.push(format!("there is no route for {wanted} by {name}"));
             }
             continue;
         }
-        for wanted in default_routes(ip, link.index) {
-            let is_it = |route: &Route| {
-                (route.to, route.prefix, route.via, route.device)
-                    == (wanted.to, wanted.prefix, wanted.via, wanted.device)
+        if endpoint.answered.get(ip) && everywhere.is_empty() {
+            continue;
+        }
+        let led_to = net.tables_from(ip).await?;
+        for wanted in default_routes(ip, device) {
+            let is_it = |(table, route): &(u32, Route)| {
+                (*table == MAIN_TABLE || led_to.contains(table))
+                    && (route.to, route.prefix, route.via, route.device)
+                        == (wanted.to, wanted.prefix, wanted.via, wanted.device)
             };
             if !routes.iter().any(is_it) {
                 found.push(format!("there is no route to {}/{} by {name}", wanted.to, wanted.prefix));
             }
         }
     }
-    Ok((Some(link.index), found))
+    Ok(found)
 }
 
 async fn put_default(net: &Net, ip: IpAddr, device: u32) -> Result<(), NetError> {

@@ -202,6 +202,7 @@ mod tests {
             ifindex: 9,
             mtu: 1450,
             has_default: HasDefault { v4: true, v6: false },
+            answered: HasDefault { v4: false, v6: false },
             gc: true,
             ruleset: 1,
             ready_ms: 1.5,

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use cirri_loader::net::Namespace;
 use serde_json::Value;
 
 use crate::api::{
@@ -199,17 +200,23 @@ fn check(conf: &NetConf, env: Env<'_>) -> Result<(), CniError> {
     let previous = conf.previous_result()?.ok_or_else(|| {
         CniError::new(code::INVALID_CONFIG, "CHECK needs `prevResult`", "the runtime must pass what ADD answered")
     })?;
-    let ifname = attachment.ifname.clone();
-    let params = EndpointCheck { attachment, netns: netns.clone() };
+    let differs = |text: String| {
+        let text = format!("prevResult is not what there is: {text}");
+        CniError::new(code::CHECK_FAILED, text, "delete the container and add it again")
+    };
+    // By what they are: there are many paths to one namespace.
+    let place = Namespace::open(&netns).ok();
+    let is_place = |path: &str| {
+        let other = || Namespace::open(path).ok();
+        place.as_ref().zip(other()).is_some_and(|(place, other)| place.is_same(&other).unwrap_or(false))
+    };
+    let told = result::told(previous, &attachment.ifname, &is_place).map_err(differs)?;
+    let params = EndpointCheck { attachment, netns, told };
     let now: EndpointAdded = client::call(&conf.socket, "endpoint.check", &params, PATIENCE)
         .map_err(|error| from_call(error, code::CHECK_FAILED))?;
-    let now = result::added(&conf.cni_version, &ifname, &netns, &now);
     match result::differences(&now, previous).as_slice() {
         [] => Ok(()),
-        found => {
-            let text = format!("prevResult is not what there is: {}", found.join("; "));
-            Err(CniError::new(code::CHECK_FAILED, text, "delete the container and add it again"))
-        }
+        found => Err(differs(found.join("; "))),
     }
 }
 

@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
-use super::spec::VERSIONS;
-use crate::api::EndpointAdded;
+use super::spec::{self, VERSIONS};
+use crate::api::{Address, EndpointAdded, Told, ToldRoute};
 
 /// The answer to ADD.
 pub fn added(version: &str, ifname: &str, netns: &str, added: &EndpointAdded) -> Value {
@@ -47,7 +47,6 @@ pub fn added(version: &str, ifname: &str, netns: &str, added: &EndpointAdded) ->
 /// The answer of a plugin that others of a chain were called before: what they answered, and ours behind it. DNS is
 /// theirs alone.
 pub fn after(previous: &Value, mut ours: Value) -> Value {
-    let list = |result: &Value, key: &str| result[key].as_array().cloned().unwrap_or_default();
     let theirs = list(previous, "interfaces").len();
     for ip in ours["ips"].as_array_mut().into_iter().flatten() {
         ip["interface"] = ip["interface"].as_u64().map_or(Value::Null, |index| json!(index + theirs as u64));
@@ -61,54 +60,70 @@ pub fn after(previous: &Value, mut ours: Value) -> Value {
     ours
 }
 
-/// What an earlier result says of this attachment and is not so any more. What other plugins of a chain added
-/// to it is theirs.
-pub fn differences(now: &Value, previous: &Value) -> Vec<String> {
-    let list = |result: &Value, key: &str| result[key].as_array().cloned().unwrap_or_default();
-    let mut found = Vec::new();
+/// What a runtime was told of the device inside, by this plugin and those behind it in a chain. `is_place` says whether a
+/// path leads to the container's network namespace.
+///
+/// # Errors
+/// It was told of no such device.
+pub fn told(previous: &Value, ifname: &str, is_place: &dyn Fn(&str) -> bool) -> Result<Told, String> {
     let interfaces = list(previous, "interfaces");
-    for ours in list(now, "interfaces") {
-        // The path of the namespace is another question: it was answered by what it leads to.
-        let is_it =
-            |it: &&Value| it["name"] == ours["name"] && it["sandbox"].is_string() == ours["sandbox"].is_string();
-        match interfaces.iter().find(is_it) {
-            None => found.push(format!("it has no interface {}", text(&ours["name"]))),
-            Some(theirs) => {
-                for key in ["mac", "mtu"] {
-                    let said = &theirs[key];
-                    let same = match (said.as_str(), ours[key].as_str()) {
-                        (Some(said), Some(now)) => said.eq_ignore_ascii_case(now),
-                        _ => said.is_null() || ours[key].is_null() || *said == ours[key],
-                    };
-                    if !same {
-                        let name = text(&ours["name"]);
-                        found.push(format!("the {key} of {name} is {}, not {}", text(&ours[key]), text(said)));
-                    }
-                }
+    let called = interfaces.iter().enumerate().filter(|(_, it)| it["name"] == ifname);
+    let inside: Vec<(usize, &Value)> = called.filter(|(_, it)| sandbox(it).is_some()).collect();
+    // A container may have had several places, and a place several paths, some of which are gone by now. Ours came last.
+    let ours = inside.iter().find(|(_, it)| sandbox(it).is_some_and(is_place)).or(inside.last());
+    let (index, interface) = ours.ok_or_else(|| format!("it has no interface {ifname}"))?;
+    let address = |text: &Value| {
+        let (ip, prefix) = spec::address(text.as_str()?)?;
+        Some(Address { ip, prefix: prefix? })
+    };
+    let of_us = |ip: &&Value| ip["interface"].as_u64() == Some(*index as u64);
+    let route = |route: &Value| {
+        let via = route["gw"].as_str()?.parse().ok()?;
+        Some(ToldRoute { to: address(&route["dst"])?, via })
+    };
+    Ok(Told {
+        mac: interface["mac"].as_str().filter(|mac| !mac.is_empty()).map(str::to_owned),
+        mtu: interface["mtu"].as_u64().filter(|mtu| *mtu > 0).and_then(|mtu| mtu.try_into().ok()),
+        addresses: list(previous, "ips").iter().filter(of_us).filter_map(|ip| address(&ip["address"])).collect(),
+        routes: list(previous, "routes").iter().filter_map(route).collect(),
+    })
+}
+
+/// What an earlier result does not say of an attachment as it is now: on the node's side nobody else changes anything,
+/// and its addresses stay its own. What other plugins of a chain added is theirs.
+pub fn differences(now: &EndpointAdded, previous: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    let name = &now.host_ifname;
+    let outside = |it: &&Value| it["name"] == name.as_str() && sandbox(it).is_none();
+    match list(previous, "interfaces").iter().find(outside) {
+        None => found.push(format!("it has no interface {name}")),
+        Some(told) => {
+            if told["mac"].as_str().is_some_and(|mac| !mac.is_empty() && !mac.eq_ignore_ascii_case(&now.host_mac)) {
+                found.push(format!("the mac of {name} is {}, not {}", now.host_mac, text(&told["mac"])));
+            }
+            if told["mtu"].as_u64().is_some_and(|mtu| mtu > 0 && mtu != u64::from(now.mtu)) {
+                found.push(format!("the mtu of {name} is {}, not {}", now.mtu, told["mtu"]));
             }
         }
     }
-    let ours = interfaces.iter().position(|it| it["name"] == now["interfaces"][1]["name"] && it["sandbox"].is_string());
-    let of_us = |ip: &Value| ip["interface"].is_null() || ip["interface"].as_u64() == ours.map(|index| index as u64);
-    let addresses = |result: &Value| list(result, "ips").into_iter().map(|ip| text(&ip["address"]));
-    let (has, said): (Vec<String>, Vec<Value>) = (addresses(now).collect(), list(previous, "ips"));
-    for ip in said.iter().filter(|ip| of_us(ip)) {
-        let address = text(&ip["address"]);
-        if !has.contains(&address) {
-            found.push(format!("{address} is not its address"));
-        }
-    }
-    for address in has.iter().filter(|address| !said.iter().any(|ip| text(&ip["address"]) == **address)) {
-        found.push(format!("its address {address} is missing"));
-    }
-    let gateways: Vec<Value> = list(now, "ips").iter().map(|ip| ip["gateway"].clone()).collect();
-    let routes = list(now, "routes");
-    for route in list(previous, "routes").iter().filter(|route| gateways.contains(&route["gw"])) {
-        if !routes.iter().any(|has| has["dst"] == route["dst"] && has["gw"] == route["gw"]) {
-            found.push(format!("its route to {} is gone", text(&route["dst"])));
+    let told: Vec<(IpAddr, Option<u8>)> =
+        list(previous, "ips").iter().filter_map(|ip| spec::address(ip["address"].as_str()?)).collect();
+    for Address { ip, prefix } in &now.addresses {
+        if !told.contains(&(*ip, Some(*prefix))) {
+            found.push(format!("its address {ip}/{prefix} is missing"));
         }
     }
     found
+}
+
+/// A list of a result; `null` is as none.
+fn list<'a>(result: &'a Value, key: &str) -> &'a [Value] {
+    result[key].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// Path of the namespace that an interface is in; an empty one is the host's, as is none.
+fn sandbox(interface: &Value) -> Option<&str> {
+    interface["sandbox"].as_str().filter(|path| !path.is_empty())
 }
 
 fn text(value: &Value) -> String {
@@ -118,7 +133,6 @@ fn text(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::Address;
 
     fn answer() -> EndpointAdded {
         EndpointAdded {
@@ -160,31 +174,63 @@ mod tests {
         assert_eq!(result["routes"], json!([{ "dst": "::/0", "gw": "fe80::1" }]));
     }
 
+    /// What it tells of the device inside that was added to `/run/netns/x`.
+    fn told_of(previous: &Value) -> Result<Told, String> {
+        told(previous, "eth0", &|path| path == "/run/netns/x")
+    }
+
     #[test]
     fn what_an_earlier_result_says_is_compared_and_what_others_added_is_theirs() {
-        let now = added("1.1.0", "eth0", "/run/netns/x", &answer());
-        assert_eq!(differences(&now, &now), Vec::<String>::new());
-        let mut chained = now.clone();
-        chained["interfaces"].as_array_mut().unwrap().push(json!({ "name": "net7", "sandbox": "/run/netns/x" }));
-        chained["ips"].as_array_mut().unwrap().push(json!({ "interface": 2, "address": "192.0.2.1/24" }));
-        chained["routes"].as_array_mut().unwrap().push(json!({ "dst": "192.0.2.0/24", "gw": "192.0.2.254" }));
-        chained["interfaces"][1]["mac"] = json!("02:00:00:00:00:01".to_uppercase());
+        let now = answer();
+        let said = added("1.1.0", "eth0", "/run/netns/x", &now);
+        let told = told_of(&said).unwrap();
+        assert_eq!((told.mac.as_deref(), told.mtu), (Some("02:00:00:00:00:01"), Some(1450)));
+        assert_eq!(told.addresses, now.addresses);
+        let everywhere = Address { ip: [0, 0, 0, 0].into(), prefix: 0 };
+        assert_eq!(told.routes[0], ToldRoute { to: everywhere, via: now.gateway_v4.unwrap() });
+        assert_eq!(told.routes.len(), 2);
+        assert_eq!(differences(&now, &said), Vec::<String>::new());
+
+        let mut chained = said.clone();
+        let list = |chained: &mut Value, key: &str, more: Value| chained[key].as_array_mut().unwrap().push(more);
+        list(&mut chained, "interfaces", json!({ "name": "net7", "sandbox": "/run/netns/x" }));
+        list(&mut chained, "ips", json!({ "interface": 2, "address": "192.0.2.1/24" }));
+        list(&mut chained, "ips", json!({ "address": "192.0.2.2/24" }));
+        list(&mut chained, "routes", json!({ "dst": "192.0.2.0/24", "gw": null }));
+        chained["interfaces"][0]["sandbox"] = json!("");
+        chained["interfaces"][0]["mac"] = json!("02:C1:44:12:10:01");
+        chained["ips"][1]["address"] = json!("fd00:0:0::0:5/128");
+        chained["routes"][1] = json!({ "dst": "0::0/0", "gw": "fe80:0::1" });
         assert_eq!(differences(&now, &chained), Vec::<String>::new());
+        assert_eq!(told_of(&chained).unwrap(), told, "others' addresses and routes without a router are not ours");
+        assert_eq!(differences(&now, &added("0.4.0", "eth0", "/run/netns/x", &now)), Vec::<String>::new());
+
         type Change = fn(&mut Value);
-        let changes: [Change; 7] = [
+        let changes: [Change; 5] = [
             |it| it["ips"][0]["address"] = json!("10.9.9.9/32"),
             |it| it["ips"][0]["address"] = json!("10.244.0.5/24"),
             |it| it["ips"] = json!([it["ips"][0]]),
-            |it| it["interfaces"][1]["mac"] = json!("02:00:00:00:00:02"),
             |it| it["interfaces"][0]["name"] = json!("lxcother"),
-            |it| it["interfaces"][1]["mtu"] = json!(9000),
-            |it| it["routes"][0]["dst"] = json!("10.0.0.0/8"),
+            |it| it["interfaces"][0]["mtu"] = json!(9000),
         ];
         for (number, change) in changes.into_iter().enumerate() {
-            let mut previous = now.clone();
+            let mut previous = said.clone();
             change(&mut previous);
             assert!(!differences(&now, &previous).is_empty(), "change {number}: {previous}");
         }
+    }
+
+    #[test]
+    fn of_devices_of_one_name_the_one_in_the_containers_place_is_meant() {
+        let said = |sandboxes: &[&str]| {
+            let one = |(number, sandbox): (usize, &&str)| json!({ "name": "eth0", "sandbox": sandbox, "mac": format!("02:00:00:00:00:0{number}") });
+            json!({ "interfaces": sandboxes.iter().enumerate().map(one).collect::<Vec<_>>() })
+        };
+        let mac = |sandboxes: &[&str]| told_of(&said(sandboxes)).map(|told| told.mac.unwrap().pop().unwrap());
+        assert_eq!(mac(&["/run/netns/y", "/run/netns/x"]), Ok('1'));
+        assert_eq!(mac(&["/run/netns/x", "/run/netns/y"]), Ok('0'));
+        assert_eq!(mac(&["", "/proc/7/ns/net"]), Ok('1'), "a path that is gone by now");
+        assert!(mac(&[""]).is_err() && mac(&[]).is_err());
     }
 
     #[test]
@@ -201,7 +247,9 @@ mod tests {
         assert_eq!(both["interfaces"][3], ours["interfaces"][1]);
         assert_eq!((&both["ips"][0]["interface"], &both["ips"][1]["interface"]), (&json!(1), &json!(3)));
         assert_eq!((&both["routes"], &both["dns"]), (&ours["routes"], &previous["dns"]));
-        assert_eq!(differences(&ours, &both), Vec::<String>::new(), "CHECK finds its own part");
+        assert_eq!(differences(&answer(), &both), Vec::<String>::new(), "CHECK finds its own part");
+        let part = told(&both, "net1", &|path| path == "/run/netns/x").unwrap();
+        assert_eq!(part.addresses, answer().addresses);
         assert_eq!(after(&json!({}), ours.clone()), ours);
     }
 

@@ -25,7 +25,7 @@ pub use link::{Link, VethEnd, Vxlan};
 pub use lookup::{Lookup, has_main_rule, lookup};
 pub use namespace::{Namespace, in_netns};
 pub use news::{Changed, NetworkChange, NetworkNews};
-pub use route::{Address, Neighbour, ROUTE_PROTOCOL, Route};
+pub use route::{Address, MAIN_TABLE, Neighbour, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
 pub use settings::OpenSettings;
 pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};

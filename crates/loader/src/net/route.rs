@@ -19,6 +19,9 @@ use super::{Net, NetError, absent_is_false, host_bits};
 /// The routing protocol number of Cirri's routes, so that a restart knows which are its own.
 pub const ROUTE_PROTOCOL: u8 = 193;
 
+/// The number of the table that has all routes that nobody put elsewhere.
+pub const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
+
 /// An address of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Address {
@@ -230,14 +233,16 @@ impl Net {
         Ok(all.iter().filter(|message| wanted(message.header.state)).filter_map(described).collect())
     }
 
-    /// All routes of the main tables, whoever made them, as far as they lead somewhere or are unreachable.
-    pub async fn main_routes(&self) -> Result<Vec<Route>, NetError> {
-        Ok(self.route_messages().await?.iter().filter_map(described).collect())
+    /// All routes of all tables, whoever made them, as far as they lead somewhere or are unreachable, each with the
+    /// number of its table.
+    pub async fn table_routes(&self) -> Result<Vec<(u32, Route)>, NetError> {
+        let all = self.all_route_messages().await?;
+        Ok(all.iter().filter_map(|message| Some((table(message), described(message)?))).collect())
     }
 
     async fn route_messages(&self) -> Result<Vec<RouteMessage>, NetError> {
         let mut all = self.all_route_messages().await?;
-        all.retain(|route| table(route) == u32::from(RouteHeader::RT_TABLE_MAIN));
+        all.retain(|route| table(route) == MAIN_TABLE);
         Ok(all)
     }
 

@@ -58,6 +58,17 @@ impl Net {
         }))
     }
 
+    /// The tables that rules for every packet from an address lead to, whoever made them.
+    pub async fn tables_from(&self, from: IpAddr) -> Result<Vec<u32>, NetError> {
+        let tables = self.rules(from).await?.into_iter().filter(|rule| is_for_all(rule, from)).filter_map(|rule| {
+            rule.attributes.iter().find_map(|attribute| match attribute {
+                RuleAttribute::Table(table) => Some(*table),
+                _ => None,
+            })
+        });
+        Ok(tables.collect())
+    }
+
     /// Removes the rule of an address; whether there was one. The routes go with their device.
     pub async fn delete_source_rule(&self, from: IpAddr, table: u32) -> Result<bool, NetError> {
         let deleted = self.handle.rule().del(rule(from, table)).execute().await;
@@ -102,6 +113,25 @@ fn rule(from: IpAddr, table: u32) -> RuleMessage {
         RuleAttribute::Protocol(RouteProtocol::from(ROUTE_PROTOCOL)),
     ];
     message
+}
+
+/// Whether a rule leads all packets from an address to a table: it asks for nothing else.
+fn is_for_all(message: &RuleMessage, from: IpAddr) -> bool {
+    let asks = |attribute: &RuleAttribute| {
+        !matches!(
+            attribute,
+            RuleAttribute::Source(_)
+                | RuleAttribute::Priority(_)
+                | RuleAttribute::Table(_)
+                | RuleAttribute::Protocol(_)
+                | RuleAttribute::SuppressPrefixLen(u32::MAX)
+                | RuleAttribute::SuppressIfGroup(u32::MAX)
+        )
+    };
+    message.header.action == RuleAction::ToTable
+        && (message.header.src_len, message.header.dst_len, message.header.tos) == (host_bits(from), 0, 0)
+        && message.attributes.contains(&RuleAttribute::Source(from))
+        && !message.attributes.iter().any(asks)
 }
 
 fn leads(message: &RuleMessage, from: IpAddr, table: u32) -> bool {
