@@ -55,9 +55,16 @@ fn the_manifests_of_a_folder_are_the_whole_truth_and_none_empties_the_lab() {
     assert!(refused.contains("broken.yaml") && refused.contains("nothing was changed"), "{refused}");
     assert_eq!(lab.list().unwrap().pods.len(), 1);
 
+    // As a volume leaves it whose content went away: it says that there is something, and not what.
     for file in ["world.json", "broken.yaml"] {
         fs::remove_file(folder.0.join(file)).unwrap();
     }
+    std::os::unix::fs::symlink("..data/world.json", folder.0.join("world.json")).unwrap();
+    let refused = folder.apply(&lab).unwrap_err().to_string();
+    assert!(refused.contains("world.json: cannot be read") && refused.contains("nothing was changed"), "{refused}");
+    assert_eq!(lab.list().unwrap().pods.len(), 1);
+
+    fs::remove_file(folder.0.join("world.json")).unwrap();
     folder.apply(&lab).unwrap();
     assert!(lab.list().unwrap().pods.is_empty());
     let endpoints: Vec<serde_json::Value> = lab.ask("node1", &["endpoint", "list"]).unwrap();

@@ -229,6 +229,15 @@ async fn links_of_files_are_followed_wherever_they_lead() {
     assert!(change.errors[0].message.contains("a link to nothing"), "{change:?}");
     fs::rename(at("away"), at("v2")).expect("rename");
     assert_eq!(next(&mut changes).await, Change::default());
+    // Links that lead in a circle, and through a file.
+    for (to, why) in [("../manifests/a.yaml", "symbolic link"), ("../v2/a.yaml/x", "ot a directory")] {
+        swap(&at("manifests").join("a.yaml"), to);
+        let change = next(&mut changes).await;
+        assert_eq!((change.removed.len(), change.errors.len()), (0, 1), "{change:?}");
+        assert!(change.errors[0].message.contains(why), "{change:?}");
+    }
+    swap(&at("manifests").join("a.yaml"), "../v2/a.yaml");
+    assert_eq!(next(&mut changes).await, Change::default());
     fs::remove_file(at("manifests").join("a.yaml")).expect("remove");
     assert_eq!(next(&mut changes).await.removed.len(), 1);
 }

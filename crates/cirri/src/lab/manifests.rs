@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use cirri_control::resource::{Resource, ResourceError, read_documents};
-use cirri_store::folder::read_bounded;
+use cirri_loader::is_being_written;
+use cirri_store::folder::{read_bounded, read_file};
 
 use super::state::Lab;
 use crate::output;
@@ -25,11 +27,11 @@ pub fn read(paths: &[PathBuf]) -> Result<Vec<Resource>, Rejected> {
     let mut resources = Vec::new();
     let mut seen: BTreeMap<String, String> = BTreeMap::new();
     for file in files(paths, &mut problems) {
-        let name = file.display().to_string();
-        let documents = match fs::File::open(&file).and_then(read_bounded) {
+        let name = file.path.display().to_string();
+        let documents = match content(&file) {
             Ok(bytes) => read_documents(&name, &bytes),
-            Err(error) => {
-                problems.push(format!("{name}: cannot be read: {error}"));
+            Err(why) => {
+                problems.push(format!("{name}: cannot be read: {why}"));
                 continue;
             }
         };
@@ -107,20 +109,23 @@ pub fn describe_key(key: &str) -> String {
     }
 }
 
-fn files(paths: &[PathBuf], problems: &mut Vec<String>) -> Vec<PathBuf> {
+/// What is to be read. Whatever a directory calls a manifest belongs to it, also what cannot be read: what it holds would
+/// otherwise be removed, and who loses his policies is open.
+fn files(paths: &[PathBuf], problems: &mut Vec<String>) -> Vec<Source> {
     let mut all = Vec::new();
     for path in paths {
         let name = path.display();
         match fs::metadata(path) {
-            Err(error) => problems.push(format!("{name}: cannot be read: {error}")),
-            Ok(meta) if !meta.is_dir() => all.push(path.clone()),
+            Err(error) => problems.push(format!("{name}: cannot be read: {}", explain(path, &error))),
+            // A pipe is as good as a file for who names it: `-f <(…)`.
+            Ok(meta) if !meta.is_dir() => all.push(Source { path: path.clone(), stream: !meta.is_file() }),
             Ok(_) => match fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>) {
                 Err(error) => problems.push(format!("{name}: cannot be read: {error}")),
                 Ok(entries) => {
                     let mut found: Vec<PathBuf> =
                         entries.into_iter().map(|e| e.path()).filter(|p| is_manifest(p)).collect();
                     found.sort();
-                    all.extend(found);
+                    all.extend(found.into_iter().map(|path| Source { path, stream: false }));
                 }
             },
         }
@@ -128,10 +133,44 @@ fn files(paths: &[PathBuf], problems: &mut Vec<String>) -> Vec<PathBuf> {
     all
 }
 
+/// Where manifests are read from.
+struct Source {
+    path: PathBuf,
+    /// It is read as it comes, whatever it is.
+    stream: bool,
+}
+
+/// Whether a directory's entry is a manifest, by its name alone: what stands behind it may be gone for a moment.
 fn is_manifest(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
     let known = path.extension().is_some_and(|extension| matches!(extension.to_str(), Some("yaml" | "yml" | "json")));
-    known && !hidden && path.is_file()
+    known && !hidden
+}
+
+/// What stands there, whole; or why that cannot be known.
+fn content(source: &Source) -> Result<Vec<u8>, String> {
+    let Source { path, stream } = source;
+    let read = match stream {
+        true => fs::File::open(path).and_then(read_bounded).map(Some),
+        false => read_file(path, is_being_written),
+    };
+    match read {
+        Ok(Some(bytes)) => Ok(bytes),
+        Ok(None) => Err("somebody is writing it: apply again when it is complete".to_owned()),
+        Err(error) => Err(explain(path, &error)),
+    }
+}
+
+fn explain(path: &Path, error: &io::Error) -> String {
+    if path.is_dir() {
+        return "it is a directory".to_owned();
+    }
+    match error.kind() {
+        io::ErrorKind::NotFound if path.is_symlink() => {
+            "it is a link to nothing: mend the link, or remove it".to_owned()
+        }
+        _ => error.to_string(),
+    }
 }
 
 #[cfg(test)]
@@ -154,5 +193,46 @@ mod tests {
         assert_eq!(read(&[directory.join("a.yaml")]).unwrap().len(), 1);
         assert!(read(&[directory.join("missing")]).is_err());
         fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn what_a_directory_names_and_does_not_give_is_refused_and_never_taken_for_gone() {
+        use std::os::unix::fs::symlink;
+
+        type Make = fn(&Path) -> io::Result<()>;
+        let kinds: [(Make, &str); 6] = [
+            (|path| symlink("/nowhere/p.yaml", path), "link to nothing"),
+            // As a volume has it whose `..data` is gone.
+            (|path| symlink("..data/p.yaml", path), "link to nothing"),
+            (|path| symlink(path, path), "symbolic link"),
+            (|path| symlink("a.yaml/p.yaml", path), "ot a directory"),
+            (|path| fs::create_dir(path), "it is a directory"),
+            (|path| std::os::unix::net::UnixListener::bind(path).map(drop), "no regular file"),
+        ];
+        for (make, why) in kinds {
+            let directory = tempfile::tempdir().unwrap();
+            fs::write(directory.path().join("a.yaml"), POD).unwrap();
+            make(&directory.path().join("p.yaml")).unwrap();
+            let Err(Rejected(problems)) = read(&[directory.path().to_owned()]) else { panic!("{why}: it is accepted") };
+            assert_eq!(problems.len(), 1, "{problems:?}");
+            assert!(problems[0].contains("p.yaml: cannot be read: ") && problems[0].contains(why), "{problems:?}");
+        }
+    }
+
+    #[test]
+    fn a_manifest_that_somebody_writes_is_not_read_half_and_a_pipe_is_read_as_it_comes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("p.yaml");
+        fs::write(&path, POD).unwrap();
+        let writer = fs::File::options().append(true).open(&path).unwrap();
+        let Rejected(problems) = read(&[directory.path().to_owned()]).unwrap_err();
+        assert!(problems[0].contains("somebody is writing it"), "{problems:?}");
+        drop(writer);
+        assert_eq!(read(&[directory.path().to_owned()]).unwrap().len(), 1);
+        let (reader, mut writer) = io::pipe().unwrap();
+        io::Write::write_all(&mut writer, POD.as_bytes()).unwrap();
+        drop(writer);
+        let given = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
+        assert_eq!(read(&[given.into()]).unwrap().len(), 1);
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -288,13 +289,22 @@ impl Lab {
     /// All pods it has, by key.
     ///
     /// # Errors
-    /// A damaged record.
+    /// A record that is damaged or cannot be read.
     pub fn pods(&self) -> anyhow::Result<Vec<PodRecord>> {
-        let Ok(entries) = fs::read_dir(self.name.directory().join("pods")) else { return Ok(Vec::new()) };
+        let directory = self.name.directory().join("pods");
+        // What cannot be read is not what is not there: a pod that is overlooked is never removed.
+        let unreadable = |path: &Path| format!("cannot read {}", path.display());
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.with_context(|| unreadable(&directory))?,
+        };
         let mut pods = Vec::new();
         for entry in entries {
-            let file = entry?.path().join("pod.json");
-            let Ok(text) = fs::read_to_string(&file) else { continue };
+            let file = entry.with_context(|| unreadable(&directory))?.path().join("pod.json");
+            let text = match fs::read_to_string(&file) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other.with_context(|| unreadable(&file))?,
+            };
             let pod: PodRecord =
                 serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
             pods.push(pod);
