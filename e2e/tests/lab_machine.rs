@@ -125,7 +125,7 @@ fn the_logs_of_a_lab_that_did_not_come_up_stay_until_its_next_command() {
 }
 
 #[test]
-fn a_pod_whose_device_is_gone_is_not_running_and_made_anew() {
+fn a_pod_whose_device_is_gone_or_that_its_agent_does_not_know_is_not_running_and_made_anew() {
     let lab = Lab::up("device", 1, &[]).unwrap();
     let pod = "kind: Pod\napiVersion: v1\nmetadata: {name: web}\nspec: {containers: [{name: c, ports: [{containerPort: 80}]}]}\n";
     lab.apply(pod).unwrap();
@@ -135,6 +135,26 @@ fn a_pod_whose_device_is_gone_is_not_running_and_made_anew() {
     assert_eq!(state(), "detached");
     lab.apply(pod).unwrap();
     assert_eq!(state(), "running");
-    let verdicts = lab.verdicts("world", "default/web", 80).unwrap();
-    assert!(verdicts.values().all(|verdict| verdict == "allowed"), "{verdicts:?}");
+    let allowed = || {
+        let verdicts = lab.verdicts("world", "default/web", 80).unwrap();
+        assert!(verdicts.values().all(|verdict| verdict == "allowed"), "{verdicts:?}");
+    };
+    allowed();
+
+    // All three places where an agent keeps what it knows of a container.
+    lab.kill_agent("node1").unwrap();
+    let kept = format!("/run/cirri/lab/{}/nodes/node1/state", lab.name());
+    for place in std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap()) {
+        if place.file_name().to_string_lossy().starts_with("endpoints") {
+            std::fs::remove_dir_all(place.path()).unwrap();
+        }
+    }
+    let pins = format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name());
+    let removed = Command::new("find").args([&pins, "-path", "*endpoints*", "-delete"]).status().unwrap();
+    assert!(removed.success());
+    lab.restart("node1", &[]).unwrap();
+    assert_eq!(state(), "detached");
+    lab.apply(pod).unwrap();
+    assert_eq!(state(), "running");
+    allowed();
 }

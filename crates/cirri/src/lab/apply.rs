@@ -72,9 +72,10 @@ pub fn apply(
     let resources = allot::allot(resources, &stored)?;
     let routes = routes::wanted(lab, &resources)?;
     let mut running = lab.pods()?;
+    let attached = cluster::attached(lab)?;
     for pod in &mut running {
-        // One that lost its device is made anew.
-        pod.complete &= pods::is_attached(pod);
+        // One that lost its device, or that its agent does not know any more, is made anew.
+        pod.complete &= pods::is_attached(pod) && (pod.spec.host_network || attached.contains(&pod.container_id));
     }
     let plan = Plan::new(lab, resources, &running, &stored);
 

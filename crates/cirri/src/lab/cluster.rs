@@ -2,7 +2,7 @@
 //!
 //! Only `resources/` is written here, and a barrier key. Everything else in the store belongs to the agents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use super::interrupt::Interrupt;
 use super::netns;
 use super::state::{Lab, Node};
 use super::underlay::ROUTER_V4;
-use crate::api::{PolicyInfo, Status, Wait, Waited};
+use crate::api::{EndpointInfo, PolicyInfo, Status, Wait, Waited};
 use crate::client::{self, CallError};
 
 /// etcd's port for clients, in the lab's own namespace.
@@ -232,6 +232,26 @@ pub fn each_node<T: Send>(lab: &Lab, work: impl Fn(&Node) -> anyhow::Result<T> +
 /// It does not answer.
 pub fn status(lab: &Lab, node: &str) -> Result<Status, CallError> {
     client::call(&lab.agent_socket(node), "status", &json!({}), ANSWER_TIMEOUT)
+}
+
+/// Asks one agent which containers it has attached.
+///
+/// # Errors
+/// It does not answer.
+pub fn endpoints(lab: &Lab, node: &str, timeout: Duration) -> Result<Vec<EndpointInfo>, CallError> {
+    client::call(&lab.agent_socket(node), "endpoint.list", &json!({}), timeout)
+}
+
+/// The containers that the agents have attached, by the names that a runtime gave them.
+///
+/// # Errors
+/// An agent is down.
+pub fn attached(lab: &Lab) -> anyhow::Result<BTreeSet<String>> {
+    let answers = each_node(lab, |node| {
+        endpoints(lab, &node.name, ANSWER_TIMEOUT)
+            .map_err(|problem| anyhow::anyhow!("the agent of {} does not answer: {problem}", node.name))
+    })?;
+    Ok(answers.into_iter().flatten().map(|endpoint| endpoint.container_id).collect())
 }
 
 /// Calls etcd from inside its namespace.

@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::echo::Port;
-use super::state::{Lab, LabName, Node, PodKey, PodRecord, Routing};
+use super::state::{Lab, LabName, Node, PodRecord, Routing};
 use super::up::WORLD_PORTS;
 use super::{cluster, netns, pods, underlay};
 use crate::api::{EndpointInfo, Status};
@@ -147,13 +147,10 @@ fn describe(lab: &Lab) -> anyhow::Result<LabInfo> {
     for (node, found) in answers {
         answering.extend(found.is_some().then(|| node.name.clone()));
         nodes.push(node);
-        endpoints.extend(found.into_iter().flatten().map(|endpoint| {
-            let key = PodKey { namespace: endpoint.namespace.clone(), name: endpoint.pod.clone() };
-            (key, endpoint)
-        }));
+        endpoints.extend(found.into_iter().flatten().map(|endpoint| (endpoint.container_id.clone(), endpoint)));
     }
     let described = |pod: PodRecord| {
-        let known = answering.contains(&pod.node).then(|| endpoints.get(&pod.key));
+        let known = answering.contains(&pod.node).then(|| endpoints.get(&pod.container_id));
         describe_pod(lab, &pod, known)
     };
     let pods = lab.pods()?.into_iter().map(described).collect();
@@ -172,7 +169,7 @@ fn describe_node(lab: &Lab, node: &Node) -> (NodeInfo, Option<Vec<EndpointInfo>>
     let socket = lab.agent_socket(&node.name);
     let status = client::call::<Status>(&socket, "status", &json!({}), ANSWER_TIMEOUT).ok();
     // One that hangs is waited for once.
-    let ask = || client::call(&socket, "endpoint.list", &json!({}), ANSWER_TIMEOUT).ok();
+    let ask = || cluster::endpoints(lab, &node.name, ANSWER_TIMEOUT).ok();
     let endpoints = status.as_ref().and_then(|_| ask());
     let process = lab.agent_process(&node.name);
     let info = NodeInfo {
