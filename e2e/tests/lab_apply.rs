@@ -1,6 +1,6 @@
 //! `cirri lab apply` on a real lab: what is made anew, what is left alone, what goes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
@@ -69,6 +69,64 @@ fn the_manifests_of_a_folder_are_the_whole_truth_and_none_empties_the_lab() {
     assert!(lab.list().unwrap().pods.is_empty());
     let endpoints: Vec<serde_json::Value> = lab.ask("node1", &["endpoint", "list"]).unwrap();
     assert!(endpoints.is_empty(), "{endpoints:?}");
+}
+
+#[test]
+fn what_an_apply_that_was_killed_has_made_is_known_and_goes() {
+    let lab = Lab::up("killed", 1, &[]).unwrap();
+    let folder = Folder::new(lab.name());
+    let pods = |count: usize| {
+        let pod = |number| {
+            format!(
+                "kind: Pod\napiVersion: v1\nmetadata: {{name: p{number}}}\nspec: {{containers: [{{name: c}}]}}\n---\n"
+            )
+        };
+        (0..count).map(pod).collect::<String>()
+    };
+    let prefix = format!("cirri-{}-pod-", lab.name());
+    let entries = |path: &str| -> BTreeSet<String> {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    };
+    let spaces =
+        || -> BTreeSet<String> { entries("/run/netns").into_iter().filter(|name| name.starts_with(&prefix)).collect() };
+    let recorded = || -> BTreeSet<String> {
+        let pods = format!("/run/cirri/lab/{}/pods", lab.name());
+        let read = |pod: String| fs::read_to_string(format!("{pods}/{pod}/pod.json")).ok();
+        let records = entries(&pods).into_iter().filter_map(read);
+        let netns = |text: String| {
+            let record: serde_json::Value = serde_json::from_str(&text).unwrap();
+            record["netns"].as_str().unwrap().trim_start_matches("/run/netns/").to_owned()
+        };
+        records.map(netns).collect()
+    };
+    folder.write("all.yaml", &pods(12));
+    // Killed in the moment in which the first namespaces are there, again and again.
+    for _ in 0..3 {
+        let mut apply = std::process::Command::new(lab::binary().unwrap())
+            .args(["lab", "apply", "--name", lab.name(), "-f"])
+            .arg(&folder.0)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        while spaces().is_empty() && apply.try_wait().unwrap().is_none() {
+            std::hint::spin_loop();
+        }
+        apply.kill().unwrap();
+        apply.wait().unwrap();
+        assert!(!spaces().is_empty(), "it was killed too early to show anything");
+        let unknown: Vec<String> = spaces().difference(&recorded()).cloned().collect();
+        assert!(unknown.is_empty(), "nobody's record names them: {unknown:?}");
+        folder.write("all.yaml", "# none\n");
+        folder.apply(&lab).unwrap();
+        assert_eq!(spaces(), BTreeSet::new());
+        folder.write("all.yaml", &pods(12));
+    }
+    // As a lab of an older version may have them.
+    let left = std::process::Command::new("ip").args(["netns", "add", &format!("{prefix}default-left")]).status();
+    assert!(left.unwrap().success());
+    folder.apply(&lab).unwrap();
+    assert_eq!((spaces().len(), spaces()), (12, recorded()));
 }
 
 /// A directory of manifests that goes with the test.

@@ -1,6 +1,6 @@
 //! `cirri lab apply`: makes a lab equal to its manifests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -11,6 +11,7 @@ use cirri_control::resource::{Pod, Resource};
 
 use super::cluster::{self, Change};
 use super::interrupt::Interrupt;
+use super::spaces::{self, Spaces};
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord, PodSpec};
 use super::{allot, manifests, pods, routes, status};
 use crate::output;
@@ -77,7 +78,7 @@ pub fn apply(
         // One that lost its device, or that its agent does not know any more, is made anew.
         pod.complete &= pods::is_attached(pod) && (pod.spec.host_network || attached.contains(&pod.container_id));
     }
-    let plan = Plan::new(lab, resources, &running, &stored);
+    let mut plan = Plan::new(lab, resources, &running, &stored);
 
     let mut problems = Vec::new();
     let mut tell = |outcomes: Vec<anyhow::Result<String>>| {
@@ -93,6 +94,13 @@ pub fn apply(
         pods::remove(lab, pod)?;
         Ok(format!("pod {} stopped", pod.key))
     })?);
+    // A pod that would not go keeps its record and its place, and the next apply tries again.
+    let stayed = lab.pods()?;
+    for name in spaces::sweep(lab, &stayed)? {
+        report(&format!("network namespace {name} removed: a command that was killed had left it"));
+    }
+    let spaces = Spaces::of(lab, &stayed);
+    let stayed: BTreeSet<&PodKey> = stayed.iter().map(|pod| &pod.key).collect();
     routes::put(lab, &routes)?;
     // Policies are there before the pods they protect.
     cluster::change(lab, &plan.change)?;
@@ -105,9 +113,10 @@ pub fn apply(
         }
     }
     let deadline = wait.map(|wait| begun + wait);
+    plan.create.retain(|(key, ..)| !stayed.contains(key));
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {
         let node = lab.node(node)?;
-        let pod = pods::create(lab, key, spec, node)?;
+        let pod = pods::create(lab, key, spec, node, &spaces)?;
         let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
         Ok(format!("pod {key} runs on {} ({})", pod.node, addresses.join(", ")))
     })?);

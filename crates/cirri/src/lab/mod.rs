@@ -44,6 +44,7 @@ mod ready;
 mod restart;
 mod routes;
 mod service;
+mod spaces;
 pub mod state;
 mod status;
 pub mod underlay;

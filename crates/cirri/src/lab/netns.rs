@@ -40,14 +40,6 @@ pub fn create(name: &str) -> anyhow::Result<Namespace> {
     Ok(namespace)
 }
 
-/// Whether [`create`] failed because the name is somebody's.
-pub fn is_taken(error: &anyhow::Error) -> bool {
-    matches!(
-        error.downcast_ref(),
-        Some(NetError::Namespace { error, .. }) if error.kind() == std::io::ErrorKind::AlreadyExists
-    )
-}
-
 /// Removes a namespace by name; one that is not there is no error.
 ///
 /// # Errors

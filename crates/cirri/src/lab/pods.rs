@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -22,6 +22,7 @@ use super::interrupt::Interrupt;
 use super::logs;
 use super::netns;
 use super::process::{self, ProcessId, Start, own_binary};
+use super::spaces::Spaces;
 use super::state::{Container, ECHO_PROGRAM, Lab, Node, PodKey, PodRecord, PodSpec};
 
 /// The device of a pod.
@@ -38,9 +39,9 @@ const QUOTE_MAX: u64 = 400;
 ///
 /// # Errors
 /// The step that failed. What was made until then stays for [`remove`], which the next apply or `down` calls.
-pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node) -> anyhow::Result<PodRecord> {
+pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node, spaces: &Spaces) -> anyhow::Result<PodRecord> {
     let unique = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let netns = if spec.host_network { node.netns.clone() } else { create_namespace(lab, key)? };
+    let netns = if spec.host_network { node.netns.clone() } else { spaces.claim(key) };
     let mut record = PodRecord {
         key: key.clone(),
         node: node.name.clone(),
@@ -51,8 +52,8 @@ pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node) -> anyhow::R
         complete: false,
         error: None,
     };
-    // Written before the rest: what is made next is then found, whatever happens.
-    record.save(lab)?;
+    // Written before anything is made, which is then found, whatever happens.
+    record.save(lab).with_context(|| format!("pod {key}"))?;
     let made = build(lab, &mut record, node);
     match &made {
         Ok(()) => record.complete = true,
@@ -179,6 +180,7 @@ fn build(lab: &Lab, record: &mut PodRecord, node: &Node) -> anyhow::Result<()> {
     if record.spec.host_network {
         record.addresses = vec![node.ipv4.into(), node.ipv6.into()];
     } else {
+        netns::create(record.netns.file_name().and_then(|name| name.to_str()).unwrap_or_default())?;
         record.addresses = cni(lab, node, "ADD", record)?;
     }
     record.save(lab)?;
@@ -187,19 +189,6 @@ fn build(lab: &Lab, record: &mut PodRecord, node: &Node) -> anyhow::Result<()> {
         start_program(lab, record, container)?;
     }
     Ok(())
-}
-
-/// Makes a pod's namespace. `a-b/c` and `a/b-c` would have the same name: the later gets a number.
-fn create_namespace(lab: &Lab, key: &PodKey) -> anyhow::Result<PathBuf> {
-    let name = format!("{}pod-{}-{}", lab.name.prefix(), key.namespace, key.name);
-    let mut made = netns::create(&name);
-    let mut number = 2;
-    while made.as_ref().is_err_and(netns::is_taken) {
-        made = netns::create(&format!("{name}-{number}"));
-        number += 1;
-    }
-    let namespace = made.with_context(|| format!("pod {key}"))?;
-    Ok(namespace.path().to_owned())
 }
 
 /// One container with its program.
