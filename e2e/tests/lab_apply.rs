@@ -50,6 +50,25 @@ fn the_manifests_of_a_folder_are_the_whole_truth_and_none_empties_the_lab() {
     folder.apply(&lab).unwrap();
     assert_eq!(lab.list().unwrap().pods.len(), 1);
 
+    // Names as long as they may be: more than a file's can have.
+    let (long, meta) = ("w".repeat(252), "metadata: {namespace: shop, name:");
+    let policy = format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n{meta} {long}}}\nspec: {{podSelector: {{}}}}\n---\n"
+    );
+    let pod = format!(
+        "apiVersion: v1\nkind: Pod\n{meta} {long}}}\nspec: {{containers: [{{name: c, ports: [{{containerPort: 80}}]}}]}}\n"
+    );
+    folder.write("long.yaml", &[policy, pod].concat());
+    folder.apply(&lab).unwrap();
+    let before = programs(&lab);
+    assert_eq!(before.len(), 2, "{before:?}");
+    folder.apply(&lab).unwrap();
+    assert_eq!(programs(&lab), before, "nothing changed");
+    fs::remove_file(folder.0.join("long.yaml")).unwrap();
+    folder.apply(&lab).unwrap();
+    let policies: Vec<serde_json::Value> = lab.ask("node1", &["policy", "get"]).unwrap();
+    assert_eq!((programs(&lab).len(), policies.len()), (1, 0), "{policies:?}");
+
     folder.write("broken.yaml", "kind: Pod\nspec: [");
     let refused = folder.apply(&lab).unwrap_err().to_string();
     assert!(refused.contains("broken.yaml") && refused.contains("nothing was changed"), "{refused}");

@@ -158,3 +158,27 @@ fn a_pod_whose_device_is_gone_or_that_its_agent_does_not_know_is_not_running_and
     assert_eq!(state(), "running");
     allowed();
 }
+
+#[test]
+fn nodes_may_have_dots_and_long_names_and_one_that_is_too_long_is_refused_before_anything_is_made() {
+    let lab = Lab::named("nodename");
+    let node = |name: &str| format!("kind: Node\napiVersion: v1\nmetadata: {{name: {name}}}\n---\n");
+    let directory = tempfile::tempdir().unwrap();
+    let up = |nodes: &[&str]| {
+        std::fs::write(directory.path().join("nodes.yaml"), nodes.iter().map(|name| node(name)).collect::<String>())
+            .unwrap();
+        lab::output(["lab", "up", "--name", lab.name(), "-f", &directory.path().display().to_string()]).unwrap()
+    };
+    let refused = up(&["node.one", &"n".repeat(90)]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(["nodes.yaml: ", "metadata.name: ", "has room for "].iter().all(|word| said.contains(word)), "{said}");
+    assert!(!std::path::Path::new("/run/cirri/lab").join(lab.name()).exists());
+    let long = "n".repeat(50);
+    let came = up(&["node.one", &long]);
+    assert!(came.status.success(), "{}", String::from_utf8_lossy(&came.stderr));
+    for name in ["node.one", &long] {
+        let status: serde_json::Value = lab.ask(name, &["status"]).unwrap();
+        assert_eq!(status["node"], name, "{status:#}");
+    }
+}

@@ -67,7 +67,7 @@ fn named(attachment: &Attachment) -> String {
 }
 
 /// FNV-1a, 64 bits: the same in every build, since names outlive the process.
-fn digest(text: &str) -> u64 {
+pub fn digest(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 

@@ -4,16 +4,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use cirri_control::resource::Resource;
+use cirri_store::folder::read_file;
 use cirri_store::{Etcd, EtcdOptions, PREFIX, Store};
 use futures::future::ready;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
 use super::interrupt::Interrupt;
+use super::names;
 use super::netns;
 use super::state::{Lab, Node};
 use super::underlay::ROUTER_V4;
@@ -69,12 +72,18 @@ pub fn resources(lab: &Lab) -> anyhow::Result<BTreeMap<String, String>> {
     }
     let folder = folder(lab);
     let mut found = BTreeMap::new();
-    let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    for entry in entries {
-        let path = entry?.path();
+    let unreadable = |path: &Path| format!("cannot read {}", path.display());
+    for entry in fs::read_dir(&folder).with_context(|| unreadable(&folder))? {
+        let path = entry.with_context(|| unreadable(&folder))?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if let Some(key) = key_of(name) {
-            found.insert(key, fs::read_to_string(&path)?.trim_end().to_owned());
+        if !is_of_a_resource(name) {
+            continue;
+        }
+        // Nobody else writes here; what somebody has put here all the same is waited for by nobody.
+        let text = read_file(&path, |_| None).with_context(|| unreadable(&path))?.unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).trim_end().to_owned();
+        if let Some(key) = key_of(name).or_else(|| Some(Resource::from_json(&text).ok()?.store_key())) {
+            found.insert(key, text);
         }
     }
     Ok(found)
@@ -283,13 +292,20 @@ pub fn folder(lab: &Lab) -> PathBuf {
 
 /// `resources/Pod/shop/web` as `Pod.shop.web.yaml`: neither kinds nor namespaces hold a dot.
 fn file_of(key: &str) -> String {
-    format!("{}.yaml", key.trim_start_matches(RESOURCES).replacen('/', ".", 2))
+    let name = key.trim_start_matches(RESOURCES).replacen('/', ".", 2);
+    format!("{}.yaml", names::fitting(&name, names::LONGEST))
 }
 
+/// Whether a file of the folder is one that [`file_of`] names.
+fn is_of_a_resource(file: &str) -> bool {
+    file.strip_suffix(".yaml").is_some_and(|name| name.splitn(3, '.').count() == 3)
+}
+
+/// The key whose file it is; `None` if that stands in the file alone, because its name was cut.
 fn key_of(file: &str) -> Option<String> {
     let mut parts = file.strip_suffix(".yaml")?.splitn(3, '.');
     let (kind, namespace, name) = (parts.next()?, parts.next()?, parts.next()?);
-    Some(format!("{RESOURCES}{kind}/{namespace}/{name}"))
+    (!name.contains(names::MARK)).then(|| format!("{RESOURCES}{kind}/{namespace}/{name}"))
 }
 
 /// Checks that a lab's nodes all answer, so that a later failure is not blamed on the manifests.
@@ -325,6 +341,9 @@ mod tests {
         for key in ["resources/Pod/shop/web.v1-0", "resources/Namespace/_/shop"] {
             assert_eq!(key_of(&file_of(key)).as_deref(), Some(key));
         }
-        assert_eq!(key_of("Pod.shop.web.yaml.12.tmp"), None);
+        assert!(!is_of_a_resource("Pod.shop.web.yaml.12.tmp") && !is_of_a_resource("notes.yaml"));
+        let long = file_of(&format!("resources/Pod/shop/{}", "a".repeat(253)));
+        assert!(is_of_a_resource(&long) && long.len() < 255 - ".4194304.tmp".len(), "{long}");
+        assert_eq!(key_of(&long), None);
     }
 }

@@ -94,6 +94,15 @@ pub fn node_names(resources: &[Resource]) -> Vec<String> {
     resources.iter().filter(|r| matches!(r, Resource::Node(_))).map(|r| r.name().to_owned()).collect()
 }
 
+/// The file that declares a node.
+pub fn file_of_node(paths: &[PathBuf], node: &str) -> Option<PathBuf> {
+    let declares = |source: &Source| {
+        let documents = content(source).map(|bytes| read_documents("", &bytes));
+        documents.is_ok_and(|documents| node_names(&documents.resources).iter().any(|name| name == node))
+    };
+    files(paths, &mut Vec::new()).into_iter().find(declares).map(|source| source.path)
+}
+
 /// A resource as `pod shop/web`.
 pub fn describe(resource: &Resource) -> String {
     describe_key(&resource.store_key())

@@ -35,6 +35,7 @@ mod load;
 pub mod logs;
 mod manifests;
 mod matrix;
+mod names;
 pub mod netns;
 pub mod pods;
 mod probe;

@@ -20,6 +20,7 @@ use super::cgroup;
 use super::echo::{Port, READY, Transport};
 use super::interrupt::Interrupt;
 use super::logs;
+use super::names;
 use super::netns;
 use super::process::{self, ProcessId, Start, own_binary};
 use super::spaces::Spaces;
@@ -42,11 +43,12 @@ const QUOTE_MAX: u64 = 400;
 pub fn create(lab: &Lab, key: &PodKey, spec: &PodSpec, node: &Node, spaces: &Spaces) -> anyhow::Result<PodRecord> {
     let unique = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     let netns = if spec.host_network { node.netns.clone() } else { spaces.claim(key) };
+    let called = format!("{}-{}-{}", lab.name, key.namespace, key.name);
     let mut record = PodRecord {
         key: key.clone(),
         node: node.name.clone(),
         netns,
-        container_id: format!("{}-{}-{}-{unique:x}", lab.name, key.namespace, key.name),
+        container_id: format!("{}-{unique:x}", names::fitting(&called, names::LONGEST)),
         addresses: Vec::new(),
         spec: spec.clone(),
         complete: false,

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 
+use super::names;
 use super::netns;
 use super::process;
 use super::state::{Lab, PodKey, PodRecord};
@@ -28,7 +29,7 @@ impl Spaces {
     /// The path of a pod's namespace, which is not there yet. `a-b/c` and `a/b-c` would have the same: the later gets a
     /// number.
     pub fn claim(&self, key: &PodKey) -> PathBuf {
-        let name = format!("{}{}-{}", self.prefix, key.namespace, key.name);
+        let name = names::fitting(&format!("{}{}-{}", self.prefix, key.namespace, key.name), names::LONGEST);
         let numbered = (2..).map(|number| format!("{name}-{number}"));
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let free = |path: &PathBuf| !taken.contains(path) && !path.exists();

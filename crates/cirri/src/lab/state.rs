@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::echo::{Port, Transport};
 use super::process::{self, ProcessId, write_json};
-use super::{expand, logs, netns};
+use super::{expand, logs, names, netns};
 use crate::config::{self, Acceleration, ConfigError};
 
 /// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
@@ -25,6 +25,8 @@ const ROOT: &str = "/run/cirri/lab";
 /// The name of a lab when none is given.
 pub const DEFAULT_NAME: &str = "lab";
 const NAME_MAX: usize = 16;
+/// Longest `bpf.instance`.
+const INSTANCE_MAX: usize = 64;
 
 /// A lab's name: letters, digits and underscores. No hyphen, because the hyphen ends the name in the names of the
 /// lab's namespaces and pins, and a lab must never mistake another's for its own.
@@ -80,9 +82,9 @@ impl LabName {
         format!("cirri-{}-world", self.0)
     }
 
-    /// The `bpf.instance` of a node's agent.
+    /// The `bpf.instance` of a node's agent. A node's name may have dots and be longer.
     pub fn bpf_instance(&self, node: &str) -> String {
-        format!("lab-{}-{node}", self.0)
+        names::fitting(&format!("lab-{}-{}", self.0, node.replace('.', "_")), INSTANCE_MAX)
     }
 
     /// Its state directory.
@@ -351,7 +353,7 @@ impl PodKey {
 
     /// As one word: `underscore` separates, because neither part may contain one.
     pub fn file_name(&self) -> String {
-        format!("{}_{}", self.namespace, self.name)
+        names::fitting(&format!("{}_{}", self.namespace, self.name), names::LONGEST)
     }
 }
 
@@ -521,6 +523,21 @@ mod tests {
         assert!("a".repeat(NAME_MAX + 1).parse::<LabName>().is_err());
         let (a, ab): (LabName, LabName) = ("a".parse().unwrap(), "ab".parse().unwrap());
         assert!(!ab.net_namespace().starts_with(&a.prefix()));
+    }
+
+    #[test]
+    fn every_node_has_an_instance_of_its_own_that_its_agent_takes() {
+        let lab: LabName = "a".repeat(NAME_MAX).parse().unwrap();
+        let long = "n".repeat(253);
+        let instances = ["node1", "node.one", &long, &long[1..]].map(|node| lab.bpf_instance(node));
+        for (index, instance) in instances.iter().enumerate() {
+            assert!(
+                instance.starts_with(&lab.bpf_instance("")) && !instances[..index].contains(instance),
+                "{instance}"
+            );
+            let settings = [format!("bpf.instance={instance}")];
+            assert!(config::load(None, |_| None, &settings).is_ok(), "{instance}");
+        }
     }
 
     #[test]

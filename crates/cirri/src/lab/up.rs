@@ -79,7 +79,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     // Everything that can be wrong with the input is found before anything is made.
     let resources = manifests::read(&args.files)?;
     let names = node_names(&args, &resources)?;
-    check_socket_paths(&args.name, &names)?;
+    check_socket_paths(&args.name, &names, &args.files)?;
     let described = Lab::described(&args.name, &names, args.routing, &args.settings);
     let lab = Lab { patience_s: args.timeout, ..described };
     lab.has_xdp().map_err(|problem| Rejected(vec![problem.to_string()]))?;
@@ -199,12 +199,20 @@ fn node_names(args: &UpArgs, resources: &[Resource]) -> anyhow::Result<Vec<Strin
     Err(Rejected(vec![problem]).into())
 }
 
-fn check_socket_paths(name: &LabName, nodes: &[String]) -> Result<(), Rejected> {
+fn check_socket_paths(name: &LabName, nodes: &[String], files: &[PathBuf]) -> Result<(), Rejected> {
     let path = |node: &str| name.directory().join("nodes").join(node).join("state/agent.sock");
-    match nodes.iter().find(|node| path(node).as_os_str().len() > SOCKET_PATH_MAX) {
-        Some(node) => Err(Rejected(vec![format!("node {node}: the name is too long for a socket's path: shorten it")])),
-        None => Ok(()),
-    }
+    let room = SOCKET_PATH_MAX + 1 - path("x").as_os_str().len();
+    let long = |node: &&String| node.len() > room;
+    let problem = |node: &String| {
+        let file = manifests::file_of_node(files, node).map_or(String::new(), |file| format!("{}: ", file.display()));
+        let length = node.len();
+        format!(
+            "{file}node {node}: metadata.name: it has {length} characters, and a lab called \"{name}\" has room for {room}, \
+             since a socket's path has no more: shorten it"
+        )
+    };
+    let problems: Vec<String> = nodes.iter().filter(long).map(problem).collect();
+    if problems.is_empty() { Ok(()) } else { Err(Rejected(problems)) }
 }
 
 fn require_etcd() -> anyhow::Result<()> {
@@ -359,7 +367,7 @@ mod tests {
     #[test]
     fn a_socket_path_that_the_kernel_would_refuse_is_refused_first() {
         let name: LabName = "t".parse().unwrap();
-        assert!(check_socket_paths(&name, &["node1".into()]).is_ok());
-        assert!(check_socket_paths(&name, &["n".repeat(90)]).is_err());
+        assert!(check_socket_paths(&name, &["node1".into()], &[]).is_ok());
+        assert!(check_socket_paths(&name, &["n".repeat(90)], &[]).is_err());
     }
 }
