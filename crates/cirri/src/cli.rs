@@ -138,6 +138,31 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Every option that is a span of time, with the commands before it.
+    fn spans(command: &clap::Command, path: &[String]) -> Vec<Vec<String>> {
+        let is_span = |arg: &&clap::Arg| {
+            arg.get_value_names()
+                .is_some_and(|names| names.iter().any(|name| ["SECONDS", "MS"].contains(&name.as_str())))
+        };
+        let own = command.get_arguments().filter(is_span).filter_map(clap::Arg::get_long);
+        let mut all: Vec<_> = own.map(|long| [path, &[format!("--{long}")]].concat()).collect();
+        for below in command.get_subcommands() {
+            all.extend(spans(below, &[path, &[below.get_name().to_owned()]].concat()));
+        }
+        all
+    }
+
+    #[test]
+    fn a_span_longer_than_a_clock_can_count_is_refused_with_what_is_allowed() {
+        let found = spans(&Cli::command(), &["cirri".to_owned()]);
+        assert!(found.len() >= 10, "{found:?}");
+        for mut words in found {
+            words.push(u64::MAX.to_string());
+            let error = Cli::command().try_get_matches_from(&words).expect_err(&words.join(" "));
+            assert_eq!(error.kind(), ErrorKind::ValueValidation, "{words:?}: {error}");
+        }
+    }
+
     #[test]
     fn the_long_help_holds_the_exit_codes() {
         assert!(LONG_HELP.ends_with(exit::HELP));

@@ -17,6 +17,7 @@ mod listener;
 mod output;
 mod pinned;
 mod settings;
+mod span;
 mod workload;
 
 use std::process::ExitCode;

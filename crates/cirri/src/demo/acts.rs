@@ -440,7 +440,7 @@ impl<'a> Play<'a> {
     /// Waits until a pod's own program writes something like this from now on; says what.
     fn program_does(&self, pod: &str, program: &str, does: Does) -> anyhow::Result<Result<String, String>> {
         let pod = self.lab.pod(&pod.parse().map_err(anyhow::Error::msg)?)?;
-        let deadline = Instant::now() + self.lab.patience();
+        let deadline = crate::span::from_now(self.lab.patience());
         let line = pods::await_line(&self.lab, &pod, program, does.is, deadline, self.interrupt)?;
         Ok(match line {
             Some(line) => Ok(format!("{} {}", pod.key, (does.words)(&line))),
@@ -562,7 +562,7 @@ fn find_flow(
     interrupt: &Interrupt,
 ) -> anyhow::Result<Option<Flow>> {
     let question = Observe { follow: true, last: Some(usize::MAX >> 1), filter };
-    let deadline = Instant::now() + wait;
+    let deadline = crate::span::from_now(wait);
     loop {
         let mut found = None;
         // In slices, so that an interruption does not have to wait for the whole of it.

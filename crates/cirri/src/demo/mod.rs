@@ -48,7 +48,7 @@ pub struct DemoArgs {
     name: LabName,
     /// How long anything may take before it counts as failed, in seconds. It is waited for what happens, so that a busy
     /// machine takes longer and fails nothing
-    #[arg(long, default_value_t = DEFAULT_PATIENCE, value_name = "SECONDS")]
+    #[arg(long, default_value_t = DEFAULT_PATIENCE, value_name = "SECONDS", value_parser = crate::span::seconds())]
     timeout: u64,
 }
 

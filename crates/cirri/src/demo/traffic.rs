@@ -116,7 +116,7 @@ fn denied(
     patience: Duration,
     dropped: &impl Fn(Cell<'_>) -> anyhow::Result<bool>,
 ) -> anyhow::Result<Outcome> {
-    let deadline = Instant::now() + patience;
+    let deadline = crate::span::from_now(patience);
     loop {
         let Err(why) = ask(cell, SILENCE)? else { return Ok(Outcome::Works) };
         if dropped(cell)? {

@@ -14,7 +14,7 @@ use super::interrupt::Interrupt;
 use super::spaces::{self, Spaces};
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord, PodSpec};
 use super::{allot, manifests, pods, routes, status};
-use crate::output;
+use crate::{output, span};
 
 /// Pods made or removed at once.
 const PARALLEL: usize = 8;
@@ -37,7 +37,7 @@ pub struct ApplyArgs {
     #[arg(long)]
     wait: bool,
     /// How long --wait may take, in seconds [default: that of `lab up`]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = span::seconds())]
     timeout: Option<u64>,
 }
 
@@ -112,7 +112,7 @@ pub fn apply(
             output::complain(&format!("{problem:#}"));
         }
     }
-    let deadline = wait.map(|wait| begun + wait);
+    let deadline = wait.map(|wait| span::from_now(wait));
     plan.create.retain(|(key, ..)| !stayed.contains(key));
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {
         let node = lab.node(node)?;

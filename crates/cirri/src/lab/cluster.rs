@@ -22,6 +22,7 @@ use super::state::{Lab, Node};
 use super::underlay::ROUTER_V4;
 use crate::api::{EndpointInfo, PolicyInfo, Status, Wait, Waited};
 use crate::client::{self, CallError};
+use crate::span;
 
 /// etcd's port for clients, in the lab's own namespace.
 pub const ETCD_PORT: u16 = 2379;
@@ -130,7 +131,7 @@ pub fn change(lab: &Lab, change: &Change) -> anyhow::Result<()> {
 /// # Errors
 /// An agent is down or does not get there in time; it says which and what it is stuck at.
 pub fn settle(lab: &Lab, timeout: Duration, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let deadline = Instant::now() + timeout;
+    let deadline = span::from_now(timeout);
     for _ in 0..2 {
         settle_once(lab, deadline.saturating_duration_since(Instant::now()), interrupt)?;
     }
@@ -162,7 +163,7 @@ pub fn settle_node(
     timeout: Duration,
     interrupt: &Interrupt,
 ) -> anyhow::Result<()> {
-    let deadline = Instant::now() + timeout;
+    let deadline = span::from_now(timeout);
     loop {
         interrupt.check()?;
         // In slices, so that an interruption does not have to wait for the whole of it.

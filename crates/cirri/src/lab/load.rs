@@ -21,6 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::echo::raise_file_limit;
 use super::netns::block_on;
+use crate::span;
 
 /// Arguments of the hidden command.
 #[derive(Debug, clap::Args)]
@@ -29,19 +30,19 @@ pub struct LoadArgs {
     #[arg(long)]
     to: SocketAddr,
     /// New connections a second.
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: u32,
     /// How long, in seconds.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = span::seconds())]
     seconds: u64,
     /// How long one connection may take before it counts as failed, in milliseconds.
-    #[arg(long, default_value_t = 5000)]
+    #[arg(long, default_value_t = 5000, value_name = "MS", value_parser = span::milliseconds())]
     timeout: u64,
     /// Long transfers at once.
     #[arg(long, default_value_t = 1)]
     longs: u32,
     /// How long each of them lasts before the next begins, in seconds; the whole time if absent.
-    #[arg(long)]
+    #[arg(long, value_name = "SECONDS", value_parser = span::seconds())]
     long_seconds: Option<u64>,
 }
 
@@ -118,7 +119,7 @@ async fn load(args: &LoadArgs) -> Report {
     }
     let outcomes: Arc<Mutex<Vec<Result<Duration, String>>>> = Arc::default();
     let mut running = JoinSet::new();
-    let mut ticks = interval(Duration::from_secs(1) / args.rate.max(1));
+    let mut ticks = interval(Duration::from_secs(1) / args.rate);
     // A late tick is made up for: the rate is a promise, not a hope.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     loop {

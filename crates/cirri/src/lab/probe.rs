@@ -61,7 +61,7 @@ pub struct ProbeArgs {
     #[arg(long, value_enum, default_value = "both")]
     family: Family,
     /// How long one try waits, in milliseconds.
-    #[arg(long, default_value_t = 700, value_name = "MS")]
+    #[arg(long, default_value_t = 700, value_name = "MS", value_parser = crate::span::milliseconds())]
     timeout: u64,
     /// How often silence is tried again.
     #[arg(long, default_value_t = 1)]

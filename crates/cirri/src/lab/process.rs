@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use super::cgroup;
 use super::netns::{self, NsId};
+use crate::span;
 
 /// How long killed processes may take to go. They are killed, not asked: only a stuck system call can hold them.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -174,7 +175,7 @@ pub fn end(ids: &[ProcessId], signal: Signal, within: Duration) -> bool {
         // An error means that it ended by itself meanwhile.
         let _ = rustix::process::pidfd_send_signal(fd, signal);
     }
-    let deadline = Instant::now() + within;
+    let deadline = span::from_now(within);
     open.iter().all(|fd| {
         let left = deadline.saturating_duration_since(Instant::now());
         first_readable(&[fd.as_fd()], left).is_some()
@@ -255,7 +256,7 @@ pub fn append_to(log: &Path) -> anyhow::Result<File> {
 
 /// Which of these descriptors becomes readable first; `None` when none does in time.
 pub fn first_readable(fds: &[BorrowedFd<'_>], within: Duration) -> Option<usize> {
-    let deadline = Instant::now() + within;
+    let deadline = span::from_now(within);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = rustix::event::Timespec {

@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 use super::interrupt::Interrupt;
 use super::pods::quote;
 use super::process::{self, ProcessId};
+use crate::span;
 
 /// How long a wait may keep an interruption waiting.
 const INTERRUPT_CHECK: Duration = Duration::from_millis(100);
@@ -57,7 +58,7 @@ impl Readiness {
         interrupt: &Interrupt,
     ) -> anyhow::Result<()> {
         let process = child.id().try_into().ok().and_then(ProcessId::current).and_then(ProcessId::open);
-        let deadline = Instant::now() + limit;
+        let deadline = span::from_now(limit);
         while let Some(process) = &process {
             interrupt.check()?;
             match process::first_readable(&[self.socket.as_fd(), process.as_fd()], INTERRUPT_CHECK) {

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use super::interrupt::Interrupt;
 use super::state::{DEFAULT_NAME, Lab, LabName};
 use super::{cluster, process, up};
-use crate::output;
+use crate::{output, span};
 
 /// Arguments of `cirri lab restart`.
 #[derive(Debug, clap::Args)]
@@ -23,10 +23,10 @@ pub struct RestartArgs {
     #[arg(long)]
     kill: bool,
     /// Leave it stopped for so long, in milliseconds.
-    #[arg(long, default_value_t = 0, value_name = "MS")]
+    #[arg(long, default_value_t = 0, value_name = "MS", value_parser = span::milliseconds())]
     pause: u64,
     /// How long the agent may take to stop, and to enforce everything again, in seconds [default: that of `lab up`]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = span::seconds())]
     timeout: Option<u64>,
 }
 

@@ -26,7 +26,7 @@ use super::ready::Readiness;
 use super::routes;
 use super::state::{DEFAULT_NAME, DEFAULT_PATIENCE, Lab, LabName, Node, Routing};
 use super::underlay::{self, NODES_MAX};
-use crate::output;
+use crate::{output, span};
 
 /// The ports the outside host answers on.
 pub const WORLD_PORTS: [Port; 8] = [tcp(80), tcp(81), tcp(443), tcp(8080), udp(53), udp(80), udp(81), udp(443)];
@@ -58,7 +58,7 @@ pub struct UpArgs {
     files: Vec<PathBuf>,
     /// How long anything may take before it counts as failed, in seconds: etcd and agents to be ready, manifests to be
     /// enforced; also later, by other commands.
-    #[arg(long, default_value_t = DEFAULT_PATIENCE, value_name = "SECONDS")]
+    #[arg(long, default_value_t = DEFAULT_PATIENCE, value_name = "SECONDS", value_parser = span::seconds())]
     timeout: u64,
 }
 

@@ -192,7 +192,7 @@ impl Play<'_> {
         let scan = self.asker("guest/scan", (LOCAL, PORT).into())?;
         let (_, second) = self.stalls()?;
         let filter = ends("guest/scan", "market/stall-2", "dropped");
-        let deadline = Instant::now() + self.lab.patience();
+        let deadline = crate::span::from_now(self.lab.patience());
         // Silence alone may be a busy machine.
         let flow = loop {
             let refused = requests::ask(&scan, 1, SILENCE)?;
