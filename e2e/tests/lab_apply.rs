@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use cirri_e2e::lab::{self, Lab};
 
@@ -69,6 +70,19 @@ fn the_manifests_of_a_folder_are_the_whole_truth_and_none_empties_the_lab() {
     let policies: Vec<serde_json::Value> = lab.ask("node1", &["policy", "get"]).unwrap();
     assert_eq!((programs(&lab).len(), policies.len()), (1, 0), "{policies:?}");
 
+    // What somebody put among the lab's own files: to read it would take for ever.
+    let pipe = format!("/run/cirri/lab/{}/nodes/node1/manifests/Pod.shop.pipe.yaml", lab.name());
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let apply =
+        ["60", lab::binary().unwrap().to_str().unwrap(), "lab", "apply", "--name", lab.name(), "-f"].map(String::from);
+    let stopped = Command::new("timeout").args(apply).arg(&folder.0).output().unwrap();
+    let said = String::from_utf8_lossy(&stopped.stderr);
+    assert!(
+        stopped.status.code() == Some(1) && said.contains(&pipe) && said.contains("no regular file"),
+        "{stopped:?}"
+    );
+    fs::remove_file(pipe).unwrap();
+
     folder.write("broken.yaml", "kind: Pod\nspec: [");
     let refused = folder.apply(&lab).unwrap_err().to_string();
     assert!(refused.contains("broken.yaml") && refused.contains("nothing was changed"), "{refused}");
@@ -122,10 +136,10 @@ fn what_an_apply_that_was_killed_has_made_is_known_and_goes() {
     folder.write("all.yaml", &pods(12));
     // Killed in the moment in which the first namespaces are there, again and again.
     for _ in 0..3 {
-        let mut apply = std::process::Command::new(lab::binary().unwrap())
+        let mut apply = Command::new(lab::binary().unwrap())
             .args(["lab", "apply", "--name", lab.name(), "-f"])
             .arg(&folder.0)
-            .stdout(std::process::Stdio::null())
+            .stdout(Stdio::null())
             .spawn()
             .unwrap();
         while spaces().is_empty() && apply.try_wait().unwrap().is_none() {
@@ -142,7 +156,7 @@ fn what_an_apply_that_was_killed_has_made_is_known_and_goes() {
         folder.write("all.yaml", &pods(12));
     }
     // As a lab of an older version may have them.
-    let left = std::process::Command::new("ip").args(["netns", "add", &format!("{prefix}default-left")]).status();
+    let left = Command::new("ip").args(["netns", "add", &format!("{prefix}default-left")]).status();
     assert!(left.unwrap().success());
     folder.apply(&lab).unwrap();
     assert_eq!((spaces().len(), spaces()), (12, recorded()));

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{self, Conversation, Lab, eventually, printed};
@@ -160,7 +160,12 @@ fn etcd_may_be_killed_traffic_and_rules_stay_and_the_next_change_is_enforced_whe
     }
     assert_denied(&lab, "while etcd is away");
     let output = lab.try_apply(&pods).unwrap();
-    said(&output, FAILED, &["etcd"]);
+    let down = format!("`cirri lab down --name {}`", lab.name());
+    said(&output, NOT_REACHABLE, &["etcd does not answer", &down]);
+    let begun = Instant::now();
+    let short = ["lab", "restart", "--name", lab.name(), "node1", "--timeout", "2"];
+    said(&lab::output(short).unwrap(), NOT_REACHABLE, &["etcd does not answer", &down]);
+    assert!(begun.elapsed() < PATIENCE);
     assert_denied(&lab, "after a change that could not be stored");
 
     // An agent that starts meanwhile goes on with what is pinned.

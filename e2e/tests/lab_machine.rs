@@ -143,6 +143,10 @@ fn a_pod_whose_device_is_gone_or_that_its_agent_does_not_know_is_not_running_and
 
     // All three places where an agent keeps what it knows of a container.
     lab.kill_agent("node1").unwrap();
+    let refused = lab.try_apply(pod).unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    let advice = format!("cirri lab restart --name {} node1", lab.name());
+    assert!(refused.status.code() == Some(3) && said.contains(&advice), "{refused:?}");
     let kept = format!("/run/cirri/lab/{}/nodes/node1/state", lab.name());
     for place in std::fs::read_dir(kept).unwrap().map(|entry| entry.unwrap()) {
         if place.file_name().to_string_lossy().starts_with("endpoints") {

@@ -89,6 +89,15 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// Whether nobody is there to answer, or whom he would have to ask is away.
+    pub fn is_not_reachable(&self) -> bool {
+        match self {
+            CallError::NoAgent { .. } | CallError::Stopped => true,
+            CallError::Refused(error) => error.code == "unavailable",
+            _ => false,
+        }
+    }
+
     fn into_exit(self, socket: &Path) -> Error {
         match self {
             CallError::Stop(error) => error,

@@ -36,7 +36,7 @@ pub struct ApplyArgs {
     /// Return only when everything is enforced on every node and every declared port is open.
     #[arg(long)]
     wait: bool,
-    /// How long --wait may take, in seconds [default: that of `lab up`]
+    /// How long --wait, and a call to the store, may take, in seconds [default: that of `lab up`]
     #[arg(long, value_name = "SECONDS", value_parser = span::seconds())]
     timeout: Option<u64>,
 }
@@ -46,10 +46,11 @@ pub struct ApplyArgs {
 /// # Errors
 /// Refused manifests, or what went wrong on the way; another apply goes on from there.
 pub fn run(args: ApplyArgs) -> anyhow::Result<ExitCode> {
-    let lab = Lab::load(&args.name)?;
+    let mut lab = Lab::load(&args.name)?;
+    lab.patience_s = args.timeout.unwrap_or(lab.patience_s);
     let _lock = args.name.lock()?;
     let interrupt = Interrupt::install()?;
-    let wait = args.wait.then(|| args.timeout.map_or(lab.patience(), Duration::from_secs));
+    let wait = args.wait.then(|| lab.patience());
     apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &output::progress)?;
     Ok(ExitCode::SUCCESS)
 }

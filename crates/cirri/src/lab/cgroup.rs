@@ -93,7 +93,8 @@ pub fn run(args: InArgs) -> anyhow::Result<ExitCode> {
     let (program, arguments) = args.command.split_first().context("which program?")?;
     let error = Command::new(program).args(arguments).exec();
     if error.kind() == io::ErrorKind::NotFound {
-        output::complain(&format!("{program} is not installed (not found in PATH)"));
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        output::complain(&process::not_found(program, Path::new("."), &path));
         return Ok(ExitCode::from(EXIT_NOT_FOUND));
     }
     Err(error).with_context(|| format!("cannot start {program}"))

@@ -7,17 +7,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use cirri_control::resource::Resource;
 use cirri_store::folder::read_file;
-use cirri_store::{Etcd, EtcdOptions, PREFIX, Store};
+use cirri_store::{Etcd, EtcdOptions, PREFIX, Store, StoreError};
 use futures::future::ready;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::json;
 
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Interrupted};
 use super::names;
 use super::netns;
+use super::process;
 use super::state::{Lab, Node};
 use super::underlay::ROUTER_V4;
 use crate::api::{EndpointInfo, PolicyInfo, Status, Wait, Waited};
@@ -35,6 +36,14 @@ const WAIT_SLICE: Duration = Duration::from_secs(1);
 /// How long an agent may take to answer a question about what it already knows. One that is gone refuses at once: so
 /// long is waited only for one that hangs.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a call to etcd may take if the lab's own is known to be gone: somebody may have started another.
+const WITHOUT_ETCD: Duration = Duration::from_secs(10);
+
+/// An agent or the store cannot be reached.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NotReachable(String);
 
 /// What a change does to the stored resources. Keys are those of `Resource::store_key`.
 #[derive(Debug, Default)]
@@ -177,10 +186,13 @@ pub fn settle_node(
             Err(CallError::Refused(refusal)) if refusal.code == "timeout" => {
                 if Instant::now() >= deadline {
                     let name = &node.name;
-                    bail!("node {name} does not enforce everything yet: {refusal} (its log: {})", log.display());
+                    let late =
+                        format!("node {name} does not enforce everything yet: {refusal} (its log: {})", log.display());
+                    let away = status(lab, name).is_ok_and(|status| !status.store.healthy);
+                    return Err(if away { without_store(lab, &late).into() } else { anyhow::anyhow!(late) });
                 }
             }
-            Err(problem) => bail!("the agent of {}: {problem} (its log: {})", node.name, log.display()),
+            Err(problem) => return Err(no_answer(lab, node, &problem)),
         }
     }
 }
@@ -193,7 +205,7 @@ pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
     let answers = each_node(lab, |node| {
         let socket = lab.agent_socket(&node.name);
         client::call::<Vec<PolicyInfo>>(&socket, "policy.get", &json!({}), ANSWER_TIMEOUT)
-            .map_err(|problem| anyhow::anyhow!("the agent of {} does not answer: {problem}", node.name))
+            .map_err(|problem| no_answer(lab, node, &problem))
     })?;
     let mut refused: Vec<String> = answers
         .into_iter()
@@ -213,10 +225,7 @@ pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
 /// # Errors
 /// An agent is down.
 pub fn problems_of_services(lab: &Lab) -> anyhow::Result<Vec<String>> {
-    let answers = each_node(lab, |node| {
-        status(lab, &node.name)
-            .map_err(|problem| anyhow::anyhow!("the agent of {} does not answer: {problem}", node.name))
-    })?;
+    let answers = each_node(lab, |node| status(lab, &node.name).map_err(|problem| no_answer(lab, node, &problem)))?;
     let mut problems: Vec<String> = answers.into_iter().flat_map(|status| status.services.problems).collect();
     problems.sort();
     problems.dedup();
@@ -258,8 +267,7 @@ pub fn endpoints(lab: &Lab, node: &str, timeout: Duration) -> Result<Vec<Endpoin
 /// An agent is down.
 pub fn attached(lab: &Lab) -> anyhow::Result<BTreeSet<String>> {
     let answers = each_node(lab, |node| {
-        endpoints(lab, &node.name, ANSWER_TIMEOUT)
-            .map_err(|problem| anyhow::anyhow!("the agent of {} does not answer: {problem}", node.name))
+        endpoints(lab, &node.name, ANSWER_TIMEOUT).map_err(|problem| no_answer(lab, node, &problem))
     })?;
     Ok(answers.into_iter().flatten().map(|endpoint| endpoint.container_id).collect())
 }
@@ -268,21 +276,57 @@ pub fn attached(lab: &Lab) -> anyhow::Result<BTreeSet<String>> {
 ///
 /// # Errors
 /// What the call met, and that the lab's etcd may have died.
-pub fn in_etcd<T: Send>(
-    lab: &Lab,
-    work: impl AsyncFnOnce(&Etcd) -> Result<T, cirri_store::StoreError> + Send,
-) -> anyhow::Result<T> {
+pub fn in_etcd<T: Send>(lab: &Lab, work: impl AsyncFnOnce(&Etcd) -> Result<T, StoreError> + Send) -> anyhow::Result<T> {
     let namespace = netns::path(&lab.name.net_namespace());
-    netns::within(&namespace, || {
+    let runs = process::recorded(&lab.name.directory().join("etcd.pid")).is_some();
+    let limit = if runs { lab.patience() } else { lab.patience().min(WITHOUT_ETCD) };
+    let outcome = netns::within(&namespace, || {
         netns::block_on(async {
-            let store = Etcd::new(&EtcdOptions::new([etcd_url()]))?;
+            let store = Etcd::new(&EtcdOptions { request_timeout: limit, ..EtcdOptions::new([etcd_url()]) })?;
             work(&store).await
         })
-    })??
-    .with_context(|| {
-        let log = lab.name.directory().join("etcd.log");
-        format!("the lab's etcd does not answer (its log: {}); `cirri lab down` and `up` start afresh", log.display())
+    })??;
+    outcome.map_err(|error| match error {
+        StoreError::Unreachable { .. } => without_store(lab, &error.to_string()).into(),
+        refused => anyhow::Error::new(refused).context("the lab's etcd refused"),
     })
+}
+
+/// The lab's etcd is away, which `met` came of.
+fn without_store(lab: &Lab, met: &str) -> NotReachable {
+    let (log, name) = (lab.name.directory().join("etcd.log"), &lab.name);
+    NotReachable(format!(
+        "the lab's etcd does not answer (its log: {}); `cirri lab down --name {name}` and `cirri lab up --name {name}` \
+         start afresh: {met}",
+        log.display()
+    ))
+}
+
+/// The error, with the store named if that is away: an agent alone cannot do what it is asked then.
+pub fn explain(lab: &Lab, error: anyhow::Error) -> anyhow::Error {
+    let decided = error.is::<NotReachable>() || error.is::<Interrupted>();
+    if decided || !lab.has_etcd() {
+        return error;
+    }
+    let lab = Lab { patience_s: lab.patience_s.min(WITHOUT_ETCD.as_secs()), ..lab.clone() };
+    match resources(&lab) {
+        Err(store) if store.is::<NotReachable>() => store.context(format!("{error:#}")),
+        _ => error,
+    }
+}
+
+/// A node's agent has not answered as it should.
+fn no_answer(lab: &Lab, node: &Node, problem: &CallError) -> anyhow::Error {
+    let log = lab.node_directory(&node.name).join("agent.log");
+    let said = format!("the agent of {}: {problem} (its log: {})", node.name, log.display());
+    match problem {
+        CallError::NoAgent { .. } | CallError::Stopped => {
+            let back = format!("{said}; `cirri lab restart --name {} {}` brings it back", lab.name, node.name);
+            NotReachable(back).into()
+        }
+        problem if problem.is_not_reachable() => NotReachable(said).into(),
+        _ => anyhow::anyhow!(said),
+    }
 }
 
 /// The folder of manifests of a lab with one node.
@@ -313,7 +357,7 @@ fn key_of(file: &str) -> Option<String> {
 ///
 /// # Errors
 /// Which agent is down, and where its log is.
-pub fn check_agents(lab: &Lab) -> anyhow::Result<()> {
+pub fn check_agents(lab: &Lab) -> Result<(), NotReachable> {
     let down: Vec<&str> = lab
         .nodes
         .iter()
@@ -324,13 +368,13 @@ pub fn check_agents(lab: &Lab) -> anyhow::Result<()> {
         return Ok(());
     }
     let log = lab.node_directory(down[0]).join("agent.log");
-    bail!(
+    Err(NotReachable(format!(
         "the agent of {} is not running (its log: {}): bring it back with `cirri lab restart --name {} {}`",
         down.join(", "),
         log.display(),
         lab.name,
         down[0]
-    )
+    )))
 }
 
 #[cfg(test)]

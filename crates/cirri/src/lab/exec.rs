@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
@@ -12,6 +12,7 @@ use rustix::fs::inotify;
 
 use super::cgroup;
 use super::netns;
+use super::process;
 use super::state::{DEFAULT_NAME, ECHO_PROGRAM, Lab, LabName, PodKey};
 use crate::output;
 
@@ -92,7 +93,8 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
     // Returns only if it fails: the program takes this process over, terminal, signals and exit code included.
     let error = netns::within(&netns, || command.exec())?;
     if error.kind() == io::ErrorKind::NotFound {
-        output::complain(&format!("{program} is not installed (not found in PATH)"));
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        output::complain(&process::not_found(program, Path::new("."), &path));
         return Ok(ExitCode::from(EXIT_NOT_FOUND));
     }
     Err(error).with_context(|| format!("cannot start {program}"))

@@ -16,8 +16,8 @@
 //! | logs, records, the agents' state | `/run/cirri/lab/lab/` |
 //! | pinned maps and programs | `/sys/fs/bpf/cirri/lab-lab-<node>/` |
 //!
-//! Exit codes: 0 done; 1 it failed; 2 the input is wrong and nothing was changed; 4 a single probe did not get
-//! through; 130 interrupted. `exec` ends with the exit code of the program it ran.
+//! Exit codes: 0 done; 1 it failed; 2 the input is wrong and nothing was changed; 3 an agent or the store cannot be
+//! reached; 4 a single probe did not get through; 130 interrupted. `exec` ends with the exit code of the program it ran.
 
 mod allot;
 pub mod apply;
@@ -55,8 +55,10 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
+use self::cluster::NotReachable;
 use self::interrupt::Interrupted;
 use self::manifests::Rejected;
+use crate::exit::{Error, Failure};
 use crate::output;
 
 /// Exit code for input that was refused before anything was changed.
@@ -126,6 +128,9 @@ pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
         Err(error) if error.is::<Interrupted>() => {
             output::complain(&error.to_string());
             Ok(ExitCode::from(EXIT_INTERRUPTED))
+        }
+        Err(error) if error.is::<NotReachable>() => {
+            Ok(Error::new(Failure::NotReachable, format!("{error:#}")).report())
         }
         other => other,
     }

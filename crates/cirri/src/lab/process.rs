@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -20,6 +21,9 @@ use crate::span;
 
 /// How long killed processes may take to go. They are killed, not asked: only a stuck system call can hold them.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// As much of a script's first line as the kernel reads.
+const LONGEST_LINE: u64 = 256;
 
 /// One process, by pid and the time it started at: the pair is never used twice while the machine is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,6 +76,26 @@ pub fn installed(program: &str) -> bool {
 
 fn found_in(path: &OsStr, program: &str) -> bool {
     std::env::split_paths(path).any(|directory| directory.join(program).is_file())
+}
+
+/// Why a program could not be started, whose file the kernel did not find: there may be one, and what it names to be
+/// run by not.
+pub fn not_found(program: &str, directory: &Path, path: &OsStr) -> String {
+    let file = match program.contains('/') {
+        true => Some(directory.join(program)).filter(|file| file.is_file()),
+        false => std::env::split_paths(path).map(|place| place.join(program)).find(|file| file.is_file()),
+    };
+    let Some(file) = file else { return format!("{program} is not installed (not found in PATH)") };
+    let mut first = Vec::new();
+    // What is not text is no script.
+    let _ = File::open(&file).and_then(|file| BufReader::new(file.take(LONGEST_LINE)).read_until(b'\n', &mut first));
+    let line = String::from_utf8_lossy(&first);
+    match line.strip_prefix("#!").and_then(|rest| rest.split_whitespace().next()) {
+        Some(interpreter) => {
+            format!("{program} is there, but {interpreter} is not, which its first line names to run it")
+        }
+        None => format!("{program} is there, but its loader is not (`readelf -l {}` names it)", file.display()),
+    }
 }
 
 /// How to start a process.
@@ -303,6 +327,19 @@ mod tests {
         fs::write(path.with_extension("started"), "1").unwrap();
         assert_eq!(recorded(&path), None);
         fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_program_that_is_there_and_cannot_be_run_is_not_called_missing() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("script"), "#! /nowhere/python3 -u\n").unwrap();
+        fs::write(directory.path().join("program"), b"\x7fELF\x02").unwrap();
+        let why = |program: &str| not_found(program, directory.path(), directory.path().as_os_str());
+        for script in ["script", "./script"] {
+            assert!(why(script).contains("is there, but /nowhere/python3 is not"), "{}", why(script));
+        }
+        assert!(why("program").contains("its loader"), "{}", why("program"));
+        assert!(why("./none").contains("not installed"), "{}", why("./none"));
     }
 
     #[test]

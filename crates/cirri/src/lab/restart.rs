@@ -54,7 +54,7 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let stopped = begun.elapsed();
     std::thread::sleep(Duration::from_millis(args.pause));
     let started = Instant::now();
-    up::start_agent(&lab, node, &interrupt)?;
+    up::start_agent(&lab, node, &interrupt).map_err(|error| cluster::explain(&lab, error))?;
     let ready = started.elapsed();
     cluster::settle_node(&lab, node, None, lab.patience(), &interrupt)?;
     output::progress(&format!(
