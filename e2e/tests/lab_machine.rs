@@ -186,3 +186,106 @@ fn nodes_may_have_dots_and_long_names_and_one_that_is_too_long_is_refused_before
         assert_eq!(status["node"], name, "{status:#}");
     }
 }
+
+/// What a script may use of a lab's commands: `code WORD COMMAND…` prints the word and how the command ended, `groups`
+/// takes the control groups away from the script.
+const TOOLS: &str = r#"
+code() { word=$1; shift; code=0; "$@" || code=$?; echo "$word $code"; }
+groups() { for place in $(awk '$3 == "cgroup2" { print $2 }' /proc/mounts); do umount -l "$place"; done; }
+lab() { verb=$1; shift; "$CIRRI" lab "$verb" --name "$NAME" "$@"; }
+agent() { grep '^State:' "/proc/$(cat "/run/cirri/lab/$NAME/nodes/node1/agent.pid")/status" | grep -v '[ZX] (' > /dev/null && echo RUNS; }
+"#;
+
+/// The part of what a script said between two words.
+fn between<'a>(said: &'a str, from: &str, to: &str) -> &'a str {
+    let (_, rest) = said.split_once(from).unwrap_or_else(|| panic!("no {from}: {said}"));
+    rest.split_once(to).unwrap_or_else(|| panic!("no {to}: {said}")).0
+}
+
+#[test]
+fn without_control_groups_a_lab_is_left_alone_or_goes_and_none_is_begun() {
+    let lab = Lab::named("groups");
+    let script = "
+        mount -t tmpfs none /run
+        trap 'lab down || true' EXIT
+        lab up
+        groups
+        code RESTART lab restart node1
+        agent
+        code DOWN lab down
+        ls /run/netns /run/cirri/lab; echo LEFT
+        code AGAIN lab down
+        code UP lab up
+        ls /run/netns; echo MADE";
+    let said = in_own_run(&lab, &[TOOLS, script].concat());
+    let mount = "no control groups of version 2 are mounted";
+    assert!(between(&said, "next:", "RESTART 1").contains(mount), "{said}");
+    assert!(between(&said, "RESTART 1", "DOWN 1").contains("RUNS"), "the agent was stopped all the same: {said}");
+    assert!(between(&said, "RUNS", "DOWN 1").contains(mount), "{said}");
+    assert_eq!(between(&said, "DOWN 1\n", "LEFT").trim(), "/run/cirri/lab:\n\n/run/netns:", "{said}");
+    assert!(between(&said, "LEFT", "AGAIN 0").contains("there is no lab"), "{said}");
+    assert!(between(&said, "AGAIN 0", "UP 1").contains(mount), "{said}");
+    assert_eq!(between(&said, "UP 1\n", "MADE"), "", "{said}");
+}
+
+#[test]
+fn without_a_free_inode_or_on_a_read_only_disk_what_is_wrong_is_named_and_the_lab_can_go() {
+    let lab = Lab::named("inodes");
+    let script = "
+        mount -t tmpfs -o nr_inodes=500 none /run
+        trap 'lab down || true' EXIT
+        printf 'kind: Pod\napiVersion: v1\nmetadata: {name: web}\nspec: {containers: [{name: c}]}\n' > /run/web.yaml
+        lab up
+        number=0; while : 2> /dev/null > /run/fill$number; do number=$((number + 1)); done
+        code APPLY lab apply -f /run/web.yaml
+        code RESTART lab restart node1
+        agent
+        code DOWN lab down
+        ls /run/netns; echo LEFT
+        rm /run/fill*
+        lab up
+        mount --rbind /run /run
+        mount -o remount,bind,ro /run
+        code RESTART2 lab restart node1
+        agent
+        code DOWN2 lab down
+        mount -o remount,bind,rw /run
+        code AGAIN lab down
+        ls /run/netns; echo LEFT2";
+    // A shell ends at a redirection that fails, if the command is one of its own.
+    let script = script.replace(": 2> /dev/null > /run/fill$number", "touch /run/fill$number 2> /dev/null");
+    let said = in_own_run(&lab, &[TOOLS, &script].concat());
+    let refused = between(&said, "next:", "APPLY 1");
+    assert!(["/run/cirri/lab", "inodes", "remount,nr_inodes"].iter().all(|word| refused.contains(word)), "{said}");
+    assert!(between(&said, "APPLY 1", "RESTART 1").contains("inodes"), "{said}");
+    assert!(between(&said, "RESTART 1", "DOWN 0").contains("RUNS"), "{said}");
+    assert_eq!(between(&said, "DOWN 0\n", "LEFT"), "", "{said}");
+    let read_only = "is mounted read-only";
+    assert!(between(&said, "LEFT", "RESTART2 1").contains(read_only), "{said}");
+    assert!(between(&said, "RESTART2 1", "DOWN2 1").contains("RUNS"), "{said}");
+    assert!(between(&said, "RESTART2 1", "DOWN2 1").contains(read_only), "{said}");
+    assert_eq!(between(&said, "AGAIN 0\n", "LEFT2"), "", "{said}");
+}
+
+#[test]
+fn one_lab_that_does_not_go_keeps_no_other_and_little_that_is_left_is_seen() {
+    let lab = Lab::named("all");
+    // Nothing of this machine's own labs is to be seen here.
+    let script = "
+        mount -t tmpfs none /run
+        mount -t tmpfs none /sys/fs/bpf
+        mkdir /run/cirri; touch /run/cirri/lab
+        code FILE lab up
+        rm /run/cirri/lab
+        groups
+        mkdir -p /run/cirri/lab/a_held /sys/fs/bpf/cirri/lab-c_pins-node1
+        ip netns add cirri-b_left-world
+        code ALL flock /run/cirri/lab/a_held.lock \"$CIRRI\" lab down --all
+        ls /run/cirri/lab /run/netns /sys/fs/bpf/cirri; echo LEFT";
+    let said = in_own_run(&lab, &[TOOLS, script].concat());
+    assert!(between(&said, "", "FILE 1").contains("cannot make /run/cirri/lab (a file stands"), "{said}");
+    let all = between(&said, "FILE", "ALL 1");
+    assert!(all.contains("another command is changing the lab \"a_held\""), "{said}");
+    let left = between(&said, "ALL 1\n", "LEFT");
+    assert!(left.contains("a_held") && !left.contains("b_left") && !left.contains("c_pins"), "{said}");
+}

@@ -23,7 +23,7 @@ use crate::lab::apply::apply;
 use crate::lab::cluster::{self, Change};
 use crate::lab::interrupt::{Interrupt, Interrupted};
 use crate::lab::state::{Lab, LabName, PodRecord, Routing};
-use crate::lab::{netns, pods, process, underlay, up};
+use crate::lab::{agent, netns, pods, process, underlay, up};
 use crate::output::Table;
 
 const PODS: &str = include_str!("../../demo/pods.yaml");
@@ -389,7 +389,7 @@ impl<'a> Play<'a> {
         self.await_requests(requests)?;
         let answer = held.redis("PING", self.lab.patience());
         let (lab, interrupt) = (&self.lab, self.interrupt);
-        cluster::each_node(lab, |node| up::start_agent(lab, node, interrupt))?;
+        cluster::each_node(lab, |node| agent::start(lab, node, interrupt))?;
         let away = begun.elapsed();
         cluster::settle(lab, lab.patience(), interrupt)?;
         self.await_requests(requests)?;

@@ -13,7 +13,7 @@ use super::cluster::{self, Change};
 use super::interrupt::Interrupt;
 use super::spaces::{self, Spaces};
 use super::state::{DEFAULT_NAME, Lab, LabName, PodKey, PodRecord, PodSpec};
-use super::{allot, manifests, pods, routes, status};
+use super::{allot, cgroup, disk, manifests, pods, routes, status};
 use crate::{output, span};
 
 /// Pods made or removed at once.
@@ -48,10 +48,11 @@ pub struct ApplyArgs {
 pub fn run(args: ApplyArgs) -> anyhow::Result<ExitCode> {
     let mut lab = Lab::load(&args.name)?;
     lab.patience_s = args.timeout.unwrap_or(lab.patience_s);
-    let _lock = args.name.lock()?;
+    let explain = |error| disk::explain(&args.name, error);
+    let _lock = args.name.lock().map_err(|error| explain(error.into()))?;
     let interrupt = Interrupt::install()?;
     let wait = args.wait.then(|| lab.patience());
-    apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &output::progress)?;
+    apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &output::progress).map_err(explain)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -69,7 +70,9 @@ pub fn apply(
 ) -> anyhow::Result<()> {
     manifests::check(&resources, lab)?;
     cluster::check_agents(lab)?;
+    cgroup::of_lab(&lab.name)?;
     let begun = Instant::now();
+    let deadline = wait.map(span::from_now);
     let stored = cluster::resources(lab)?;
     let resources = allot::allot(resources, &stored)?;
     let routes = routes::wanted(lab, &resources)?;
@@ -113,7 +116,6 @@ pub fn apply(
             output::complain(&format!("{problem:#}"));
         }
     }
-    let deadline = wait.map(|wait| span::from_now(wait));
     plan.create.retain(|(key, ..)| !stayed.contains(key));
     tell(in_parallel(&plan.create, interrupt, |(key, spec, node)| {
         let node = lab.node(node)?;

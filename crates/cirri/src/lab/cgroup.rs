@@ -166,7 +166,10 @@ fn tree(group: &Path) -> Vec<PathBuf> {
 }
 
 /// Where version 2 is mounted.
-fn hierarchy() -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// Nowhere.
+pub fn hierarchy() -> anyhow::Result<PathBuf> {
     let mounts = fs::read_to_string(MOUNTS).with_context(|| format!("cannot read {MOUNTS}"))?;
     mounts.lines().find_map(version_2).context(
         "no control groups of version 2 are mounted, which services need: `mount -t cgroup2 none /sys/fs/cgroup/unified`",

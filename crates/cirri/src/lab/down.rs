@@ -8,14 +8,15 @@ use std::process::ExitCode;
 use anyhow::bail;
 
 use super::cgroup;
+use super::disk;
+use super::lock::LockError;
 use super::logs;
 use super::netns::{self, NsId};
 use super::process;
 use super::state::{DEFAULT_NAME, LabName};
+use super::traces;
 use crate::output;
 
-/// Where the agents pin their maps and programs.
-pub const PIN_ROOT: &str = "/sys/fs/bpf/cirri";
 /// Rounds of killing: a process may start another while the first round looks for it.
 const KILL_ROUNDS: usize = 5;
 
@@ -38,16 +39,31 @@ pub struct DownArgs {
 /// # Errors
 /// What would not go.
 pub fn run(args: DownArgs) -> anyhow::Result<ExitCode> {
-    let names = if args.all { LabName::all() } else { vec![args.name] };
+    let names = if args.all { traces::all() } else { vec![args.name] };
+    let mut problems = Vec::new();
     for name in &names {
-        let _lock = name.lock()?;
-        let gone = if args.keep_logs { remove_all_but_logs(name) } else { remove(name) }?;
-        output::progress(&if gone { format!("lab \"{name}\" is gone") } else { format!("there is no lab \"{name}\"") });
+        match one(name, args.keep_logs) {
+            Ok(true) => output::progress(&format!("lab \"{name}\" is gone")),
+            Ok(false) => output::progress(&format!("there is no lab \"{name}\"")),
+            Err(problem) => problems.push(format!("lab \"{name}\": {:#}", disk::explain(name, problem))),
+        }
     }
     if names.is_empty() {
         output::progress("there are no labs");
     }
-    Ok(ExitCode::SUCCESS)
+    if problems.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    bail!("{}", problems.join("\ncirri: "))
+}
+
+fn one(name: &LabName, keep_logs: bool) -> anyhow::Result<bool> {
+    let _lock = match name.lock() {
+        // Who else would change it needs a file of that kind, too, so that it can be taken down without.
+        Err(LockError::Unmade { .. }) => None,
+        other => Some(other?),
+    };
+    if keep_logs { remove_all_but_logs(name) } else { remove(name) }
 }
 
 /// Removes everything that belongs to a lab and nothing else: the processes in its namespaces and control groups
@@ -70,19 +86,19 @@ pub fn remove_all_but_logs(name: &LabName) -> anyhow::Result<bool> {
 fn take_down(name: &LabName, clear: impl FnOnce(&Path) -> io::Result<()>) -> anyhow::Result<bool> {
     let namespaces = netns::list(&name.prefix());
     let directory = name.directory();
-    let existed = exists(name);
+    let existed = traces::exists(name);
 
     let own = netns::id(Path::new("/proc/self/ns/net"));
     let ids: Vec<NsId> = namespaces.iter().filter_map(|name| netns::id(&netns::path(name))).collect();
     if own.is_some_and(|own| ids.contains(&own)) {
         bail!("this command runs inside the lab \"{name}\": run it from outside");
     }
-    let group = cgroup::of_lab(name)?;
+    let group = cgroup::of_lab(name);
     let mut problems = Vec::new();
     for _ in 0..KILL_ROUNDS {
         let mut processes = process::inside(&ids);
         processes.extend(process::recorded_below(&directory));
-        processes.extend(cgroup::inside(&group));
+        processes.extend(group.iter().flat_map(|group| cgroup::inside(group)));
         processes.sort();
         processes.dedup();
         if processes.is_empty() {
@@ -98,15 +114,19 @@ fn take_down(name: &LabName, clear: impl FnOnce(&Path) -> io::Result<()>) -> any
             problems.push(format!("cannot remove the network namespace {namespace}: {problem}"));
         }
     }
-    if let Err(problem) = cgroup::remove(&group) {
-        problems.push(format!("{problem:#}"));
+    match group.map(|group| cgroup::remove(&group)) {
+        Ok(Ok(())) => {}
+        Ok(Err(problem)) => problems.push(format!("{problem:#}")),
+        // Of a lab that was not there there are none.
+        Err(_) if !existed => {}
+        Err(problem) => problems.push(format!("its control groups cannot be looked for: {problem:#}")),
     }
     // What agents changed in the namespaces went with them.
     if let Err(problem) = crate::settings::forget(&format!("agent {}", name.bpf_instance(""))) {
         problems.push(format!("cannot remove the records of settings: {problem}"));
     }
     // Looked up only now: an agent that had just started may have pinned until it was killed.
-    let mut removed: Vec<_> = pins(name).into_iter().map(|pins| (fs::remove_dir_all(&pins), pins)).collect();
+    let mut removed: Vec<_> = traces::pins(name).into_iter().map(|pins| (fs::remove_dir_all(&pins), pins)).collect();
     removed.push((clear(&directory), directory));
     for (outcome, directory) in removed {
         match outcome {
@@ -119,20 +139,5 @@ fn take_down(name: &LabName, clear: impl FnOnce(&Path) -> io::Result<()>) -> any
     if problems.is_empty() {
         return Ok(existed);
     }
-    bail!("{}", problems.join("; "))
-}
-
-/// Whether anything of a lab is there, up or crashed.
-pub fn exists(name: &LabName) -> bool {
-    (name.directory().exists() && !logs::alone(&name.directory()))
-        || !netns::list(&name.prefix()).is_empty()
-        || !pins(name).is_empty()
-        || cgroup::of_lab(name).is_ok_and(|group| group.exists())
-}
-
-/// The pin directories of a lab's agents.
-fn pins(name: &LabName) -> Vec<std::path::PathBuf> {
-    let prefix = name.bpf_instance("");
-    let entries = fs::read_dir(PIN_ROOT).into_iter().flatten().flatten();
-    entries.filter(|e| e.file_name().as_encoded_bytes().starts_with(prefix.as_bytes())).map(|e| e.path()).collect()
+    bail!("the rest of it is gone, but {}", problems.join("; "))
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::echo::Port;
 use super::state::{Lab, LabName, Node, PodRecord, Routing};
 use super::up::WORLD_PORTS;
-use super::{cluster, netns, pods, underlay};
+use super::{cluster, netns, pods, traces, underlay};
 use crate::api::{EndpointInfo, Status};
 use crate::client;
 use crate::output::{self, OutputArgs, Table};
@@ -107,7 +107,7 @@ pub fn run(args: ListArgs) -> anyhow::Result<ExitCode> {
         Some(name) => vec![describe(&Lab::load(name)?)?],
         None => {
             let mut labs = Vec::new();
-            for name in LabName::all() {
+            for name in traces::all() {
                 labs.push(match Lab::load(&name) {
                     Ok(lab) => describe(&lab)?,
                     Err(_) => LabInfo::new(&name, CRASHED),

@@ -19,6 +19,7 @@
 //! Exit codes: 0 done; 1 it failed; 2 the input is wrong and nothing was changed; 3 an agent or the store cannot be
 //! reached; 4 a single probe did not get through; 130 interrupted. `exec` ends with the exit code of the program it ran.
 
+pub mod agent;
 mod allot;
 pub mod apply;
 mod ask;
@@ -32,6 +33,7 @@ mod expand;
 pub mod interrupt;
 mod list;
 mod load;
+mod lock;
 pub mod logs;
 mod manifests;
 mod matrix;
@@ -48,6 +50,7 @@ mod service;
 mod spaces;
 pub mod state;
 mod status;
+mod traces;
 pub mod underlay;
 pub mod up;
 

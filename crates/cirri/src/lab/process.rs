@@ -143,11 +143,13 @@ impl Start<'_> {
             .stdin(Stdio::null())
             .stderr(log.try_clone()?)
             .stdout(if self.pipe_stdout { Stdio::piped() } else { Stdio::from(log) });
-        let child =
+        let mut child =
             netns::within(self.netns, || command.spawn())?.with_context(|| format!("cannot start {program}"))?;
         let id = child.id().try_into().ok().and_then(ProcessId::current);
-        if let Some(id) = id {
-            id.record(record)?;
+        if let Some(Err(error)) = id.map(|id| id.record(record)) {
+            // A program that no record names would be found by nobody.
+            let _ = child.kill().and_then(|()| child.wait());
+            return Err(error);
         }
         Ok(child)
     }

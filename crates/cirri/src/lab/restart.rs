@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use rustix::process::Signal;
 
 use super::interrupt::Interrupt;
 use super::state::{DEFAULT_NAME, Lab, LabName};
-use super::{cluster, process, up};
+use super::{agent, cluster, disk, process};
 use crate::{output, span};
 
 /// Arguments of `cirri lab restart`.
@@ -37,9 +37,12 @@ pub struct RestartArgs {
 pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let mut lab = Lab::load(&args.name)?;
     lab.patience_s = args.timeout.unwrap_or(lab.patience_s);
-    let _lock = args.name.lock()?;
+    let _lock = args.name.lock().map_err(|error| disk::explain(&args.name, error.into()))?;
     let node = lab.node(&args.node)?;
     let interrupt = Interrupt::install()?;
+    let agent = agent::Prepared::new(&lab, node).map_err(|error| disk::explain(&lab.name, error));
+    let agent =
+        agent.with_context(|| format!("the agent of {0} cannot be started, and is left as it is", node.name))?;
     let begun = Instant::now();
     match lab.agent_process(&node.name) {
         None => output::progress(&format!("the agent of {} was not running", node.name)),
@@ -54,7 +57,7 @@ pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
     let stopped = begun.elapsed();
     std::thread::sleep(Duration::from_millis(args.pause));
     let started = Instant::now();
-    up::start_agent(&lab, node, &interrupt).map_err(|error| cluster::explain(&lab, error))?;
+    agent.start(&interrupt).map_err(|error| disk::explain(&lab.name, cluster::explain(&lab, error)))?;
     let ready = started.elapsed();
     cluster::settle_node(&lab, node, None, lab.patience(), &interrupt)?;
     output::progress(&format!(

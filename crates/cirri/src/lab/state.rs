@@ -2,26 +2,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use cirri_control::resource::{self, Pod, Protocol};
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::echo::{Port, Transport};
 use super::process::{self, ProcessId, write_json};
-use super::{expand, logs, names, netns};
+use super::{expand, names, traces};
 use crate::config::{self, Acceleration, ConfigError};
 
 /// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
-const ROOT: &str = "/run/cirri/lab";
+pub const ROOT: &str = "/run/cirri/lab";
 /// The name of a lab when none is given.
 pub const DEFAULT_NAME: &str = "lab";
 const NAME_MAX: usize = 16;
@@ -91,60 +89,6 @@ impl LabName {
     pub fn directory(&self) -> PathBuf {
         Path::new(ROOT).join(&self.0)
     }
-
-    /// The labs of this machine: those with a state directory, and those of which only an underlay is left.
-    pub fn all() -> Vec<Self> {
-        let directories = fs::read_dir(ROOT).into_iter().flatten().filter_map(|entry| {
-            let entry = entry.ok()?;
-            // Logs alone are what is kept of a lab that did not come up.
-            let is_lab = entry.file_type().ok()?.is_dir() && !logs::alone(&entry.path());
-            is_lab.then(|| entry.file_name().into_string().ok())?
-        });
-        let underlays = netns::list("cirri-").into_iter().filter_map(|namespace| {
-            let name = namespace.strip_prefix("cirri-")?.strip_suffix("-net")?;
-            Some(name.to_owned())
-        });
-        let mut names: Vec<Self> = directories.chain(underlays).filter_map(|name| name.parse().ok()).collect();
-        names.sort();
-        names.dedup();
-        names
-    }
-
-    /// Takes the lab's lock, so that two commands never change it at once. Held until dropped.
-    ///
-    /// # Errors
-    /// Another command holds it, or the file cannot be made.
-    pub fn lock(&self) -> anyhow::Result<Lock> {
-        fs::create_dir_all(ROOT).with_context(|| format!("cannot make {ROOT}: run as root (`sudo cirri lab …`)"))?;
-        let path = Path::new(ROOT).join(format!("{}.lock", self.0));
-        loop {
-            let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    bail!("another command is changing the lab \"{self}\": wait for it, or stop it")
-                }
-                Err(error) => return Err(error).context("cannot lock the lab"),
-            }
-            // The previous holder removes the file: a lock on a removed file would exclude nobody.
-            if fs::metadata(&path).is_ok_and(|now| file.metadata().is_ok_and(|ours| now.ino() == ours.ino())) {
-                return Ok(Lock { path, _file: file });
-            }
-        }
-    }
-}
-
-/// A lab's lock. Dropping it releases the lock and removes its file.
-#[derive(Debug)]
-pub struct Lock {
-    path: PathBuf,
-    _file: File,
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
 }
 
 /// How packets travel between nodes.
@@ -211,8 +155,14 @@ impl Lab {
     /// There is none of that name; it says which there are.
     pub fn load(name: &LabName) -> anyhow::Result<Self> {
         let file = name.directory().join("lab.json");
-        let Ok(text) = fs::read_to_string(&file) else {
-            let there = LabName::all();
+        let read = fs::read_to_string(&file);
+        if let Err(error) = &read
+            && ![io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind())
+        {
+            bail!("cannot read {}: {error}", file.display());
+        }
+        let Ok(text) = read else {
+            let there = traces::all();
             if there.contains(name) {
                 bail!("the lab \"{name}\" is not whole: remove what is left of it with `cirri lab down --name {name}`");
             }

@@ -22,9 +22,9 @@ use cirri_loader::net::{Address, Namespace, Net, NetError, Route, VethEnd};
 use cirri_loader::{Datapath, EdgeWanted, LoadOptions};
 use ipnet::IpNet;
 
-use super::down;
 use super::netns::{self, block_on};
 use super::state::{Lab, LabName, Node};
+use super::traces;
 
 /// The router's address on the nodes' segment.
 pub const ROUTER_V4: Ipv4Addr = Ipv4Addr::new(172, 31, 255, 1);
@@ -130,7 +130,7 @@ pub fn prepare_xdp(lab: &Lab) -> anyhow::Result<()> {
         let sizes = ["FLOWS4", "FLOWS6", "PENDING4", "PENDING6", "IPCACHE"].map(|map| (map.to_owned(), XDP_MAP_SIZE));
         // Its tables stay empty: what no service is for passes on.
         let mut passing = Datapath::load(&LoadOptions {
-            pin_root: down::PIN_ROOT.into(),
+            pin_root: traces::PIN_ROOT.into(),
             instance: lab.name.bpf_instance("net"),
             sizes: sizes.into(),
             hooking: None,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use cirri_control::resource::Resource;
 use ipnet::IpNet;
 
+use super::agent;
 use super::apply::apply;
 use super::cgroup;
 use super::cluster;
@@ -21,10 +22,11 @@ use super::interrupt::{Interrupt, Interrupted};
 use super::manifests::{self, Rejected};
 use super::netns;
 use super::pods::{await_ready, echo_argv};
-use super::process::{self, Start, own_binary};
+use super::process::{self, Start};
 use super::ready::Readiness;
 use super::routes;
 use super::state::{DEFAULT_NAME, DEFAULT_PATIENCE, Lab, LabName, Node, Routing};
+use super::traces;
 use super::underlay::{self, NODES_MAX};
 use crate::{output, span};
 
@@ -87,15 +89,16 @@ pub fn run(args: UpArgs) -> anyhow::Result<ExitCode> {
     if names.len() > 1 {
         require_etcd()?;
     }
-    let _lock = args.name.lock()?;
-    if down::exists(&args.name) {
+    cgroup::of_lab(&args.name)?;
+    let _lock = args.name.lock().map_err(|error| disk::explain(&args.name, error.into()))?;
+    if traces::exists(&args.name) {
         bail!(
             "there is a lab \"{0}\" already (or what is left of it): `cirri lab down --name {0}` removes it, --name chooses another",
             args.name
         );
     }
     let interrupt = Interrupt::install()?;
-    let outcome = begin(&args, &lab, resources, &interrupt).map_err(|error| disk::explain(&lab.name, error));
+    let outcome = begin(&args, &lab, resources, &interrupt).map_err(|error| disk::explain_start(&lab.name, error));
     if let Err(error) = &outcome {
         let interrupted = error.is::<Interrupted>();
         let logs = if interrupted { "" } else { "; its logs stay" };
@@ -126,6 +129,8 @@ fn begin(args: &UpArgs, lab: &Lab, resources: Vec<Resource>, interrupt: &Interru
 /// # Errors
 /// What could not be made or does not get ready; [`super::interrupt::Interrupted`].
 pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyhow::Result<()> {
+    // Without it nothing of a lab runs.
+    cgroup::of_lab(&lab.name)?;
     let directory = lab.name.directory();
     // The logs of a lab of this name that did not come up.
     crate::files::remove_tree(&directory)?;
@@ -147,7 +152,7 @@ pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyh
         start_etcd(lab, interrupt)?;
         report("etcd ready");
     }
-    cluster::each_node(lab, |node| start_agent(lab, node, interrupt))?;
+    cluster::each_node(lab, |node| agent::start(lab, node, interrupt))?;
     cluster::settle(lab, lab.patience(), interrupt)?;
     route_pods(lab)?;
     routes::put_ranges(lab)?;
@@ -275,69 +280,6 @@ fn start_etcd(lab: &Lab, interrupt: &Interrupt) -> anyhow::Result<()> {
     ready.wait("etcd", &child, &log, lab.patience(), interrupt)
 }
 
-/// Starts a node's agent and waits until it answers.
-///
-/// # Errors
-/// Its files cannot be written, or it cannot be started, ends, or does not answer in time.
-pub fn start_agent(lab: &Lab, node: &Node, interrupt: &Interrupt) -> anyhow::Result<()> {
-    let directory = lab.node_directory(&node.name);
-    for part in ["state", "manifests"] {
-        let part = directory.join(part);
-        fs::create_dir_all(&part).with_context(|| format!("cannot make {}", part.display()))?;
-    }
-    let file = directory.join("agent.yaml");
-    let group = cgroup::of(&lab.name, &node.name)?;
-    fs::write(&file, agent_configuration(lab, node, &group))
-        .with_context(|| format!("cannot write {}", file.display()))?;
-    let mut argv = vec![own_binary()?, "agent".into(), "--config".into(), file.display().to_string()];
-    argv.extend(lab.settings.iter().flat_map(|setting| ["--set".to_owned(), setting.clone()]));
-    let log = directory.join("agent.log");
-    let ready = Readiness::listen(directory.join("agent.notify"))?;
-    let child = Start {
-        netns: &node.netns,
-        cgroup: &group,
-        argv: &argv,
-        env: &ready.env(),
-        directory: &directory,
-        log: &log,
-        pipe_stdout: false,
-    }
-    .spawn(&directory.join("agent.pid"))?;
-    ready.wait(&format!("the agent of {}", node.name), &child, &log, lab.patience(), interrupt)
-}
-
-/// The configuration of a node's agent: what differs from the defaults.
-fn agent_configuration(lab: &Lab, node: &Node, group: &Path) -> String {
-    let directory = lab.node_directory(&node.name);
-    let store = if lab.has_etcd() {
-        format!("  kind: etcd\n  etcd:\n    endpoints: [\"{}\"]\n", cluster::etcd_url())
-    } else {
-        format!("  kind: folder\n  folder: {}\n", quoted(&directory.join("manifests")))
-    };
-    format!(
-        "# Written by `cirri lab up`.\n\
-         node:\n  name: {name}\n  devices: [eth0]\n  ipv4: {ipv4}\n  ipv6: \"{ipv6}\"\n\
-         routing:\n  mode: {routing}\n\
-         store:\n{store}\
-         stateDir: {state}\n\
-         services:\n  socket:\n    cgroup: {group}\n\
-         bpf:\n  pinRoot: {pins}\n  instance: {instance}\n",
-        name = quoted(Path::new(&node.name)),
-        ipv4 = node.ipv4,
-        ipv6 = node.ipv6,
-        routing = lab.routing,
-        group = quoted(group),
-        state = quoted(&directory.join("state")),
-        pins = down::PIN_ROOT,
-        instance = lab.name.bpf_instance(&node.name),
-    )
-}
-
-/// A path as a YAML string, so that a name such as `1` or `null` stays one.
-fn quoted(path: &Path) -> String {
-    format!("{:?}", path.display().to_string())
-}
-
 /// Tells the router where the pods are, as the agents know it.
 fn route_pods(lab: &Lab) -> anyhow::Result<()> {
     let networks = cluster::each_node(lab, |node| {
@@ -354,15 +296,6 @@ fn route_pods(lab: &Lab) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_node_with_a_name_that_yaml_reads_otherwise_keeps_it() {
-        let name: LabName = "t".parse().unwrap();
-        let lab = Lab::described(&name, &["1e3".into()], Routing::Direct, &[]);
-        let text = agent_configuration(&lab, &lab.nodes[0], Path::new("/group"));
-        assert!(text.contains("name: \"1e3\"\n"), "{text}");
-        assert!(text.contains("kind: folder"), "{text}");
-    }
 
     #[test]
     fn a_socket_path_that_the_kernel_would_refuse_is_refused_first() {
