@@ -7,6 +7,7 @@
 //! leave pods open. Only the pods that carry the key get identities of their own.
 
 use crate::resource::{NAMESPACE_NAME_LABEL, Namespace, Pod, Protocol};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -95,11 +96,40 @@ impl IdentityLabels {
 
     /// The number of a named port, if these pods have one of that name and protocol.
     pub fn named_port(&self, name: &str, protocol: Protocol) -> Option<u16> {
-        self.get(NAMED_PORTS)?.split(',').find_map(|port| {
-            let mut parts = port.split('/');
-            (parts.next() == Some(name) && parts.next() == Some(protocol.name())).then(|| parts.next()?.parse().ok())?
+        // They are sorted, and may be thousands.
+        let mut rest = self.get(NAMED_PORTS)?;
+        let wanted = (name, protocol.name());
+        while !rest.is_empty() {
+            crate::work::step();
+            let middle =
+                rest.as_bytes()[..rest.len() / 2].iter().rposition(|byte| *byte == b',').map_or(0, |at| at + 1);
+            let (before, after) = rest.split_at(middle);
+            let (port, after) = after.split_once(',').unwrap_or((after, ""));
+            let (found, number) = split_port(port)?;
+            match found.cmp(&wanted) {
+                Ordering::Equal => return number.parse().ok(),
+                Ordering::Less => rest = after,
+                Ordering::Greater => rest = before.strip_suffix(',').unwrap_or(before),
+            }
+        }
+        None
+    }
+
+    /// Every named port with its protocol and number.
+    pub fn named_ports(&self) -> impl Iterator<Item = ((&str, Protocol), u16)> {
+        self.get(NAMED_PORTS).into_iter().flat_map(|ports| ports.split(',')).filter_map(|port| {
+            crate::work::step();
+            let ((name, protocol), number) = split_port(port)?;
+            Some(((name, Protocol::from_name(protocol)?), number.parse().ok()?))
         })
     }
+}
+
+/// `http/TCP/8080`, in parts.
+fn split_port(port: &str) -> Option<((&str, &str), &str)> {
+    let (name, rest) = port.split_once('/')?;
+    let (protocol, number) = rest.split_once('/')?;
+    Some(((name, protocol), number))
 }
 
 impl fmt::Display for IdentityLabels {

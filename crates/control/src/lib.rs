@@ -20,3 +20,4 @@ pub mod resource;
 pub mod service;
 
 mod hash;
+mod work;

@@ -2,30 +2,36 @@
 //!
 //! [`Cluster`] holds what is known of both. Each change answers which identities' rule sets may
 //! differ now; [`Cluster::compile`] makes the rule set of one, complete and always the same for the
-//! same inputs, whatever order they came in. [`Cluster::explain`] answers the same question as the
+//! same inputs, whatever order they came in. A policy that does not fit is refused ([`Refused`]) and closes what it
+//! selects; an identity that outgrew its table gets what fits ([`Cluster::compile_what_fits`]). [`Cluster::explain`] answers the same question as the
 //! tables do, from the rules themselves, and says what would have had to differ.
 //!
 //! What decides, for one direction of one workload: traffic with its own node always passes (the
 //! packet path sees to that before it asks); if no policy closes the direction, what no rule denies
 //! passes; otherwise, what some rule allows.
 
+mod admission;
 mod blocks;
 mod compile;
 mod explain;
+mod fit;
 mod index;
 mod model;
 mod selector;
 #[cfg(test)]
 mod tests;
 
+pub use admission::{PolicyError, Refusal, Refused, Retried};
 pub use blocks::Blocks;
-pub use compile::{CompileError, Ruleset};
+pub use compile::{CompileError, Ruleset, Workloads};
 pub use explain::{Difference, Explanation, NearMiss, Party, Question};
+pub use fit::{Fitted, Trace, allows, closed};
 pub use model::{Direction, Peer, Policy, PolicyId, PortMatch, Rule, RuleInfo, RuleVerdict, Tier};
 pub use selector::{Scope, Selector};
 
 use crate::hash::fnv64;
 use crate::labels::{IdentityLabels, LabelFilter};
+use admission::Waiting;
 use cirri_abi::{Cookie, Identity, map};
 use index::SelectorIndex;
 use ipnet::IpNet;
@@ -35,7 +41,8 @@ use std::sync::Arc;
 /// Everything that rule sets are compiled from.
 ///
 /// Legal order: none. Policies and identities may come and go in any order, and the same contents
-/// compile to the same rule sets.
+/// compile to the same rule sets. Which of several policies is refused if they do not fit together is the one exception:
+/// whoever is in force stays.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     limit: usize,
@@ -50,6 +57,8 @@ pub struct Cluster {
     /// By identity, a number of entries that its rule set does not exceed, where one is known.
     /// Spares counting everything again for each policy.
     bounds: BTreeMap<u32, usize>,
+    /// Policies that are refused.
+    waiting: Waiting,
 }
 
 #[derive(Clone, Debug)]
@@ -69,6 +78,8 @@ pub struct Change {
     /// [`Cluster::label_filter`] changed: make the labels of every pod of this node again, before
     /// the change counts as enforced. Until then the policy does not find all pods it selects.
     pub labels: bool,
+    /// There are blocks that were not there: whoever allows a wider one has more entries.
+    new_blocks: bool,
 }
 
 impl Change {
@@ -92,25 +103,8 @@ impl Change {
         self.identities.extend(other.identities);
         self.blocks |= other.blocks;
         self.labels |= other.labels;
+        self.new_blocks |= other.new_blocks;
     }
-}
-
-/// Why a policy was not taken. The one that was there before stays in force.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PolicyError {
-    /// It selects by a label that pods cannot carry.
-    #[error(
-        "{policy} selects pods by the label {key}, which is reserved and never counts as a pod's own; use namespaceSelector or another label"
-    )]
-    ReservedLabel {
-        /// The policy.
-        policy: PolicyId,
-        /// The label's key.
-        key: String,
-    },
-    /// A rule set would not fit its table.
-    #[error(transparent)]
-    TooLarge(#[from] CompileError),
 }
 
 impl Default for Cluster {
@@ -132,40 +126,8 @@ impl Cluster {
             named_by: BTreeMap::new(),
             rules: BTreeMap::new(),
             bounds: BTreeMap::new(),
+            waiting: Waiting::default(),
         }
-    }
-
-    /// Takes a policy, new or changed; a NetworkPolicy converts into one.
-    ///
-    /// Its cost is counted first: if a rule set would get larger than its table, nothing changes.
-    pub fn upsert_policy(&mut self, policy: impl Into<Policy>) -> Result<Change, PolicyError> {
-        let policy = policy.into();
-        if self.policies.get(&policy.id).is_some_and(|old| old.policy == policy) {
-            return Ok(Change::default());
-        }
-        if let Some(key) = policy.reserved_key() {
-            return Err(PolicyError::ReservedLabel { key, policy: policy.id });
-        }
-        let id = policy.id.clone();
-        let old = self.policies.get(&id).map(|old| old.policy.clone());
-        let change = self.replace(&id, Some(policy.clone()));
-        let mut refused = self.oversized(&change, &policy);
-        if !refused.is_empty() {
-            self.replace(&id, old);
-            // What was too large before and does not grow is no reason to refuse: the way out of
-            // too many rules leads through smaller policies.
-            refused.retain(|error| self.entries_of(error.identity()) < error.entries());
-            if let Some(error) = refused.into_iter().next() {
-                return Err(error.into());
-            }
-            self.replace(&id, Some(policy));
-        }
-        Ok(change)
-    }
-
-    /// Takes a policy away.
-    pub fn remove_policy(&mut self, id: &PolicyId) -> Change {
-        self.replace(id, None)
     }
 
     /// Learns an identity's labels, or that they changed.
@@ -189,6 +151,7 @@ impl Cluster {
             self.add_dependents(identity, &mut change);
             self.index.remove(identity.id);
             self.identities.remove(&identity.id);
+            self.waiting.retry_all();
         }
         change
     }
@@ -198,14 +161,27 @@ impl Cluster {
         self.identities.get(&identity.id).map(Arc::as_ref)
     }
 
-    /// Every policy, by name.
+    /// Every policy in force, by name, and those that stand in for others.
     pub fn policies(&self) -> impl Iterator<Item = &Policy> {
         self.policies.values().map(|installed| &installed.policy)
     }
 
-    /// The policies that select an identity, by name.
+    /// The policies in force that select an identity, by name, and those that stand in for others.
     pub fn policies_of(&self, identity: Identity) -> impl Iterator<Item = &Policy> {
         self.installed_for(identity.id).map(|installed| &installed.policy)
+    }
+
+    /// By policy of the source, how many workloads it selects, or what stands in for it does, of so many workloads by
+    /// identity.
+    pub fn selected(&self, workloads: &BTreeMap<u32, usize>) -> BTreeMap<PolicyId, usize> {
+        let mut selected = BTreeMap::new();
+        for (identity, count) in workloads {
+            let ids = self.installed_for(*identity).map(|installed| installed.policy.id.of_source());
+            for id in ids.collect::<BTreeSet<PolicyId>>() {
+                *selected.entry(id).or_default() += count;
+            }
+        }
+        selected
     }
 
     /// What is known of the rule with this cookie.
@@ -252,6 +228,7 @@ impl Cluster {
         for block in policy.iter().flat_map(Policy::address_blocks) {
             blocks.extend(self.blocks.acquire(block));
         }
+        change.new_blocks = !blocks.is_empty();
         for block in old.iter().flat_map(|old| old.policy.address_blocks()) {
             blocks.extend(self.blocks.release(block));
             if let Some(policies) = self.named_by.get_mut(&block.cidr.trunc()) {
@@ -330,6 +307,7 @@ impl Cluster {
     }
 
     fn installed_for(&self, identity: u32) -> impl Iterator<Item = &Installed> {
-        self.index.policies_with_subject(identity).into_iter().filter_map(|id| self.policies.get(id))
+        let ids = self.index.policies_with_subject(identity).into_iter().inspect(|_| crate::work::step());
+        ids.filter_map(|id| self.policies.get(id))
     }
 }

@@ -30,6 +30,8 @@ pub struct PolicyId {
     pub namespace: String,
     /// Name.
     pub name: String,
+    /// Whether it is no policy of the source, but what stands in for one that is refused.
+    pub is_stand_in: bool,
 }
 
 /// One rule.
@@ -177,6 +179,23 @@ impl Policy {
         }
     }
 
+    /// What is in force of it while it is refused: never more open than it is. It selects the same pods, closes the
+    /// same directions, and allows nothing; where it has a rule that denies, everything is denied as strongly.
+    pub(super) fn stand_in(&self) -> Policy {
+        let denial = |direction| {
+            let denying = |rule: &&Rule| rule.direction == direction && rule.verdict == RuleVerdict::Deny;
+            let strongest = self.rules.iter().filter(denying).max_by_key(|rule| rule.precedence())?;
+            Some(Rule { peers: vec![Peer::Any], ports: vec![PortMatch::Any], ..strongest.clone() })
+        };
+        Policy {
+            id: self.id.stand_in(),
+            subject: self.subject.without_reserved(),
+            isolates_ingress: self.isolates_ingress,
+            isolates_egress: self.isolates_egress,
+            rules: Direction::BOTH.into_iter().filter_map(denial).collect(),
+        }
+    }
+
     /// Every selector in it that stands for peers.
     pub(super) fn peer_selectors(&self) -> Vec<Selector> {
         let mut all = Vec::new();
@@ -216,16 +235,27 @@ impl Policy {
 impl PolicyId {
     /// The name of a NetworkPolicy.
     pub fn network_policy(namespace: &str, name: &str) -> PolicyId {
-        PolicyId { kind: "NetworkPolicy", namespace: namespace.into(), name: name.into() }
+        PolicyId { kind: "NetworkPolicy", namespace: namespace.into(), name: name.into(), is_stand_in: false }
+    }
+
+    /// The name of the policy that it is, or stands in for.
+    pub fn of_source(&self) -> PolicyId {
+        PolicyId { is_stand_in: false, ..self.clone() }
+    }
+
+    /// The name of its stand-in.
+    pub fn stand_in(&self) -> PolicyId {
+        PolicyId { is_stand_in: true, ..self.clone() }
     }
 }
 
 impl fmt::Display for PolicyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.namespace.is_empty() {
-            true => write!(f, "{} {}", self.kind, self.name),
-            false => write!(f, "{} {}/{}", self.kind, self.namespace, self.name),
+            true => write!(f, "{} {}", self.kind, self.name)?,
+            false => write!(f, "{} {}/{}", self.kind, self.namespace, self.name)?,
         }
+        f.write_str(if self.is_stand_in { " (refused)" } else { "" })
     }
 }
 
@@ -297,7 +327,25 @@ impl fmt::Display for Peer {
     }
 }
 
+impl Peer {
+    /// The selector, if it means pods.
+    pub(super) fn selector(&self) -> Option<&Selector> {
+        match self {
+            Peer::Pods(selector) => Some(selector),
+            Peer::Any | Peer::Addresses(_) => None,
+        }
+    }
+}
+
 impl PortMatch {
+    /// The name, if it asks for one.
+    pub(super) fn name(&self) -> Option<(&str, Protocol)> {
+        match self {
+            PortMatch::Named { protocol, name } => Some((name, *protocol)),
+            _ => None,
+        }
+    }
+
     /// The prefixes of ports that it covers, given who receives.
     pub(super) fn prefixes(&self, receiver: &IdentityLabels, mut each: impl FnMut(PortPrefix)) {
         match self {

@@ -65,6 +65,13 @@ impl Selector {
         Selector { requirements: BTreeSet::new() }
     }
 
+    /// Without what it asks of labels that never count as a pod's own: nobody knows which pods have those, so it
+    /// selects more pods, not fewer.
+    pub(super) fn without_reserved(&self) -> Selector {
+        let counts = |r: &&Requirement| r.about != About::Pod || !labels::is_reserved(r.short_key());
+        Selector { requirements: self.requirements.iter().filter(counts).cloned().collect() }
+    }
+
     /// Whether it selects the workloads with these labels.
     pub fn matches(&self, labels: &IdentityLabels) -> bool {
         labels.namespace().is_some() && self.requirements.iter().all(|r| r.holds(labels))

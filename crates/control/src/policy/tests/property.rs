@@ -117,6 +117,98 @@ fn built(identities: &BTreeMap<u32, IdentityLabels>, policies: &[Policy]) -> Clu
     cluster
 }
 
+/// What can happen to an agent.
+#[derive(Clone, Debug)]
+enum Event {
+    Put(Policy),
+    Remove(usize),
+    Identity(u32, IdentityLabels),
+    Gone(u32),
+    Restart,
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let one = prop_oneof![
+        6 => policies().prop_map(|all| all.into_iter().map(Event::Put).collect()),
+        2 => (0..5usize).prop_map(|number| vec![Event::Remove(number)]),
+        3 => identities().prop_map(|all| all.into_iter().map(|(id, labels)| Event::Identity(id, labels)).collect()),
+        1 => (256..262u32).prop_map(|id| vec![Event::Gone(id)]),
+        1 => Just(vec![Event::Restart]),
+    ];
+    proptest::collection::vec(one, 1..8).prop_map(|all: Vec<Vec<Event>>| all.into_iter().flatten().collect())
+}
+
+/// An agent whose tables are small.
+struct Agent {
+    cluster: Cluster,
+    /// What the store holds.
+    policies: BTreeMap<PolicyId, Policy>,
+    identities: BTreeMap<u32, IdentityLabels>,
+    /// What it saved: the last versions that it let in.
+    saved: BTreeMap<PolicyId, Policy>,
+    /// What it wrote.
+    kernel: BTreeMap<u32, Vec<(PolicyKey, PolicyEntry)>>,
+}
+
+impl Agent {
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Put(policy) => {
+                self.policies.insert(policy.id.clone(), policy.clone());
+                self.put(policy);
+            }
+            Event::Remove(number) => {
+                let id = id(&format!("p{number}"));
+                self.policies.remove(&id);
+                self.saved.remove(&id);
+                self.cluster.remove_policy(&id);
+            }
+            Event::Identity(id, labels) => {
+                self.identities.insert(id, labels.clone());
+                self.cluster.upsert_identity(Identity { id }, labels);
+            }
+            Event::Gone(id) => {
+                self.identities.remove(&id);
+                self.kernel.remove(&id);
+                self.cluster.remove_identity(Identity { id });
+            }
+            Event::Restart => {
+                self.cluster = Cluster::new(self.cluster.limit, LabelFilter::default());
+                for (&id, labels) in &self.identities {
+                    self.cluster.upsert_identity(Identity { id }, labels.clone());
+                }
+                self.saved.values().for_each(|policy| drop(self.cluster.restore_policy(policy.clone())));
+                let news = self.policies.values().filter(|policy| self.saved.get(&policy.id) != Some(*policy));
+                news.cloned().collect::<Vec<_>>().into_iter().for_each(|policy| self.put(policy));
+            }
+        }
+        for id in self.cluster.retry().accepted {
+            self.saved.insert(id.clone(), self.policies[&id].clone());
+        }
+        for &id in self.identities.keys() {
+            let before = self.kernel.get(&id).map_or(&[][..], Vec::as_slice);
+            let (rules, _) = super::refused::ruleset(&self.cluster, Identity { id }, before);
+            self.kernel.insert(id, rules.entries);
+        }
+    }
+
+    fn put(&mut self, policy: Policy) {
+        if self.cluster.upsert_policy(policy.clone()).is_ok() {
+            self.saved.insert(policy.id.clone(), policy);
+        }
+    }
+
+    /// A cluster with room for all: the policies of the store, and besides a refused one its last version that was let
+    /// in.
+    fn reference(&self) -> Cluster {
+        let mut all = self.policies.clone();
+        for (id, old) in self.saved.iter().filter(|(id, old)| self.policies[id] != **old) {
+            all.insert(id.stand_in(), Policy { id: id.stand_in(), ..old.clone() });
+        }
+        built(&self.identities, &all.into_values().collect::<Vec<_>>())
+    }
+}
+
 type Step<'a> = Box<dyn Fn(&mut Cluster) -> Change + 'a>;
 
 fn tables(cluster: &Cluster) -> Vec<Ruleset> {
@@ -148,8 +240,47 @@ proptest! {
                         };
                         let wanted = cluster.explain(&Question { direction, from, to, protocol, port });
                         let allowed = found.flags & policy_flag::ALLOW != 0;
+                        prop_assert_eq!(allowed, allows(&rules.entries, [peer.0.id, block], direction, protocol, port));
                         prop_assert_eq!(allowed, wanted.verdict == RuleVerdict::Allow, "{:?}", (peer, address, port));
                         prop_assert_eq!(found.cookie, wanted.cookie, "{:?}", (peer, address, protocol, port));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_is_more_open_than_the_policies_of_the_store_whatever_happens(events in events(), limit in 4..60usize) {
+        let mut agent = Agent {
+            cluster: Cluster::new(limit, LabelFilter::default()),
+            policies: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            saved: BTreeMap::new(),
+            kernel: BTreeMap::new(),
+        };
+        for event in events {
+            agent.take(event);
+            let reference = agent.reference();
+            let refused = agent.cluster.refused().count();
+            prop_assert_eq!(refused, agent.policies.iter().filter(|(id, policy)| agent.saved.get(id) != Some(*policy)).count());
+            for (&subject, labels) in &agent.identities {
+                let entries = agent.kernel[&subject].clone();
+                prop_assert!(entries.len() <= limit);
+                let rules = Ruleset { identity: Identity { id: subject }, isolates_ingress: false, isolates_egress: false, entries };
+                let own = Party { identity: Identity { id: subject }, labels: labels.clone(), address: None };
+                for ((&peer, peer_labels), direction) in agent.identities.iter().flat_map(|it| Direction::BOTH.map(|direction| (it, direction))) {
+                    for (address, port, protocol) in [("10.1.2.1", 80, TCP), ("10.0.0.1", 8080, TCP), ("fd00:1::1", 81, UDP), ("11.0.0.1", 0, TCP)] {
+                        let address: IpAddr = address.parse().unwrap();
+                        let block = agent.cluster.blocks().block_of(address.into());
+                        let found = look_up(&rules, peer, block, direction.number(), protocol, port);
+                        let other = Party { identity: Identity { id: peer }, labels: peer_labels.clone(), address: Some(address) };
+                        let (from, to) = match direction {
+                            Direction::Ingress => (other, own.clone()),
+                            Direction::Egress => (own.clone(), other),
+                        };
+                        let wanted = reference.explain(&Question { direction, from, to, protocol, port });
+                        let is_open = found.flags & policy_flag::ALLOW != 0;
+                        prop_assert!(!is_open || wanted.verdict == RuleVerdict::Allow, "{subject} {peer} {direction} {address} {port}");
                     }
                 }
             }
