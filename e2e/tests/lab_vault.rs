@@ -238,6 +238,96 @@ fn an_endpoint_file_that_cannot_be_used_is_named_and_costs_the_pod_nothing() {
     vault.del().unwrap();
 }
 
+#[test]
+fn a_policy_that_outgrew_its_table_stays_in_force_over_restarts() {
+    let store = Store::folder("outgrown");
+    let vault = Vault::new(&store, "outgrown");
+    // From all pods on single ports: 20,002 entries for the vault alone, and as many more for each other identity.
+    let from_all = "ingress: [{from: [{namespaceSelector: {}}], ports: [";
+    store.put(&[pod("vault", "vault"), vault::ports("many", from_all, 20_000, 5000)]);
+    store.settle();
+    vault.add().unwrap();
+    store.settle();
+    assert_eq!(state(&store, "many"), "enforced");
+    assert_eq!(entries(&store), 40_002, "of the attacker and of itself");
+    vault.relabel_attacker("once");
+    assert_eq!(entries(&store), 60_002);
+    vault.relabel_attacker("twice");
+    vault.received();
+    for restart in [false, true, true] {
+        if restart {
+            store.lab.restart("node1", &["--kill"]).unwrap();
+            store.settle();
+        }
+        assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids, restart: {restart}");
+        assert_eq!(entries(&store), 60_002, "who was allowed is, who does not fit is not");
+    }
+    let said = state(&store, "many");
+    assert!(said.starts_with("in part: ") && said.contains("65536 fit"), "{said}");
+    store.delete(Kind::Policy, "many");
+    eventually("datagrams pass without a policy", PATIENCE, || vault.received() > 0);
+    vault.del().unwrap();
+}
+
+#[test]
+fn what_a_refused_policy_selects_is_closed_until_it_fits_and_new_policies_reach_whoever_has_too_many() {
+    let store = Store::folder("refused");
+    let vault = Vault::new(&store, "refused");
+    store.put(&[pod("vault", "vault")]);
+    vault.add().unwrap();
+    eventually("datagrams pass without a policy", PATIENCE, || vault.received() > 0);
+    a_refused_policy_closes(&store, &vault);
+    a_refused_policy_is_tried_again(&store, &vault);
+    a_new_policy_reaches_whoever_has_too_many(&store, &vault);
+    vault.del().unwrap();
+}
+
+fn a_refused_policy_closes(store: &Store, vault: &Vault<'_>) {
+    store.put(&[vault::ports("huge", "ingress: [{ports: [", 65_535, 1)]);
+    store.settle();
+    vault.received();
+    let said = state(store, "huge");
+    assert_eq!(vault.received(), 0, "datagrams passed that no version of the policy allows: {said}");
+    assert!(said.starts_with("refused: ") && said.ends_with("; what it selects is closed"), "{said}");
+    store.delete(Kind::Policy, "huge");
+    store.settle();
+}
+
+fn a_refused_policy_is_tried_again(store: &Store, vault: &Vault<'_>) {
+    let first = vault::ports("first", "ingress: [{ports: [", 34_000, 1);
+    let second = vault::ports("second", "ingress: [{ports: [{protocol: UDP, port: 4000}, ", 34_000, 31_536);
+    store.put(&[first]);
+    store.settle();
+    store.put(&[second]);
+    store.settle();
+    vault.received();
+    assert_eq!(state(store, "first"), "enforced");
+    assert!(state(store, "second").starts_with("refused: "), "{}", state(store, "second"));
+    assert_eq!(vault.received(), 0, "datagrams passed by a policy that is refused");
+    store.delete(Kind::Policy, "first");
+    store.settle();
+    assert_eq!(state(store, "second"), "enforced");
+    eventually("datagrams pass by the policy that fits now", PATIENCE, || vault.received() > 0);
+    store.delete(Kind::Policy, "second");
+    store.settle();
+}
+
+fn a_new_policy_reaches_whoever_has_too_many(store: &Store, vault: &Vault<'_>) {
+    let to_all = "policyTypes: [Egress], egress: [{to: [{namespaceSelector: {}}], ports: [";
+    store.put(&[vault::ports("many", to_all, 20_000, 1)]);
+    store.settle();
+    vault.relabel_attacker("once");
+    vault.relabel_attacker("twice");
+    assert_eq!(entries(store), 60_002);
+    eventually("datagrams pass without a policy for ingress", PATIENCE, || vault.received() > 0);
+    store.put(&[deny("vault")]);
+    store.settle();
+    vault.received();
+    assert_eq!(state(store, "deny-vault"), "enforced");
+    assert_eq!(vault.received(), 0, "datagrams passed that the new policy forbids");
+    assert_eq!(entries(store), 60_002, "what was allowed is");
+}
+
 /// Ways to spoil a file that are no text.
 const GONE: &str = "gone";
 const DIRECTORY: &str = "a directory";
@@ -259,6 +349,17 @@ fn every_order(store: Store) {
         let story = vault::order(&store, seed);
         println!("{seed}: {story}");
     }
+}
+
+/// What `policy get` says of a policy.
+fn state(store: &Store, policy: &str) -> String {
+    let policies: Vec<Value> = store.lab.ask("node1", &["policy", "get", policy]).unwrap();
+    policies[0]["state"].as_str().unwrap().to_owned()
+}
+
+/// How many entries the rule set of the vault has.
+fn entries(store: &Store) -> u64 {
+    endpoint(store)["entries"].as_u64().unwrap()
 }
 
 /// The labels of the vault.

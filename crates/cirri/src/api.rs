@@ -161,7 +161,8 @@ pub struct PolicyInfo {
     pub name: String,
     /// Store revision it was last changed at.
     pub revision: u64,
-    /// `enforced`, `pending`, or `refused: why` (then the last good version stays in force).
+    /// `enforced`; `pending`; `in part: why` (some peers of its rules do not fit and are not allowed); or `refused: why`
+    /// (what it selects is closed, and its last good version stays in force, if there is one: it says which).
     pub state: String,
     /// How many endpoints of this node it selects.
     pub endpoints: usize,

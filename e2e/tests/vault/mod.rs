@@ -148,6 +148,17 @@ fn denial(name: &str, app: &str) -> String {
     )
 }
 
+/// A policy for the vault whose spec begins with `head`, up to its list of ports, and that has `count` single ones.
+pub fn ports(name: &str, head: &str, count: u16, first: u16) -> String {
+    let ports: Vec<String> =
+        (first..=first + (count - 1)).map(|port| format!("{{protocol: TCP, port: {port}}}")).collect();
+    format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: vault}}}}, {head}{}]}}]}}\n",
+        ports.join(", ")
+    )
+}
+
 pub fn pod(name: &str, app: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}}}}}\n\
@@ -210,6 +221,17 @@ impl Vault<'_> {
 
     pub fn del(&self) -> Result<Value, Value> {
         plugin(&self.store.lab, "DEL", &self.id, &self.place, "")
+    }
+
+    /// Makes somebody else of the attacker, and waits until that is in force.
+    pub fn relabel_attacker(&self, label: &str) {
+        let manifest = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: attacker-{}, namespace: default, labels: {{is: {label}}}}}\n\
+             spec: {{nodeName: node1, containers: [{{name: c, image: none}}]}}\n",
+            self.id
+        );
+        self.store.put(&[manifest]);
+        self.store.settle();
     }
 
     /// Datagrams that came since this was asked last.

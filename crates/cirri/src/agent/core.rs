@@ -28,7 +28,7 @@ use super::node::Node;
 use super::problems::Problems;
 use super::records::{self, IpRecord};
 use super::rows::Rows;
-use super::rulesets::Uncompiled;
+use super::rulesets::Flaw;
 use super::services::Serving;
 use super::slots::Slots;
 use super::view::{Change, Named, View};
@@ -54,11 +54,10 @@ pub struct Core {
     pub view: View,
     /// Policies and identities, as the compiler knows them.
     pub cluster: Cluster,
-    /// Policies that were not taken, and why; their last good version is in force.
-    pub refused: BTreeMap<Named, String>,
-    /// Identities of workloads here whose rules cannot be compiled, and why; their last good rule
-    /// set is in force, or none that lets anything pass.
-    pub uncompiled: BTreeMap<u32, Uncompiled>,
+    /// Cookies of the rules that an earlier run knew.
+    pub(super) earlier_rules: BTreeSet<u32>,
+    /// Identities of workloads here whose rule set is not just what their policies say, and why; it is never more open.
+    pub(super) flawed: BTreeMap<u32, Vec<Flaw>>,
     /// This node's pod ranges and what is given out of them; empty until they are allocated.
     pub pools: Vec<Pool>,
     /// Where workloads are written down.
@@ -145,8 +144,8 @@ impl Core {
             datapath,
             view: View::default(),
             cluster,
-            refused: BTreeMap::new(),
-            uncompiled: BTreeMap::new(),
+            earlier_rules: BTreeSet::new(),
+            flawed: BTreeMap::new(),
             pools: Vec::new(),
             endpoints: BTreeMap::new(),
             endpoint_ids: Slots::new(1..=u16::MAX),
@@ -191,38 +190,32 @@ impl Core {
     pub fn restore(&mut self, saved: Vec<Entry>) {
         for entry in saved {
             let changes = self.view.restore(entry.key, entry.value);
-            self.take(changes);
+            let (policies, others) = changes.into_iter().partition(|change| matches!(change, Change::PolicyPut(..)));
+            self.take_again(policies);
+            self.take(others);
         }
+        self.earlier_rules = self.cluster.rules().map(|rule| rule.cookie).collect();
         // It is saved already.
         self.view.take_unsaved();
     }
 
     /// Takes in what the store says.
     pub fn apply(&mut self, event: Event) {
+        let is_complete = matches!(event, Event::Snapshot(..) | Event::Progress(_));
         let changes = self.view.apply(event);
         self.take(changes);
+        if is_complete {
+            let changed = self.retry_policies();
+            self.note(changed);
+        }
     }
 
     fn take(&mut self, changes: Vec<Change>) {
         let mut changed = policy::Change::default();
         for change in changes {
             match change {
-                Change::PolicyPut(name, text) => {
-                    let Some((policy, _)) = self.view.policies.get(&name) else { continue };
-                    match self.cluster.upsert_policy(policy) {
-                        Ok(change) => {
-                            self.view.save_policy(&name, text);
-                            self.refused.remove(&name);
-                            changed.merge(change);
-                        }
-                        Err(error) => {
-                            tracing::error!(namespace = %name.0, policy = %name.1, %error, "policy refused");
-                            self.refused.insert(name, error.to_string());
-                        }
-                    }
-                }
+                Change::PolicyPut(name, text) => changed.merge(self.take_policy(&name, text)),
                 Change::PolicyGone(name) => {
-                    self.refused.remove(&name);
                     changed.merge(self.cluster.remove_policy(&PolicyId::network_policy(&name.0, &name.1)));
                 }
                 Change::IdentityPut(identity) => {
@@ -248,6 +241,11 @@ impl Core {
                 }
             }
         }
+        self.note(changed);
+    }
+
+    /// What the change touches must be made again.
+    pub(super) fn note(&mut self, changed: policy::Change) {
         self.labels_stale |= changed.labels;
         self.rows_stale |= changed.blocks;
         self.dirty.extend(changed.identities().map(|identity| identity.id));
@@ -404,7 +402,7 @@ impl Core {
             self.identify();
             self.desire_per_packet();
         }
-        if self.rows_stale || !self.dirty.is_empty() {
+        if self.rows_stale || !self.dirty.is_empty() || self.has_strangers() {
             self.desire_rulesets();
         }
         if std::mem::take(&mut self.identities_stale) {

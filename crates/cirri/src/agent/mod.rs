@@ -22,6 +22,7 @@ mod latency;
 mod ledger;
 mod mirror;
 mod node;
+mod policies;
 mod problems;
 mod queries;
 mod ready;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::core::Core;
+use super::policies::refused;
 use crate::api::{Problem, ProblemKind, StoreStatus};
 
 /// Every problem that is known now.
@@ -114,13 +115,14 @@ impl Core {
             let finding = Finding::new("it holds more than was seen so far", "wait");
             note(ProblemKind::Pending, &store.kind, finding);
         }
-        for ((namespace, name), why) in &self.refused {
-            let found = format!("refused, its last good version is in force: {why}");
-            note(ProblemKind::Policy, &format!("{namespace}/{name}"), Finding::new(found, "correct the policy"));
+        for (id, refusal) in self.cluster.refused() {
+            let object = format!("{}/{}", id.namespace, id.name);
+            note(ProblemKind::Policy, &object, Finding::new(refused(&refusal), "correct the policy"));
         }
-        for (identity, error) in &self.uncompiled {
-            let found = format!("the last good rule set is in force: {error}");
-            note(ProblemKind::RuleSet, &format!("of identity {identity}"), Finding::new(found, "correct its policies"));
+        for (identity, flaws) in &self.flawed {
+            let found: Vec<String> = flaws.iter().map(ToString::to_string).collect();
+            let finding = Finding::new(found.join("; "), "correct its policies");
+            note(ProblemKind::RuleSet, &format!("of identity {identity}"), finding);
         }
         for labels in &self.unnumbered {
             let finding = Finding::new("no identity yet", "it is asked of the store until there is one");

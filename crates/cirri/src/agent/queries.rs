@@ -5,16 +5,15 @@ use std::net::IpAddr;
 
 use cirri_abi::{CounterIndex, Direction, DropReason, Identity, MapKind, map};
 use cirri_control::labels::IdentityLabels;
-use cirri_control::policy::{self, CompileError, PolicyId, Question, RuleVerdict};
+use cirri_control::policy::{self, Question, RuleVerdict};
 use cirri_flow::{Names, Place, RuleText, Served, ServicePort};
 use cirri_loader::Tables;
 
 use super::core::Core;
 use super::endpoint::Endpoint;
-use super::rulesets::Uncompiled;
 use crate::api::{
     ApiError, CounterInfo, EndpointInfo, ExplainedDirection, ExplainedParty, Explanation, IdentityInfo, MapInfo,
-    PeerStatus, PolicyExplain, PolicyGet, PolicyInfo, RuleInfo,
+    PeerStatus, PolicyExplain,
 };
 use crate::workload;
 
@@ -59,47 +58,6 @@ impl Core {
         self.view.identities.iter().map(one).collect()
     }
 
-    /// The policies that were asked for.
-    pub fn policy_infos(&self, wanted: &PolicyGet) -> Vec<PolicyInfo> {
-        let is_wanted = |(namespace, name): &(String, String)| {
-            wanted.namespace.as_ref().is_none_or(|want| want == namespace)
-                && wanted.name.as_ref().is_none_or(|want| want == name)
-        };
-        let mut rules: BTreeMap<(String, String), Vec<RuleInfo>> = BTreeMap::new();
-        for rule in self.cluster.rules() {
-            rules.entry((rule.namespace.clone(), rule.policy.clone())).or_default().push(RuleInfo {
-                direction: rule.direction.to_string(),
-                index: rule.index as u32,
-                text: rule.text.clone(),
-                cookie: rule.cookie,
-            });
-        }
-        let one = |(name, (_, revision)): (&(String, String), &(_, u64))| {
-            let mut rules = rules.remove(name).unwrap_or_default();
-            rules.sort_by(|a, b| (&b.direction, a.index).cmp(&(&a.direction, b.index)));
-            let id = PolicyId::network_policy(&name.0, &name.1);
-            let selects =
-                |endpoint: &&Endpoint| self.cluster.policies_of(endpoint.identity()).any(|policy| policy.id == id);
-            let too_large = self.uncompiled.values().find(
-                |error| matches!(error, Uncompiled::Refused(CompileError::TooLarge { policy, .. }) if *policy == id),
-            );
-            PolicyInfo {
-                namespace: name.0.clone(),
-                name: name.1.clone(),
-                revision: *revision,
-                state: match (self.refused.get(name), too_large) {
-                    (Some(why), _) => format!("refused: {why}"),
-                    (None, Some(why)) => format!("refused: {why}"),
-                    _ if *revision <= self.enforced_revision => "enforced".to_owned(),
-                    _ => "pending".to_owned(),
-                },
-                endpoints: self.endpoints.values().filter(selects).count(),
-                rules,
-            }
-        };
-        self.view.policies.iter().filter(|(name, _)| is_wanted(name)).map(one).collect()
-    }
-
     /// Whether a connection would pass, and why.
     ///
     /// # Errors
@@ -117,14 +75,16 @@ impl Core {
         let v6 = [&asked.from, &asked.to].iter().any(|end| end.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv6()));
         let from = self.party(&asked.from, v6)?;
         let to = self.party(&asked.to, v6)?;
-        let ask = |direction, subject: &policy::Party| {
+        let ask = |direction, subject: &policy::Party, peer: &policy::Party| {
             subject.labels.namespace()?;
             let (from, to) = (from.clone(), to.clone());
             let answer = self.cluster.explain(&Question { direction, from, to, protocol, port: asked.port });
-            Some(explained(&answer))
+            let mut explained = explained(&answer);
+            self.correct(&mut explained, subject, peer, direction, protocol, asked.port);
+            Some(explained)
         };
-        let egress = ask(policy::Direction::Egress, &from);
-        let ingress = ask(policy::Direction::Ingress, &to);
+        let egress = ask(policy::Direction::Egress, &from, &to);
+        let ingress = ask(policy::Direction::Ingress, &to, &from);
         let denied = [&egress, &ingress].into_iter().flatten().any(|direction| direction.verdict != "allow");
         let shown = |name: &str, party: &policy::Party| ExplainedParty {
             name: name.to_owned(),
@@ -139,6 +99,29 @@ impl Core {
             egress,
             ingress,
         })
+    }
+
+    /// What the rules say is not what is in force where a rule set has a flaw: then that is said.
+    fn correct(
+        &self,
+        explained: &mut ExplainedDirection,
+        subject: &policy::Party,
+        peer: &policy::Party,
+        direction: policy::Direction,
+        protocol: u8,
+        port: u16,
+    ) {
+        let slot = self.ruleset_slots.get(&subject.identity.id);
+        let in_force = slot.and_then(|slot| self.rows.rulesets.desired(&slot));
+        let (Some(flaws), Some(in_force)) = (self.flawed.get(&subject.identity.id), in_force) else { return };
+        let block = peer.address.map_or(0, |ip| self.cluster.blocks().block_of(ip.into()));
+        let passes = policy::allows(in_force, [peer.identity.id, block], direction, protocol, port);
+        if peer.identity == Identity::HOST || passes == (explained.verdict == "allow") {
+            return;
+        }
+        explained.verdict = if passes { "allow" } else { "deny" }.to_owned();
+        let flaws: Vec<String> = flaws.iter().map(ToString::to_string).collect();
+        explained.rule.push_str(&format!("; but the rule set is not just what its policies say: {}", flaws.join("; ")));
     }
 
     /// The other nodes.

@@ -1,39 +1,79 @@
-//! The rule sets of the identities that have workloads here: made, or kept where they cannot be.
+//! The rule sets of the identities that have workloads here. What cannot be made as its policies say is made so that it
+//! is never more open than they are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use cirri_abi::{Cookie, Identity, PolicyEntry, PolicyKey, RulesetSlot};
+use cirri_abi::{Identity, PolicyEntry, PolicyKey, RulesetSlot};
 use cirri_control::labels::IdentityLabels;
-use cirri_control::policy::CompileError;
+use cirri_control::policy::{CompileError, PolicyId, Trace, Workloads, closed};
 
 use super::core::Core;
 use super::rows::sort;
+
+/// The entries of a rule set.
+type Rules = Vec<(PolicyKey, PolicyEntry)>;
+
+/// Why an identity's rule set is not just what its policies say.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Flaw {
+    /// Not all of it fits.
+    #[error("who does not fit is not allowed, all else is in force: {why}")]
+    TooLarge {
+        /// Why.
+        why: CompileError,
+        /// By policy, how many peers of its rules are not allowed.
+        left_out: BTreeMap<PolicyId, usize>,
+    },
+    /// The number's record is gone or names others.
+    #[error(
+        "identity {identity} is not known by the labels of its workloads, and they are judged by those; a new number is on its way"
+    )]
+    Stranger {
+        /// The number.
+        identity: u32,
+    },
+    /// The number has workloads of several labels.
+    #[error(
+        "workloads with the number {identity} have different labels, and nothing passes; new numbers are on their way"
+    )]
+    Mixed {
+        /// The number.
+        identity: u32,
+    },
+    /// A policy cannot be read, and nobody knows what it said.
+    #[error(
+        "a policy of namespace {namespace} cannot be read and is not known from before; identity {identity} keeps what it may have closed and allowed"
+    )]
+    Hole {
+        /// The number.
+        identity: u32,
+        /// The namespace.
+        namespace: String,
+        /// What it may have been.
+        trace: Trace,
+    },
+}
 
 impl Core {
     pub(super) fn desire_rulesets(&mut self) {
         let wanted: BTreeMap<u32, RulesetSlot> =
             self.endpoints.values().map(|endpoint| (endpoint.identity, endpoint.ruleset)).collect();
         for (identity, slot) in &wanted {
-            if !self.dirty.contains(identity) && self.rows.rulesets.desired(slot).is_some() {
+            let is_stale = self.dirty.contains(identity) || self.is_stranger(*identity);
+            if !is_stale && self.rows.rulesets.desired(slot).is_some() {
                 continue;
             }
-            match self.compile(*identity, *slot) {
-                Ok(entries) => {
-                    self.uncompiled.remove(identity);
-                    self.rows.rulesets.set(*slot, Arc::new(entries));
-                }
-                Err(error) => {
-                    tracing::error!(identity, %error, "no new rule set");
-                    self.uncompiled.insert(*identity, error);
-                    if self.rows.rulesets.desired(slot).is_none() {
-                        let entries = self.pinned(*identity, *slot).unwrap_or_else(|| Arc::new(closed()));
-                        self.rows.rulesets.set(*slot, entries);
-                    }
-                }
+            let (entries, flaws) = self.make(*identity, *slot);
+            self.rows.rulesets.set(*slot, Arc::new(entries));
+            if flaws.is_empty() {
+                self.flawed.remove(identity);
+            } else if self.flawed.get(identity) != Some(&flaws) {
+                flaws.iter().for_each(|flaw| tracing::error!(identity, %flaw, "rule set"));
+                self.flawed.insert(*identity, flaws);
             }
         }
-        self.uncompiled.retain(|identity, _| wanted.contains_key(identity));
+        self.flawed.retain(|identity, _| wanted.contains_key(identity));
         // What is dirty and has no workload here is compiled when one comes.
         self.dirty.clear();
         let live: BTreeSet<RulesetSlot> = wanted.into_values().collect();
@@ -44,25 +84,62 @@ impl Core {
         }
     }
 
-    /// The rule set of an identity, if enough is known to make it.
-    fn compile(&self, identity: u32, slot: RulesetSlot) -> Result<Rules, Uncompiled> {
+    /// Whether policies may select workloads here that the compiler does not know by their number: it does not say when
+    /// their rule sets change.
+    pub(super) fn has_strangers(&self) -> bool {
+        self.flawed.keys().any(|identity| self.is_stranger(*identity))
+    }
+
+    fn is_stranger(&self, identity: u32) -> bool {
+        let flaws = self.flawed.get(&identity);
+        flaws.into_iter().flatten().any(|flaw| matches!(flaw, Flaw::Stranger { .. } | Flaw::Mixed { .. }))
+    }
+
+    /// The rule set of an identity, and what is wrong with it.
+    fn make(&self, identity: u32, slot: RulesetSlot) -> (Rules, Vec<Flaw>) {
         let number = Identity { id: identity };
-        let labels = self.cluster.labels(number);
-        let is_of = |labels: &IdentityLabels| {
-            let canonical = labels.canonical();
-            self.endpoints.values().all(|endpoint| endpoint.identity != identity || endpoint.labels == canonical)
+        let mut flaws = Vec::new();
+        let theirs: BTreeSet<&str> =
+            self.endpoints.values().filter(|it| it.identity == identity).map(|it| it.labels.as_str()).collect();
+        let labels = match theirs.into_iter().map(IdentityLabels::parse).collect::<Vec<_>>().as_slice() {
+            // Without a namespace no policy would find them.
+            [Ok(labels)] if labels.namespace().is_some() => labels.clone(),
+            _ => return (sorted(closed(number).entries), vec![Flaw::Mixed { identity }]),
         };
-        let Some(labels) = labels.filter(|labels| is_of(labels)) else {
-            return Err(Uncompiled::Stranger { identity });
-        };
-        let namespace = labels.namespace().unwrap_or_default();
-        let never_compiled = self.rows.rulesets.desired(&slot).is_none() || self.uncompiled.contains_key(&identity);
-        if never_compiled && self.view.lacks_policy(namespace) && self.pinned(identity, slot).is_some() {
-            return Err(Uncompiled::Hole { identity, namespace: namespace.to_owned() });
+        if self.cluster.labels(number) != Some(&labels) {
+            flaws.push(Flaw::Stranger { identity });
         }
-        let mut ruleset = self.cluster.compile(number)?;
-        sort(&mut ruleset.entries);
-        Ok(ruleset.entries)
+        let trace = self.trace(identity, slot, labels.namespace().unwrap_or_default());
+        let workloads = Workloads { identity: number, labels: &labels, trace: trace.as_ref().map(|(_, trace)| trace) };
+        let entries = match self.cluster.compile_for(&workloads) {
+            Ok(ruleset) => ruleset.entries,
+            Err(why) => {
+                let before = self.rows.rulesets.desired(&slot).cloned().or_else(|| self.pinned(identity, slot));
+                let fitted = self.cluster.compile_what_fits(&workloads, before.as_deref().map_or(&[], Vec::as_slice));
+                flaws.push(Flaw::TooLarge { why, left_out: fitted.left_out });
+                fitted.ruleset.entries
+            }
+        };
+        flaws.extend(trace.map(|(namespace, trace)| Flaw::Hole { identity, namespace, trace }));
+        (sorted(entries), flaws)
+    }
+
+    /// What is left, in the rule set that an earlier run made of it, of a policy that cannot be read now.
+    fn trace(&self, identity: u32, slot: RulesetSlot, namespace: &str) -> Option<(String, Trace)> {
+        if !self.view.lacks_policy(namespace) {
+            return None;
+        }
+        let noted = self.flawed.get(&identity).into_iter().flatten().find_map(|flaw| match flaw {
+            Flaw::Hole { trace, .. } => Some(trace.clone()),
+            _ => None,
+        });
+        // Since it was made in this run it follows from what is known.
+        let is_new = self.rows.rulesets.desired(&slot).is_none();
+        let found = || {
+            let known = |cookie| self.earlier_rules.contains(&cookie) || self.cluster.rule(cookie).is_some();
+            Some(Trace::of(&self.pinned(identity, slot).filter(|_| is_new)?, known))
+        };
+        Some((namespace.to_owned(), noted.or_else(found)?))
     }
 
     /// The rule set that an earlier run left in the kernel for this identity.
@@ -73,44 +150,7 @@ impl Core {
     }
 }
 
-/// The entries of a rule set.
-type Rules = Vec<(PolicyKey, PolicyEntry)>;
-
-/// Why an identity's rule set is not made anew. The last good one is in force, or none that lets
-/// anything pass.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum Uncompiled {
-    /// The compiler refused.
-    #[error(transparent)]
-    Refused(#[from] CompileError),
-    /// Its record is gone or names others.
-    #[error("identity {identity} is not known by the labels of its workloads; a new number is on its way")]
-    Stranger {
-        /// The number.
-        identity: u32,
-    },
-    /// A policy cannot be read, and nobody knows what it said.
-    #[error(
-        "a policy of namespace {namespace} cannot be read and is not known from before; identity {identity} keeps its rules"
-    )]
-    Hole {
-        /// The number.
-        identity: u32,
-        /// The namespace.
-        namespace: String,
-    },
-}
-
-/// A rule set that lets nothing pass.
-fn closed() -> Rules {
-    let key = |direction| PolicyKey { prefix_len: PolicyKey::STATIC_BITS, direction, ..PolicyKey::default() };
-    let deny = PolicyEntry {
-        cookie: Cookie::DEFAULT_DENY,
-        prefix_len: PolicyKey::STATIC_BITS as u8,
-        ..PolicyEntry::default()
-    };
-    let mut entries =
-        [cirri_abi::Direction::INGRESS, cirri_abi::Direction::EGRESS].map(|direction| (key(direction), deny)).to_vec();
+fn sorted(mut entries: Rules) -> Rules {
     sort(&mut entries);
     entries
 }

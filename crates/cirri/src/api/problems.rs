@@ -33,9 +33,9 @@ pub enum ProblemKind {
     StoredObject,
     /// A manifest in the folder cannot be read.
     Manifest,
-    /// A policy is not taken; its last good version is in force.
+    /// A policy is not taken: what it selects is closed, and its last good version is in force, if there is one.
     Policy,
-    /// A rule set cannot be compiled; the last good one is in force.
+    /// A rule set is not just what its policies say, and never more open.
     RuleSet,
     /// Labels have no identity yet.
     Identity,

@@ -197,7 +197,7 @@ pub fn settle_node(
     }
 }
 
-/// What policies the agents refused, as `namespace/name: why`, each once.
+/// What policies the agents refused, or have in force in part only, as `namespace/name: why`, each once.
 ///
 /// # Errors
 /// An agent is down.
@@ -211,7 +211,7 @@ pub fn refused_policies(lab: &Lab) -> anyhow::Result<Vec<String>> {
         .into_iter()
         .flatten()
         .filter_map(|policy| {
-            let why = policy.state.strip_prefix("refused: ")?;
+            let why = ["refused: ", "in part: "].iter().find_map(|of| policy.state.strip_prefix(of))?;
             Some(format!("{}/{}: {why}", policy.namespace, policy.name))
         })
         .collect();
