@@ -54,6 +54,7 @@ impl Blocks {
         let mut numbers = Vec::new();
         for root in outermost(meant) {
             for (net, block) in self.blocks.range(root..).take_while(|(net, _)| root.contains(*net)) {
+                crate::work::step();
                 if walk.is_meant(net) {
                     numbers.push(block.number);
                 }
