@@ -4,6 +4,7 @@
 //! version that was let in, if there is one. It is tried again when something went that was in its way.
 
 use super::{Change, Cluster, CompileError, Policy, PolicyId};
+use crate::cut::cut;
 use cirri_abi::Identity;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +13,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub enum PolicyError {
     /// It selects by a label that pods cannot carry.
     #[error(
-        "{policy} selects pods by the label {key}, which is reserved and never counts as a pod's own; use namespaceSelector or another label"
+        "{policy} selects pods by the label {}, which is reserved and never counts as a pod's own; use namespaceSelector or another label",
+        cut(.key)
     )]
     ReservedLabel {
         /// The policy.
