@@ -25,7 +25,7 @@ fn one(cursor: &Cursor<'_>, implied: Option<&'static str>, out: &mut Documents) 
         (Err(_), Some(implied)) if cursor.any_object().is_ok_and(|it| it.get("kind").is_none()) => {
             (cursor.clone(), implied)
         }
-        (Err(error), _) => return out.refuse(None, error),
+        (Err(error), _) => return out.refuse(None, cursor.place(), error),
     };
     let Some(meant) = meant(cursor, kind) else { return unknown(cursor, &kind_at, kind, out) };
     if let Some(version) = foreign_version(cursor) {
@@ -38,12 +38,15 @@ fn one(cursor: &Cursor<'_>, implied: Option<&'static str>, out: &mut Documents) 
         return list(cursor, None, out);
     }
     match read(cursor, &kind_at, kind, meant, implied) {
-        Ok(resource) => out.resources.push(resource),
+        Ok(resource) => {
+            out.resources.push(resource);
+            out.places.push(cursor.place());
+        }
         Err(error) => {
             let identity = identity(cursor, meant);
             out.stand_ins.extend(identity.as_ref().and_then(|metadata| stand_in(cursor, meant, metadata)));
             let key = identity.as_ref().map(|metadata| store_key(meant, metadata));
-            out.refuse(key, error.about(&describe(kind, identity.as_ref())));
+            out.refuse(key, cursor.place(), error.about(&describe(kind, identity.as_ref())));
         }
     }
 }
@@ -80,7 +83,7 @@ fn unknown(cursor: &Cursor<'_>, kind_at: &Cursor<'_>, kind: &str, out: &mut Docu
     let may_be = |kind: &&str| identity(cursor, kind).map(|metadata| store_key(kind, &metadata));
     let keys: Vec<String> = KINDS.iter().filter(|kind| **kind != LIST).filter_map(may_be).collect();
     if keys.is_empty() {
-        return out.refuse(None, error);
+        return out.refuse(None, cursor.place(), error);
     }
     out.unreadable.extend(keys);
     out.report(error);
@@ -96,7 +99,7 @@ fn list(cursor: &Cursor<'_>, of: Option<&'static str>, out: &mut Documents) {
     });
     match items {
         Ok(items) => items.iter().for_each(|item| one(item, of, out)),
-        Err(error) => out.refuse(None, error.about(&name)),
+        Err(error) => out.refuse(None, cursor.place(), error.about(&name)),
     }
 }
 

@@ -1,16 +1,21 @@
 //! The documents of a file, each on its own: one that cannot be read does not take the others with it.
 
-use super::{Resource, ResourceError, decode, tree};
-use std::collections::BTreeSet;
+use super::{Position, Resource, ResourceError, decode, tree};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a file says, as far as it can be understood.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Documents {
     /// What was understood, in the order of the file.
     pub resources: Vec<Resource>,
+    /// Where each of these begins.
+    pub places: Vec<Position>,
     /// [`Resource::store_key`] of the objects whose documents were refused. Whoever holds the last good
     /// version of one keeps it.
     pub unreadable: BTreeSet<String>,
+    /// Of these, the ones of which there is no doubt that a document is them, and where the first such begins. A
+    /// document of a kind that nobody has is not among them: it may be any object of its name.
+    pub named: BTreeMap<String, Position>,
     /// Of these, what can be put in the place of one that has no last good version, and lets nothing pass that
     /// the document may forbid.
     pub stand_ins: Vec<Resource>,
@@ -29,9 +34,10 @@ impl Documents {
     }
 
     /// Notes a document that says which object it is, and cannot be used.
-    pub(super) fn refuse(&mut self, object: Option<String>, error: ResourceError) {
+    pub(super) fn refuse(&mut self, object: Option<String>, place: Position, error: ResourceError) {
         match object {
             Some(key) => {
+                self.named.entry(key.clone()).or_insert(place);
                 self.unreadable.insert(key);
             }
             None => self.opaque = true,
@@ -64,13 +70,15 @@ pub fn read_documents(file: &str, bytes: &[u8]) -> Documents {
             Err(error) => {
                 let line = lines(&chunk.bytes[..error.valid_up_to()]) + 1;
                 let message = "it is not UTF-8 (save it as UTF-8)".to_owned();
-                out.refuse(None, source.syntax((line, 0), guess(chunk.bytes), message));
+                out.refuse(None, source.position((line, 0)), source.syntax((line, 0), guess(chunk.bytes), message));
                 continue;
             }
         };
         match tree::documents(source, text) {
             Ok(trees) => trees.iter().for_each(|tree| decode::document(&tree.cursor(source), &mut out)),
-            Err((at, message)) => out.refuse(None, source.syntax(at, guess(chunk.bytes), message)),
+            Err((at, message)) => {
+                out.refuse(None, source.position(at), source.syntax(at, guess(chunk.bytes), message));
+            }
         }
     }
     out

@@ -129,9 +129,14 @@ impl<'a> Cursor<'a> {
         error_at(self.source, (self.tree.line, self.tree.column), self.path.clone(), problem.into(), hint.into())
     }
 
+    /// Where this value begins.
+    pub fn place(&self) -> Position {
+        self.source.position((self.tree.line, self.tree.column))
+    }
+
     /// An error: this value names a kind that other programs read.
     pub fn foreign_kind(&self, kind: String) -> ResourceError {
-        ResourceError::Kind { at: self.source.position((self.tree.line, self.tree.column)), kind }
+        ResourceError::Kind { at: self.place(), kind }
     }
 
     /// The value as a mapping in which no field stands beside `known`.

@@ -119,6 +119,35 @@ items:
 }
 
 #[test]
+fn what_was_understood_and_what_was_not_is_known_by_its_place() {
+    let broken = policy("p", "{podSelector: {}, wrong: 1}");
+    let text = format!("{}---\n{broken}---\n{}---\n{broken}", namespace("one"), POD);
+    let documents = read(&text);
+    let lines: Vec<u64> = documents.places.iter().map(|place| place.line).collect();
+    assert_eq!((names(&documents), lines), (vec!["one", "web"], vec![1, 11]));
+    let named: Vec<(&str, u64)> = documents.named.iter().map(|(key, place)| (key.as_str(), place.line)).collect();
+    assert_eq!(named, [("resources/NetworkPolicy/shop/p", 6)]);
+    // It may be any object of its name, and is none for sure.
+    let vague = read("apiVersion: v1\nkind: Nobodys\nmetadata: {name: web}\n");
+    assert!(vague.named.is_empty() && vague.unreadable.len() > 1, "{vague:?}");
+}
+
+#[test]
+fn an_error_is_one_line_whatever_the_keys_and_values_are() {
+    for text in [
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: \"a\\nb: c\"}\n",
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, \"x\\ny\": 1}\n",
+        "apiVersion: \"v1\\r\\n\"\nkind: Namespace\nmetadata: {name: a}\n",
+        "apiVersion: v1\nkind: \"Name\\nspace\"\nmetadata: {name: a}\n",
+        "a: *\"x\\ny\"\nb: [",
+        "a: 1\n\"b\\nc\": 2\n\"b\\nc\": 3\n",
+    ] {
+        let errors = errors_of(&read(text));
+        assert!(!errors.is_empty() && !errors.contains(['\n', '\r']), "{errors}");
+    }
+}
+
+#[test]
 fn a_misspelt_kind_or_version_is_the_object_that_it_was_meant_to_be() {
     let good = policy("p", "{podSelector: {}}");
     for (right, wrong) in [
