@@ -192,6 +192,36 @@ fn what_the_store_spoils_stays_in_force_over_restarts_until_it_is_readable_or_go
 }
 
 #[test]
+fn a_store_file_that_is_spoilt_while_a_manifest_cannot_be_read_opens_nothing_and_is_named() {
+    let store = Store::folder("lost");
+    store.put(&[deny("vault"), pod("vault", "vault")]);
+    store.settle();
+    let vault = Vault::new(&store, "lost");
+    vault.add().unwrap();
+    let before = labels(&store);
+    store.spoil(Kind::Policy, "deny-vault", "{ broken: [");
+    store.spoil(Kind::Pod, "vault", "{ broken: [");
+    store.settle();
+    let file = format!("/run/cirri/lab/{}/nodes/node1/state/store.redb", store.lab.name());
+    store.lab.kill_agent("node1").unwrap();
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[..512].fill(0x5a);
+    fs::write(&file, bytes).unwrap();
+    store.lab.restart("node1", &[]).unwrap();
+    store.settle();
+    assert_eq!(labels(&store), before, "the Pod cannot be read");
+    let problems = store.lab.ask::<Value>("node1", &["status"]).unwrap()["problems"].to_string();
+    assert!(problems.contains(&file) && problems.contains("store.redb.damaged"), "it is not named: {problems}");
+    // What is known of the files is known after the next start as well.
+    store.lab.restart("node1", &["--kill"]).unwrap();
+    store.settle();
+    assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids");
+    store.delete(Kind::Policy, "deny-vault");
+    eventually("datagrams pass when the policy is deleted", PATIENCE, || vault.received() > 0);
+    vault.del().unwrap();
+}
+
+#[test]
 fn an_endpoint_file_that_cannot_be_used_is_named_and_costs_the_pod_nothing() {
     let store = Store::folder("files");
     store.put(&[pod("vault", "vault")]);

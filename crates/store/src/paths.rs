@@ -16,6 +16,8 @@ use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, Watc
 pub struct Paths {
     events: EventStream<Vec<u8>>,
     watched: HashMap<WatchDescriptor, Watched>,
+    /// The number of the watch on the directory whose content counts.
+    number: Option<i32>,
 }
 
 /// What is looked for in one directory.
@@ -47,7 +49,7 @@ impl Paths {
     /// The user has too many inotify instances.
     pub fn new() -> io::Result<Paths> {
         let events = Inotify::init()?.into_event_stream(vec![0; 16 << 10])?;
-        Ok(Paths { events, watched: HashMap::new() })
+        Ok(Paths { events, watched: HashMap::new(), number: None })
     }
 
     /// From now on watches the ways to these files, and to the directory and what is in it. Answers the directory,
@@ -71,6 +73,12 @@ impl Paths {
         result.map(|()| before.and_then(|(_, end)| end))
     }
 
+    /// Tells directories apart that [`Paths::follow`] found: the number of the watch on it, which ends with the directory.
+    /// `None`: it is not there, or not watched.
+    pub fn number(&self) -> Option<i32> {
+        self.number
+    }
+
     /// Waits for news; what has happened by then comes at once, each once. Cancel-safe.
     pub async fn next(&mut self) -> Vec<News> {
         loop {
@@ -92,9 +100,13 @@ impl Paths {
     fn watch(&mut self, wanted: BTreeMap<PathBuf, Watched>) -> io::Result<()> {
         let mut result = Ok(());
         let mut watched = HashMap::new();
+        self.number = None;
         for (path, one) in wanted {
             match self.events.watches().add(&path, one.mask()) {
                 Ok(descriptor) => {
+                    if one.content {
+                        self.number = Some(descriptor.get_watch_descriptor_id());
+                    }
                     watched.insert(descriptor, one);
                 }
                 // It went away just now: that shows in the directory above.

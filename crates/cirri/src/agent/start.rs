@@ -68,9 +68,8 @@ pub fn lock(config: &Config) -> Result<File> {
 pub async fn start(loaded: Loaded) -> Result<Started> {
     let Loaded { config, values } = loaded;
     // What may be wrong with the configuration first, before anything is changed.
-    let (store, changes) = open_store(&config).await?;
-    let (folder, catch_up) = changes.unzip();
-    let saved = Embedded::open(config.state_dir.0.join("seen.redb")).await.because(Failure::Failed)?;
+    let Sources { store, folder, saved, spoilt } = open_store(&config).await?;
+    let (folder, catch_up) = folder.unzip();
     Datapath::check_kernel().because(Failure::Failed)?;
     let instance = Datapath::claim(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
@@ -101,6 +100,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     if core.config.store.kind == StoreKind::Etcd {
         core.needed_revision = Some(0);
     }
+    core.spoilt_files.extend(spoilt);
     let (seen, _) = saved.list(PREFIX).await.because(Failure::Failed)?;
     core.restore(seen);
     restore(&mut core).await?;
@@ -231,9 +231,24 @@ fn uses(config: &Config) -> Vec<Use> {
     uses
 }
 
-type Sources = (Arc<dyn Store>, Option<(mirror::Mirror, folder::CatchUp)>);
+/// Where the agent knows from what there is.
+struct Sources {
+    store: Arc<dyn Store>,
+    /// The last good content of it.
+    saved: Embedded,
+    folder: Option<(mirror::Mirror, folder::CatchUp)>,
+    /// Files that cannot be used: which, and why and what holds instead.
+    spoilt: Vec<(String, String)>,
+}
 
 async fn open_store(config: &Config) -> Result<Sources> {
+    let state = |name: &str| config.state_dir.0.join(name);
+    let saved = async || {
+        let saved = Embedded::open(state("seen.redb")).await.because(Failure::Failed)?;
+        let instead = "what could not be read any more at the last start is not known";
+        let spoilt = set_aside(&saved, &state("seen.redb"), instead);
+        Ok((saved, spoilt))
+    };
     match config.store.kind {
         StoreKind::Etcd => {
             let etcd = &config.store.etcd;
@@ -241,17 +256,33 @@ async fn open_store(config: &Config) -> Result<Sources> {
                 lease_ttl: Duration::from_secs(etcd.lease_seconds),
                 ..EtcdOptions::new(etcd.endpoints.clone())
             };
-            let store = Etcd::new(&options).because(Failure::BadInput)?;
-            Ok((Arc::new(store), None))
+            let store = Arc::new(Etcd::new(&options).because(Failure::BadInput)?);
+            let (saved, spoilt) = saved().await?;
+            Ok(Sources { store, saved, folder: None, spoilt: spoilt.into_iter().collect() })
         }
         StoreKind::Folder => {
-            let store = Embedded::open(config.state_dir.0.join("store.redb")).await.because(Failure::Failed)?;
+            let store = Embedded::open(state("store.redb")).await.because(Failure::Failed)?;
+            let (saved, spoilt) = saved().await?;
+            let count = mirror::recover(&store, &saved).await.because(Failure::Failed)?;
+            let instead = format!("the {count} objects that were in force are taken from seen.redb");
+            if count > 0 {
+                tracing::warn!(count, "the store is new, and gets back what was in force from seen.redb");
+            }
+            let spoilt = set_aside(&store, &state("store.redb"), &instead).into_iter().chain(spoilt).collect();
             let stored = mirror::stored(&store).await.because(Failure::Failed)?;
             let (changes, catch_up) = folder::watch(&config.store.folder, stored, cirri_loader::is_being_written)
                 .because(Failure::BadInput)?;
-            Ok((Arc::new(store.clone()), Some((mirror::Mirror { changes, store }, catch_up))))
+            let mirror = mirror::Mirror { changes, store: store.clone() };
+            Ok(Sources { store: Arc::new(store), saved, folder: Some((mirror, catch_up)), spoilt })
         }
     }
+}
+
+/// What is said of a store whose file was damaged, and is another now.
+fn set_aside(store: &Embedded, file: &Path, instead: &str) -> Option<(String, String)> {
+    let aside = store.set_aside()?;
+    let why = format!("it could not be used: {}; it is kept as {}, and {instead}", aside.reason, aside.path.display());
+    Some((file.display().to_string(), why))
 }
 
 /// The workloads of an earlier run that are still there.

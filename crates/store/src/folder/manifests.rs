@@ -1,29 +1,68 @@
 //! What the files of a folder say together. No input or output here.
+//!
+//! A state machine: files are told to it ([`Manifests::set`], [`leave`], [`remove`]), and a step ends with
+//! [`Manifests::settle`]. Each file holds what it says, or said when it could last be read, of each object
+//! ([`file::Hold`]), and keeps it until it can be read again or is gone. Of the files that hold an object one owns it:
+//! what that one says is in force. All of it is written down ([`record`]), so that a restart changes nothing.
+//!
+//! [`leave`]: Manifests::leave
+//! [`remove`]: Manifests::remove
 
-use std::collections::btree_map::Entry;
+mod file;
+mod record;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cirri_control::resource::{Resource, STAND_IN, read_documents};
+use cirri_control::resource::{MAX_ERRORS, Resource, STAND_IN};
 
-use super::{Change, FileError};
+use super::{Change, FileError, Memory};
+use file::{Errors, File, Hold, Reading, at, digest, not_used, says_nothing};
+use record::InForce;
 
-/// The content of all files: of each document the last that could be understood.
+/// As many errors of a folder are told apart.
+const MAX_ALL_ERRORS: usize = 200;
+
+/// What was in force before, and no file is known to say: as a file that is not there any more.
+const EARLIER: &str = "?";
+
+/// Of no file of manifests: how the names begin under which lost holds stand.
+const NO_FILE: char = '?';
+
+/// What all files say.
 ///
 /// A change costs what the files that changed hold, whatever the number of the others.
 #[derive(Default)]
 pub(super) struct Manifests {
+    dir: PathBuf,
+    /// The number of the step that is being made.
+    step: u64,
+    /// The first step of those that count as one moment: a file that is renamed appears before the other is gone.
+    moment: u64,
     files: BTreeMap<String, File>,
-    /// Object → the files that speak of it.
+    /// Object → the files that hold it.
     mentions: BTreeMap<String, BTreeSet<String>>,
-    /// Objects that something may have changed about since the last change was handed out.
+    /// Objects that something may have changed about in this step.
     touched: BTreeSet<String>,
-    /// Object → the file that defines it. The first one keeps it for as long as it does.
+    /// Object → the file whose version is in force.
     owners: BTreeMap<String, String>,
-    /// Objects that more than one file defines.
-    contested: BTreeSet<String>,
-    /// As last handed out, by this run or by one before.
-    published: BTreeMap<String, Known>,
+    /// File → objects that it defines and does not own.
+    contested: BTreeMap<String, BTreeSet<String>>,
+    /// As handed out, by this run or by one before.
+    published: InForce,
+    /// What files that are gone, or say something else now, held in this step.
+    lost: BTreeMap<String, Hold>,
+    /// Files of which something cannot be read, and that became what they are in this moment: what is lost may be in them.
+    renewed: BTreeSet<String>,
+    /// Files that are not there, but may be back in a moment.
+    leaving: BTreeSet<String>,
+    /// Those of `files` that are none.
+    no_files: BTreeSet<String>,
+    /// Files about which something may have changed that is written down.
+    unsaved: BTreeSet<String>,
+    /// File → a digest of what is written down of it.
+    saved: BTreeMap<String, u64>,
     /// The folder does not say what there is: what was handed out stays.
     held: bool,
     errors: Vec<FileError>,
@@ -31,39 +70,43 @@ pub(super) struct Manifests {
     folder_error: Option<FileError>,
 }
 
-#[derive(Default)]
-struct File {
-    /// What its documents say, or said when they could last be understood.
-    resources: BTreeMap<String, Arc<Resource>>,
-    /// Objects of which nothing could be understood yet, and what is sure about them.
-    unreadable: BTreeMap<String, Option<Arc<Resource>>>,
-    /// A document of it does not say which object it is.
-    opaque: bool,
-    /// It was not so when the last change was handed out.
-    newly_opaque: bool,
-    /// It is not there, but may be back in a moment.
-    leaving: bool,
-    errors: Vec<String>,
-}
-
-/// What is known of an object.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Known {
-    /// Its definition, or the last that could be understood.
-    Good(Arc<Resource>),
-    /// That a document speaks of it, and what is sure of what it forbids.
-    Doubtful(Option<Arc<Resource>>),
-}
-
 impl Manifests {
-    /// Nothing was read yet; an earlier run handed this out, by [`Resource::store_key`].
-    pub(super) fn new(before: BTreeMap<String, Option<Resource>>) -> Manifests {
-        let known = |resource: Option<Resource>| match resource.map(Arc::new) {
-            Some(resource) if !resource.metadata().annotations.contains_key(STAND_IN) => Known::Good(resource),
-            doubtful => Known::Doubtful(doubtful),
+    /// Nothing was read yet; an earlier run left this. Files are named as they are in `dir`.
+    pub(super) fn new(dir: &Path, memory: Memory) -> Manifests {
+        let published: InForce = memory.objects.into_iter().map(|(key, it)| (key, it.map(Arc::new))).collect();
+        let mut manifests = Manifests { dir: dir.to_owned(), step: 1, ..Manifests::default() };
+        for (name, text) in memory.files {
+            manifests.saved.insert(name.clone(), digest(text.as_bytes()));
+            let Some((file, owned)) = record::read(&text, &published) else {
+                manifests.unsaved.insert(name);
+                continue;
+            };
+            let steps = file.holds.values().map(|hold| hold.since.max(hold.broke.unwrap_or_default()));
+            let named = name.strip_prefix(NO_FILE).and_then(|step| step.parse().ok());
+            manifests.step = manifests.step.max(steps.chain(named).max().unwrap_or_default() + 1);
+            manifests.owners.extend(owned.into_iter().map(|key| (key, name.clone())));
+            manifests.put(name, file);
+        }
+        let orphans = published.iter().filter(|(key, _)| !manifests.owners.contains_key(*key));
+        let orphan = |version: &Option<Arc<Resource>>| Hold {
+            version: version.clone(),
+            read: version.as_ref().is_some_and(|it| !it.metadata().annotations.contains_key(STAND_IN)),
+            since: 0,
+            broke: None,
+            times: 1,
+            vague: false,
+            line: 0,
         };
-        let published: BTreeMap<String, Known> = before.into_iter().map(|(key, it)| (key, known(it))).collect();
-        Manifests { touched: published.keys().cloned().collect(), published, ..Manifests::default() }
+        let holds: BTreeMap<_, _> = orphans.map(|(key, version)| (key.clone(), orphan(version))).collect();
+        if !holds.is_empty() {
+            manifests.owners.extend(holds.keys().map(|key| (key.clone(), EARLIER.to_owned())));
+            manifests.put(EARLIER.to_owned(), File { holds, ..File::default() });
+            manifests.leave(EARLIER);
+        }
+        manifests.published = published;
+        manifests.moment = manifests.step;
+        manifests.touched.clear();
+        manifests
     }
 
     /// How many objects are in force.
@@ -71,67 +114,77 @@ impl Manifests {
         self.published.len()
     }
 
-    pub(super) fn files(&self) -> BTreeSet<String> {
-        self.files.keys().cloned().collect()
+    /// All that may be in the folder.
+    pub(super) fn files(&self) -> impl Iterator<Item = &String> {
+        self.files.keys().filter(|name| !self.no_files.contains(*name))
     }
 
-    pub(super) fn is_broken(&self, file: &str) -> bool {
-        self.files.get(file).is_some_and(|file| !file.errors.is_empty())
+    pub(super) fn is_broken(&self, name: &str) -> bool {
+        self.files.get(name).is_some_and(|file| !file.errors.shown.is_empty())
     }
 
     /// The file was read, or could not be. What is understood of it counts at once. A document that is not keeps its
     /// last good version; one that does not say which object it is keeps all that the file held and does not name.
     pub(super) fn set(&mut self, name: &str, content: Result<&[u8], String>) {
-        let before = self.take(name).unwrap_or_default();
-        let was_opaque = before.opaque && !before.newly_opaque;
-        let mut file = match content {
+        let path = self.path_of(name);
+        let mut before = self.take(name).unwrap_or_default();
+        let was = before.broken;
+        let file = match content {
             Ok(bytes) if says_nothing(bytes) => {
                 let why = "is empty; its last content stays in force. Remove it, or write a comment into it, if it is \
                            to say nothing";
-                File { opaque: true, leaving: false, errors: vec![format!("{name}: {why}")], ..before }
+                before.unreadable(bytes, Errors::of(format!("{path}: {why}")), self.step)
             }
-            Ok(bytes) => File::read(name, bytes, before),
-            Err(message) => File { opaque: true, leaving: false, errors: vec![message], ..before },
+            Err(message) => before.unreadable(message.clone().as_bytes(), Errors::of(message), self.step),
+            Ok(bytes) => {
+                let owns = |key: &str| self.owners.get(key).is_some_and(|owner| owner == name);
+                let reading = Reading { path: &path, step: self.step, owns: &owns };
+                let file = File::read(&reading, bytes, &mut before.holds);
+                self.lose(name, before.holds);
+                file
+            }
         };
-        file.newly_opaque = file.opaque && !was_opaque;
-        for key in file.keys() {
-            self.mentions.entry(key.clone()).or_default().insert(name.to_owned());
-            self.touched.insert(key.clone());
+        if !file.opaque {
+            self.is_told(name);
         }
-        self.files.insert(name.to_owned(), file);
+        // It may have become another, such as one that is renamed to its name.
+        match file.broken {
+            Some(now) if was != Some(now) => self.renewed.insert(name.to_owned()),
+            Some(_) => false,
+            None => self.renewed.remove(name),
+        };
+        self.put(name.to_owned(), file);
     }
 
     /// The file is not there. What it says counts until it is removed, unless another file says it. `false`: nothing
     /// is known of it.
     pub(super) fn leave(&mut self, name: &str) -> bool {
         let Some(file) = self.files.get_mut(name) else { return false };
-        file.leaving = true;
-        file.errors.clear();
-        self.touched.extend(file.keys().cloned());
+        if file.left.is_none() {
+            file.left = Some(self.step);
+            file.errors = Errors::default();
+            self.leaving.insert(name.to_owned());
+            self.touched.extend(file.holds.keys().cloned());
+        }
         true
     }
 
     /// The file is there, and its content is as it was. `false`: nothing is known of it.
     pub(super) fn stay(&mut self, name: &str) -> bool {
         let Some(file) = self.files.get_mut(name) else { return false };
-        file.leaving = false;
-        self.touched.extend(file.keys().cloned());
+        if file.left.take().is_some() {
+            self.leaving.remove(name);
+            self.touched.extend(file.holds.keys().cloned());
+        }
         true
     }
 
     pub(super) fn remove(&mut self, name: &str) {
-        self.take(name);
-    }
-
-    fn take(&mut self, name: &str) -> Option<File> {
-        let file = self.files.remove(name)?;
-        for key in file.keys() {
-            if let Some(files) = self.mentions.get_mut(key) {
-                files.remove(name);
-            }
-            self.touched.insert(key.clone());
+        if let Some(file) = self.take(name) {
+            self.renewed.remove(name);
+            self.is_told(name);
+            self.lose(name, file.holds);
         }
-        Some(file)
     }
 
     /// What is wrong with the folder itself; and if it is `held`, it does not say what there is.
@@ -145,15 +198,21 @@ impl Manifests {
         Change { errors: self.errors.clone(), ..Change::default() }
     }
 
-    /// What is different from what was last handed out; nothing if nothing is.
+    /// Ends a step. What is different from what was last handed out; nothing if nothing is.
     pub(super) fn settle(&mut self) -> Option<Change> {
         let mut change = Change::default();
         if !self.held {
-            let touched = std::mem::take(&mut self.touched);
-            self.adopt(&touched);
-            for key in touched {
+            self.find_again();
+            for key in std::mem::take(&mut self.touched) {
                 self.publish(key, &mut change);
             }
+            self.step += 1;
+            // What leaves now may be what they are.
+            if self.leaving.is_empty() {
+                self.unsaved.append(&mut self.renewed);
+                self.moment = self.step;
+            }
+            self.save(&mut change);
         }
         let errors = self.wrong();
         let same = change == Change::default() && errors == self.errors;
@@ -161,170 +220,269 @@ impl Manifests {
         (!same).then(|| Change { errors: self.errors.clone(), ..change })
     }
 
-    fn publish(&mut self, key: String, change: &mut Change) {
-        let now = self.agree(&key);
-        let before = self.published.get(&key);
-        if before == now.as_ref() {
-            return;
+    fn path_of(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
+    }
+
+    fn put(&mut self, name: String, file: File) {
+        for key in file.holds.keys() {
+            self.mentions.entry(key.clone()).or_default().insert(name.clone());
+            self.touched.insert(key.clone());
         }
-        match now {
-            None => {
-                self.published.remove(&key);
-                change.removed.push(key);
+        if !file.among.is_empty() {
+            self.no_files.insert(name.clone());
+        }
+        self.unsaved.insert(name.clone());
+        self.files.insert(name, file);
+    }
+
+    fn take(&mut self, name: &str) -> Option<File> {
+        let file = self.files.remove(name)?;
+        for key in file.holds.keys() {
+            if let Some(files) = self.mentions.get_mut(key) {
+                files.remove(name);
             }
-            // What stood in for it still does.
-            Some(Known::Doubtful(None)) if before.is_some() => {}
-            Some(now) => {
-                if let Known::Good(resource) | Known::Doubtful(Some(resource)) = &now {
-                    change.upserted.push(Arc::clone(resource));
-                }
-                self.published.insert(key, now);
+            self.touched.insert(key.clone());
+        }
+        self.contested.remove(name);
+        self.leaving.remove(name);
+        self.no_files.remove(name);
+        self.unsaved.insert(name.to_owned());
+        Some(file)
+    }
+
+    /// A file says what it says, or is gone: it is not what was lost.
+    fn is_told(&mut self, name: &str) {
+        let may_be = |other: &&String| self.files.get(*other).is_some_and(|file| file.among.contains(name));
+        for other in self.no_files.iter().filter(may_be).cloned().collect::<Vec<_>>() {
+            let Some(file) = self.files.get_mut(&other) else { continue };
+            file.among.remove(name);
+            self.unsaved.insert(other.clone());
+            if file.among.is_empty()
+                && let Some(file) = self.take(&other)
+            {
+                self.lose(&other, file.holds);
             }
         }
     }
 
-    /// A document that broke while it moved to another file, or while its file was renamed, keeps its last good
-    /// version as well. What no file says any more goes with the document that is it, or that may be.
-    fn adopt(&mut self, touched: &BTreeSet<String>) {
-        for key in touched {
-            let Some(Known::Good(resource)) = self.published.get(key) else { continue };
-            let mentions = self.mentions.entry(key.clone()).or_default();
-            if mentions.iter().any(|name| self.files[name].resources.contains_key(key)) {
+    /// A file does not hold this any more.
+    fn lose(&mut self, name: &str, holds: BTreeMap<String, Hold>) {
+        for (key, hold) in holds.into_iter().filter(|(_, hold)| hold.version.is_some()) {
+            let first = |known: &Hold| {
+                let owned = self.owners.get(&key).is_some_and(|owner| owner == name);
+                owned || hold.since < known.since
+            };
+            if self.lost.get(&key).is_none_or(first) {
+                self.lost.insert(key, hold);
+            }
+        }
+    }
+
+    /// What was lost in this step, and is read nowhere else, may have broken while it moved: it stays with the document
+    /// that names it and cannot be read, or else with the files one of which may be it.
+    fn find_again(&mut self) {
+        let mut astray = BTreeMap::new();
+        let is_opaque = |name: &&String| self.files.get(*name).is_some_and(|file| file.opaque);
+        let among: BTreeSet<String> = self.renewed.iter().filter(is_opaque).cloned().collect();
+        for (key, lost) in std::mem::take(&mut self.lost) {
+            let holders: Vec<String> = self.mentions.get(&key).into_iter().flatten().cloned().collect();
+            if holders.iter().any(|name| self.is_readable(name, &key) && self.is_new(name, &key)) {
                 continue;
             }
-            let vague = || self.files.iter().find(|(_, file)| file.newly_opaque).map(|(name, _)| name.clone());
-            if let Some(name) = mentions.first().cloned().or_else(vague)
-                && let Some(file) = self.files.get_mut(&name)
-            {
-                file.unreadable.remove(key);
-                file.resources.insert(key.clone(), Arc::clone(resource));
-                mentions.insert(name);
+            let mut found = false;
+            for name in holders.iter().filter(|name| !self.no_files.contains(*name)) {
+                let is_new = self.is_new(name, &key);
+                let Some(hold) = self.files.get_mut(name).and_then(|file| file.holds.get_mut(&key)) else { continue };
+                if hold.broke.is_none() {
+                    continue;
+                }
+                // One that was there before says what it said. Of a file that had another definition nobody knows
+                // whether it is still that file.
+                let follows = match hold.read {
+                    true => self.renewed.contains(name) && lost.lets_less_pass(hold),
+                    false if hold.version.is_none() => true,
+                    false => lost.read && is_new,
+                };
+                if follows {
+                    hold.version.clone_from(&lost.version);
+                    hold.read = lost.read;
+                }
+                if is_new {
+                    hold.since = lost.since;
+                    found = true;
+                }
+                self.unsaved.insert(name.clone());
+            }
+            if !found && !among.is_empty() {
+                let mut hold = lost;
+                hold.break_at(self.step);
+                astray.insert(key, hold);
             }
         }
-        // What leaves now may be what it is.
-        if !self.files.values().any(|file| file.leaving) {
-            self.files.values_mut().for_each(|file| file.newly_opaque = false);
+        if !astray.is_empty() {
+            // In the order of steps, like everything of which nothing else says what comes first.
+            let name = format!("{NO_FILE}{:020}", self.step);
+            self.put(name, File { holds: astray, among, ..File::default() });
         }
     }
 
-    /// The one definition of an object; without one, what is sure of it.
-    fn agree(&mut self, key: &str) -> Option<Known> {
-        let mentions = self.mentions.get(key);
-        let files: Vec<(&String, &File)> =
-            mentions.into_iter().flatten().filter_map(|name| self.files.get_key_value(name)).collect();
-        let (leaving, staying): (Vec<_>, Vec<_>) =
-            files.iter().filter(|(_, file)| file.resources.contains_key(key)).partition(|(_, file)| file.leaving);
-        let had_it = staying.iter().find(|(name, file)| match (self.owners.get(key), self.published.get(key)) {
-            (Some(owner), _) => owner == *name,
-            // In an earlier run.
-            (None, Some(Known::Good(published))) => file.resources.get(key) == Some(published),
-            (None, _) => false,
-        });
-        let owner = had_it.or(staying.first()).or(leaving.first()).copied();
-        match staying.len() > 1 {
-            true => self.contested.insert(key.to_owned()),
-            false => self.contested.remove(key),
-        };
-        let doubts: Vec<_> = files.iter().filter_map(|(_, file)| file.unreadable.get(key)).collect();
-        let known = match owner {
-            Some((_, file)) => Some(Known::Good(Arc::clone(&file.resources[key]))),
-            None if doubts.is_empty() => None,
-            None => Some(Known::Doubtful(doubts.into_iter().flatten().next().cloned())),
-        };
-        match owner.map(|(name, _)| (*name).clone()) {
-            Some(name) => self.owners.insert(key.to_owned(), name),
-            None => self.owners.remove(key),
-        };
-        if mentions.is_none_or(BTreeSet::is_empty) {
-            self.mentions.remove(key);
+    fn is_new(&self, name: &str, key: &str) -> bool {
+        self.since(name, key).is_some_and(|since| since >= self.moment)
+    }
+
+    fn hold(&self, name: &str, key: &str) -> Option<&Hold> {
+        self.files.get(name)?.holds.get(key)
+    }
+
+    fn since(&self, name: &str, key: &str) -> Option<u64> {
+        self.hold(name, key).map(|hold| hold.since)
+    }
+
+    fn is_readable(&self, name: &str, key: &str) -> bool {
+        self.hold(name, key).is_some() && self.broke(name, key).is_none()
+    }
+
+    /// The step since which the file's word on the object is only remembered.
+    fn broke(&self, name: &str, key: &str) -> Option<u64> {
+        let file = self.files.get(name)?;
+        file.holds.get(key)?.broke.into_iter().chain(file.left).min()
+    }
+
+    fn publish(&mut self, key: String, change: &mut Change) {
+        let owner = self.choose(&key);
+        let version = owner.as_ref().and_then(|name| self.hold(name, &key)?.version.clone());
+        let holders = self.mentions.get(&key).cloned().unwrap_or_default();
+        self.note_contested(&key, &holders, owner.as_ref());
+        if holders.is_empty() {
+            self.mentions.remove(&key);
+            self.owners.remove(&key);
+            if self.published.remove(&key).is_some() {
+                change.removed.push(key);
+            }
+            return;
         }
-        known
+        let before = match &owner {
+            Some(owner) => self.owners.insert(key.clone(), owner.clone()),
+            None => self.owners.remove(&key),
+        };
+        // Of a version that nobody knows there is nothing to say: what stands in the store stays.
+        let news = version.is_some() && self.published.get(&key) != Some(&version);
+        if news || before != owner {
+            // Who owns an object, and who says what is in force, is written down.
+            self.unsaved.extend(holders.into_iter().chain(before));
+        }
+        if let Some(version) = version.filter(|_| news) {
+            change.upserted.push(Arc::clone(&version));
+            self.published.insert(key, Some(version));
+        }
+    }
+
+    /// The file whose version of an object is in force. One keeps it for as long as it is there; if it cannot be read
+    /// any more, until another file defines the object anew.
+    fn choose(&self, key: &str) -> Option<String> {
+        let has_version = |name: &&String| self.hold(name, key).is_some_and(|hold| hold.version.is_some());
+        let all: Vec<&String> = self.mentions.get(key).into_iter().flatten().filter(has_version).collect();
+        // Of those that came at once, the one that says what was in force, then the first by name.
+        let rank = |name: &&String| {
+            let hold = self.hold(name, key);
+            let differs = hold.map(|hold| self.published.get(key) != Some(&hold.version));
+            (hold.map(|hold| hold.since), differs, (*name).clone())
+        };
+        let owner = self.owners.get(key).filter(|owner| all.contains(owner));
+        let first = owner.or_else(|| all.iter().copied().min_by_key(rank))?;
+        let Some(broke) = self.broke(first, key) else { return Some(first.clone()) };
+        // What was never read was there before what came with it.
+        let after = if self.since(first, key) == Some(broke) { broke + 1 } else { broke };
+        let successors = all
+            .iter()
+            .copied()
+            .filter(|name| self.is_readable(name, key) && self.since(name, key).is_some_and(|since| since >= after));
+        let successor = successors.min_by_key(rank);
+        // Where nobody knows which file it is, of two that are remembered the one that is certain to open nothing.
+        let closed = |one: &'_ String, other: &&String| {
+            let unsure = self.no_files.contains(one) || self.no_files.contains(*other);
+            let holds = self.hold(one, key).zip(self.hold(other, key));
+            unsure && holds.is_some_and(|(one, other)| other.lets_less_pass(one))
+        };
+        let remembered = || all.iter().copied().fold(first, |one, other| if closed(one, &other) { other } else { one });
+        Some(successor.unwrap_or_else(remembered).clone())
+    }
+
+    fn note_contested(&mut self, key: &str, holders: &BTreeSet<String>, owner: Option<&String>) {
+        for name in holders {
+            let is_contested = owner != Some(name) && self.is_readable(name, key);
+            match self.contested.get_mut(name) {
+                Some(keys) if !is_contested => drop(keys.remove(key)),
+                Some(keys) => drop(keys.insert(key.to_owned())),
+                None if is_contested => drop(self.contested.insert(name.clone(), BTreeSet::from([key.to_owned()]))),
+                None => {}
+            }
+        }
+    }
+
+    /// What is written down, if it is not as it was.
+    fn save(&mut self, change: &mut Change) {
+        for name in std::mem::take(&mut self.unsaved).into_iter().filter(|name| name != EARLIER) {
+            let owns = |key: &str| self.owners.get(key).is_some_and(|owner| *owner == name);
+            let settled = !self.renewed.contains(&name);
+            let record = self.files.get(&name).and_then(|file| record::write(file, settled, owns, &self.published));
+            let now = record.as_ref().map(|text| digest(text.as_bytes()));
+            if now == self.saved.get(&name).copied() {
+                continue;
+            }
+            match now {
+                Some(now) => self.saved.insert(name.clone(), now),
+                None => self.saved.remove(&name),
+            };
+            change.files.push((name, record));
+        }
     }
 
     /// All that is wrong, file by file.
     fn wrong(&self) -> Vec<FileError> {
-        let error = |file: &String, message: String| FileError { file: file.clone(), message };
-        let own = self.files.iter().flat_map(|(name, file)| file.errors.iter().map(move |text| (name, text)));
-        let mut errors: Vec<FileError> = own.map(|(name, text)| error(name, text.clone())).collect();
-        for key in &self.contested {
-            let (owner, files) = (&self.owners[key], &self.mentions[key]);
-            for (name, file) in files.iter().filter_map(|name| self.files.get_key_value(name)) {
-                if let Some(resource) = file.resources.get(key)
-                    && name != owner
-                    && !file.leaving
-                {
-                    errors.push(error(name, twice(name, owner, resource)));
-                }
-            }
-        }
-        errors.sort_by(|one, other| one.file.cmp(&other.file));
-        self.folder_error.iter().cloned().chain(errors).collect()
-    }
-}
-
-impl File {
-    /// The objects that it speaks of.
-    fn keys(&self) -> impl Iterator<Item = &String> {
-        self.resources.keys().chain(self.unreadable.keys())
-    }
-
-    fn read(name: &str, bytes: &[u8], mut before: File) -> File {
-        let documents = read_documents(name, bytes);
-        let mut file = File { opaque: documents.opaque, ..File::default() };
-        file.errors.extend(documents.errors.iter().map(ToString::to_string));
-        if documents.more_errors > 0 {
-            file.errors.push(format!("{name}: {} more errors are not shown", documents.more_errors));
-        }
-        for resource in documents.resources {
-            match file.resources.entry(resource.store_key()) {
-                Entry::Vacant(place) => {
-                    place.insert(Arc::new(resource));
-                }
-                Entry::Occupied(_) => file.errors.push(twice(name, name, &resource)),
-            }
-        }
-        let mut stand_ins: BTreeMap<String, Arc<Resource>> =
-            documents.stand_ins.into_iter().map(|resource| (resource.store_key(), Arc::new(resource))).collect();
-        for key in documents.unreadable {
-            if file.resources.contains_key(&key) {
+        let mut all: Vec<FileError> = self.folder_error.iter().cloned().collect();
+        let mut more = 0;
+        for (name, file) in &self.files {
+            let contested = self.contested.get(name);
+            let mut shown: Vec<String> = file.errors.shown.clone();
+            let room = MAX_ERRORS.saturating_sub(shown.len());
+            shown.extend(contested.into_iter().flatten().take(room).filter_map(|key| self.twice(name, key)));
+            let rest = file.errors.more + contested.map_or(0, BTreeSet::len).saturating_sub(room);
+            if shown.is_empty() {
                 continue;
             }
-            match before.resources.remove(&key) {
-                Some(last_good) => drop(file.resources.insert(key, last_good)),
-                None => {
-                    let stand_in = stand_ins.remove(&key);
-                    file.unreadable.insert(key, stand_in);
-                }
+            let path = self.path_of(name);
+            if rest > 0 {
+                shown.push(format!("{path}: {rest} more errors are not shown"));
             }
+            let fits = shown.len().min(MAX_ALL_ERRORS.saturating_sub(all.len()));
+            more += shown.len() - fits;
+            all.extend(shown.drain(..fits).map(|message| FileError::new(path.clone(), &message)));
         }
-        if file.opaque {
-            for (key, last_good) in before.resources {
-                file.unreadable.remove(&key);
-                file.resources.entry(key).or_insert(last_good);
-            }
-            for (key, stand_in) in before.unreadable {
-                if !file.resources.contains_key(&key) {
-                    file.unreadable.entry(key).or_insert(stand_in);
-                }
-            }
+        if more > 0 {
+            let path = self.dir.display().to_string();
+            all.push(FileError::new(path.clone(), &format!("{path}: {more} more errors are not shown")));
         }
-        file
+        all
+    }
+
+    fn twice(&self, name: &str, key: &str) -> Option<String> {
+        let (hold, owner) = (self.hold(name, key)?, self.owners.get(key)?);
+        let owned = self.hold(owner, key)?;
+        let why = match owned.broke {
+            None => format!("it is already defined in {}", at(&self.path_of(owner), owned.line)),
+            Some(_) if self.no_files.contains(owner) => {
+                let one = self.files.get(owner)?.among.first()?;
+                format!("what is in force may be in {}, which cannot be read", self.path_of(one))
+            }
+            Some(_) => format!("what {} said of it is in force, which cannot be read", self.path_of(owner)),
+        };
+        Some(not_used(&self.path_of(name), hold.line, hold.version.as_ref()?, &why))
     }
 }
 
-/// Whether a file holds not even a comment, from which one could tell that this is meant.
-fn says_nothing(bytes: &[u8]) -> bool {
-    const NOTHING: [&str; 4] = ["---", "...", "null", "~"];
-    let text = String::from_utf8_lossy(bytes).replace('\u{feff}', " ");
-    text.split_whitespace().all(|word| NOTHING.contains(&word))
-}
-
-fn twice(file: &str, owner: &str, resource: &Resource) -> String {
-    let namespace = resource.namespace().map(|it| format!("{it}/"));
-    let object = format!("{} {}{}", resource.kind(), namespace.unwrap_or_default(), resource.name());
-    let place = if owner == file { "earlier in this file".to_owned() } else { format!("in {owner}") };
-    format!("{object} in {file} is not used: it is already defined {place}. Remove one of the two")
-}
-
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

@@ -21,7 +21,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use cirri_control::cut::cut_message;
 use cirri_control::resource::Resource;
+use futures::FutureExt as _;
 use futures::stream::{self, BoxStream};
 use inotify::EventMask;
 use tokio::sync::watch;
@@ -37,6 +39,19 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// in its place, and what it protects must not lie open in between.
 const GONE_AFTER: Duration = Duration::from_millis(500);
 
+/// How often everything is read again that another directory was put in place of meanwhile, before that is an error.
+const MAX_TRIES: usize = 8;
+
+/// What an earlier run left: an empty one if there was none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Memory {
+    /// The objects that it handed out and did not remove, by [`Resource::store_key`]; `None` for what cannot be read
+    /// any more.
+    pub objects: BTreeMap<String, Option<Resource>>,
+    /// What it knew of each file: [`Change::files`].
+    pub files: BTreeMap<String, String>,
+}
+
 /// What changed since the last one. The first one is about what an earlier run handed out.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Change {
@@ -47,6 +62,9 @@ pub struct Change {
     pub upserted: Vec<Arc<Resource>>,
     /// [`Resource::store_key`] of those that no document defines any more, not even one that cannot be read.
     pub removed: Vec<String>,
+    /// What is to be known at the next start ([`Memory::files`]), by a name that need not be a file's; `None`: nothing
+    /// more. It belongs to the rest of the change: both are written, or neither.
+    pub files: Vec<(String, Option<String>)>,
     /// All that is wrong now, not only what is new. Empty: all is well.
     pub errors: Vec<FileError>,
     /// Number of the last question of [`CatchUp::ask`] that this answers: all that was in the
@@ -79,24 +97,29 @@ impl CatchUp {
 pub struct FileError {
     /// Its path.
     pub file: String,
-    /// What is wrong, where, and what to do.
+    /// What is wrong, where, and what to do: one line, of bounded length.
     pub message: String,
+}
+
+impl FileError {
+    fn new(file: String, message: &str) -> FileError {
+        FileError { file, message: cut_message(message).into_owned() }
+    }
 }
 
 /// Watches `dir`. Must be called within a tokio runtime. The stream never ends; dropping it ends
 /// the watch. Should the directory go away, its last content stays in force until it is back. `before` is what an
-/// earlier run handed out, by [`Resource::store_key`]; `None` for what cannot be read any more. `writers` says whether a
-/// file is being written.
+/// earlier run left. `writers` says whether a file is being written.
 ///
 /// # Errors
 /// [`StoreError::Folder`] if `dir` is not a directory that can be watched.
 pub fn watch(
     dir: impl AsRef<Path>,
-    before: BTreeMap<String, Option<Resource>>,
+    before: Memory,
     writers: Writers,
 ) -> Result<(BoxStream<'static, Change>, CatchUp), StoreError> {
     let (asked, questions) = watch::channel(0);
-    let folder = Folder::open(dir.as_ref(), Manifests::new(before), writers, questions)?;
+    let folder = Folder::open(dir.as_ref(), before, writers, questions)?;
     let changes = stream::unfold(folder, |mut folder| async move {
         let change = folder.next().await;
         Some((change, folder))
@@ -112,8 +135,8 @@ struct Folder {
     questions: watch::Receiver<u64>,
     /// The last of them that was answered.
     answered: u64,
-    /// Device and inode of the directory that was read last.
-    read: Option<(u64, u64)>,
+    /// The directory that was read last.
+    read: Option<Identity>,
     /// The directory cannot be read, or is not to be believed.
     failed: bool,
     /// The files as they were when they were read.
@@ -134,27 +157,29 @@ enum Occasion {
     Time,
 }
 
+/// A directory: device, inode, and the number of the watch on it. A volume that is mounted again, or a directory that is
+/// made anew, may have the device and the inode of the one before it, but ends the watch.
+type Identity = (u64, u64, Option<i32>);
+
 /// What the directory holds.
 struct Survey {
-    identity: (u64, u64),
-    /// Manifests, with how they look now; `None`: it cannot be told.
+    identity: Identity,
+    /// What keeps it from being watched.
+    unwatched: Option<io::Error>,
+    /// Manifests by name, with how they look now; `None`: it cannot be told.
     files: BTreeMap<String, Option<Stamp>>,
     /// Those that are links.
     links: Vec<PathBuf>,
 }
 
 impl Folder {
-    fn open(
-        dir: &Path,
-        manifests: Manifests,
-        writers: Writers,
-        questions: watch::Receiver<u64>,
-    ) -> Result<Self, StoreError> {
+    fn open(dir: &Path, before: Memory, writers: Writers, questions: watch::Receiver<u64>) -> Result<Self, StoreError> {
         let failed = |source: io::Error| StoreError::Folder { path: dir.to_owned(), hint: hint(&source), source };
         let dir = std::path::absolute(dir).map_err(failed)?;
         std::fs::read_dir(&dir).map_err(failed)?;
         let mut paths = Paths::new().map_err(failed)?;
         paths.follow(Some(&dir), &[]).map_err(failed)?;
+        let manifests = Manifests::new(&dir, before);
         Ok(Folder {
             dir,
             paths,
@@ -172,9 +197,16 @@ impl Folder {
 
     async fn next(&mut self) -> Change {
         if !self.started {
-            self.answered = *self.questions.borrow_and_update();
+            let asked = *self.questions.borrow();
             self.look(Occasion::Time, BTreeSet::new()).await;
             self.started = true;
+            // What is leaving is gone or back before the answer.
+            if self.leaving.is_empty() {
+                self.answered = asked;
+                if *self.questions.borrow_and_update() != asked {
+                    self.questions.mark_changed();
+                }
+            }
             return Change { caught_up: self.answered, ..self.manifests.settle().unwrap_or_default() };
         }
         loop {
@@ -190,12 +222,11 @@ impl Folder {
                     if let Some(until) = self.leaving.values().max().copied() {
                         // What is leaving is gone or back before the answer.
                         tokio::time::sleep(until.saturating_duration_since(Instant::now())).await;
-                        self.look(Occasion::News, BTreeSet::new()).await;
-                        self.let_go();
+                        self.let_go().await;
                     }
                 }
                 () = tokio::time::sleep(wait) => match until {
-                    Some(_) => self.let_go(),
+                    Some(_) => self.let_go().await,
                     None => self.look(Occasion::Time, BTreeSet::new()).await,
                 }
             }
@@ -219,15 +250,16 @@ impl Folder {
                     // not gone between them; and a link has a way of its own.
                     all |= mask.contains(EventMask::MOVED_FROM) || self.dir.join(name).is_symlink();
                     if self.is_complete(name, mask) {
-                        stale.insert(self.path_of(name));
+                        stale.insert(name.to_owned());
                     }
                 }
             }
         }
-        match all {
-            true => self.look(Occasion::News, stale).await,
-            false => self.read(stale, Occasion::News).await,
+        if all {
+            return self.look(Occasion::News, stale).await;
         }
+        let found = self.fetch(stale).await;
+        self.take_in(found, Occasion::News);
     }
 
     /// May the file be read at this event?
@@ -238,57 +270,86 @@ impl Folder {
             return metadata.is_ok_and(|it| it.is_symlink() || it.nlink() > 1);
         }
         if mask.contains(EventMask::ATTRIB) {
-            return self.manifests.is_broken(&self.path_of(name));
+            return self.manifests.is_broken(name);
         }
         true
     }
 
-    /// Goes the ways again and reads what is not as it was, and `stale` in any case.
-    async fn look(&mut self, occasion: Occasion, mut stale: BTreeSet<String>) {
-        // The first time for the links, whose ways are watched before what is at their ends counts.
-        let links = self.survey().await.map(|survey| survey.links).unwrap_or_default();
-        let followed = self.paths.follow(Some(&self.dir), &links);
-        let survey = match self.survey().await {
-            Ok(survey) => survey,
-            Err(error) => {
-                let what = "its last content stays in force. Create it again, or change store.folder";
-                return self.fail(format!("cannot be read: {error}; {what}"));
+    /// Goes the ways again and reads what is not as it was, and `stale` in any case. What was read counts only if the
+    /// ways still lead to the same directory then: of one that is taken away meanwhile each file seems to be gone.
+    async fn look(&mut self, occasion: Occasion, stale: BTreeSet<String>) {
+        let mut now = self.survey(None).await;
+        for _ in 0..MAX_TRIES {
+            let survey = match now {
+                Ok(survey) => survey,
+                Err(error) => {
+                    let what = "its last content stays in force. Create it again, or change store.folder";
+                    return self.fail(format!("cannot be read: {error}; {what}"));
+                }
+            };
+            if survey.files.is_empty() && self.manifests.len() > 0 && !self.was_read(survey.identity) {
+                // As a volume leaves it that is unmounted, or whoever is about to fill it.
+                let count = self.manifests.len();
+                return self.fail(format!(
+                    "is empty, and was not when it was read last; the {count} objects from it stay in force until \
+                     there is a manifest (one with a comment alone if there are to be none)"
+                ));
             }
-        };
-        if survey.files.is_empty() && self.manifests.len() > 0 && self.read != Some(survey.identity) {
-            // As a volume leaves it that is unmounted, or whoever is about to fill it.
-            let count = self.manifests.len();
-            return self.fail(format!(
-                "is empty, and was not when it was read last; the {count} objects from it stay in force until there is \
-                 a manifest (one with a comment alone if there are to be none)"
-            ));
-        }
-        self.failed = false;
-        match followed {
-            Ok(_) => self.manifests.set_folder_error(None, false),
-            Err(error) => {
+            let mut wanted = stale.clone();
+            for (name, stamp) in &survey.files {
+                if stamp.is_none() || self.seen.get(name) != stamp.as_ref() {
+                    wanted.insert(name.clone());
+                }
+            }
+            wanted.extend(self.manifests.files().filter(|name| !survey.files.contains_key(*name)).cloned());
+            let mut found = self.fetch(wanted).await;
+            now = self.survey(Some(survey.links)).await;
+            let Some(after) = now.as_ref().ok().filter(|after| after.identity == survey.identity) else { continue };
+            let is_back = |name: &str, what: &Found| matches!(what, Found::Nothing) && after.files.contains_key(name);
+            for (name, _) in found.extract_if(.., |(name, what)| is_back(name, what)) {
+                self.seen.remove(&name);
+                self.leaving.remove(&name);
+                self.manifests.stay(&name);
+            }
+            let error = after.unwatched.as_ref().map(|error| {
                 let every = LOOK_EVERY.as_secs();
-                let why = format!("cannot be watched ({error}), and is looked at every {every} s. {}", hint(&error));
-                self.report(why, false);
-            }
+                format!("cannot be watched ({error}), and is looked at every {every} s. {}", hint(error))
+            });
+            return self.believe(survey.identity, found, error, occasion);
         }
-        let swapped = self.read.replace(survey.identity).is_some_and(|before| before != survey.identity);
-        for (name, stamp) in &survey.files {
-            if stamp.is_none() || self.seen.get(name) != stamp.as_ref() {
-                stale.insert(name.clone());
-            }
+        self.fail("changes faster than it can be read; its last content stays in force".to_owned());
+    }
+
+    fn was_read(&self, identity: Identity) -> bool {
+        // Without a watch nobody knows.
+        identity.2.is_some() && self.read == Some(identity)
+    }
+
+    /// This is what the directory holds.
+    fn believe(&mut self, identity: Identity, found: Vec<(String, Found)>, error: Option<String>, occasion: Occasion) {
+        // Another directory was put in place whole: what it lacks is gone, not on its way back. One that was away
+        // before may be filled yet.
+        let swapped = !self.failed && self.read.is_some_and(|before| before != identity);
+        self.read = Some(identity);
+        self.failed = false;
+        match error {
+            None => self.manifests.set_folder_error(None, false),
+            Some(error) => self.report(&error, false),
         }
-        stale.extend(self.manifests.files().into_iter().filter(|name| !survey.files.contains_key(name)));
-        self.read(stale, occasion).await;
+        self.take_in(found, occasion);
         if swapped {
-            // Another directory was put in place whole: what it lacks is gone, not on its way back.
             self.leaving.values_mut().for_each(|at| *at = Instant::now());
-            self.let_go();
+            self.remove_due();
         }
     }
 
-    /// Files that did not come back are gone.
-    fn let_go(&mut self) {
+    /// Files that did not come back are gone, if the directory is still there.
+    async fn let_go(&mut self) {
+        self.look(Occasion::News, BTreeSet::new()).await;
+        self.remove_due();
+    }
+
+    fn remove_due(&mut self) {
         let now = Instant::now();
         let due: Vec<String> =
             self.leaving.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
@@ -298,9 +359,23 @@ impl Folder {
         }
     }
 
-    async fn survey(&self) -> io::Result<Survey> {
-        let dir = self.dir.clone();
-        tokio::task::spawn_blocking(move || survey(&dir)).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+    /// Follows all ways and says what is at their end; `links` are those that are known.
+    async fn survey(&mut self, links: Option<Vec<PathBuf>>) -> io::Result<Survey> {
+        let survey = || {
+            let dir = self.dir.clone();
+            let survey = tokio::task::spawn_blocking(move || survey(&dir));
+            survey.map(|done| done.unwrap_or_else(|error| Err(io::Error::other(error))))
+        };
+        let links = match links {
+            Some(links) => links,
+            // Their ways are watched before what is at their ends counts.
+            None => survey().await.map(|survey| survey.links).unwrap_or_default(),
+        };
+        let followed = self.paths.follow(Some(&self.dir), &links);
+        let mut survey = survey().await?;
+        survey.identity.2 = self.paths.number();
+        survey.unwatched = followed.err();
+        Ok(survey)
     }
 
     /// Something is wrong with the folder as a whole: what it held stays, also what seemed to leave it just now.
@@ -309,20 +384,32 @@ impl Folder {
             self.manifests.stay(&name);
         }
         self.failed = true;
-        self.report(why, true);
+        self.report(&why, true);
     }
 
-    fn report(&mut self, why: String, held: bool) {
+    fn report(&mut self, why: &str, held: bool) {
         let file = self.dir.display().to_string();
-        self.manifests.set_folder_error(Some(FileError { message: format!("{file}: {why}"), file }), held);
+        let message = format!("{file}: {why}");
+        self.manifests.set_folder_error(Some(FileError::new(file, &message)), held);
     }
 
-    async fn read(&mut self, names: BTreeSet<String>, occasion: Occasion) {
+    async fn fetch(&self, names: BTreeSet<String>) -> Vec<(String, Found)> {
+        let mut all = Vec::new();
         for name in names {
-            let (path, writers) = (PathBuf::from(&name), self.writers);
-            let found = tokio::task::spawn_blocking(move || read::fetch(&path, writers)).await;
+            let (path, writers) = (self.dir.join(&name), self.writers);
+            let found = match is_manifest(&name) {
+                true => tokio::task::spawn_blocking(move || read::fetch(&path, writers)).await,
+                false => Ok(Found::Nothing),
+            };
+            all.push((name, found.unwrap_or_else(|error| Found::Unreadable(error.to_string()))));
+        }
+        all
+    }
+
+    fn take_in(&mut self, found: Vec<(String, Found)>, occasion: Occasion) {
+        for (name, found) in found {
+            let path = self.dir.join(&name).display().to_string();
             self.seen.remove(&name);
-            let found = found.unwrap_or_else(|error| Found::Unreadable(error.to_string()));
             if !matches!(found, Found::Nothing) {
                 self.leaving.remove(&name);
             }
@@ -340,36 +427,32 @@ impl Folder {
                 Found::BeingWritten if occasion == Occasion::News && self.manifests.stay(&name) => {}
                 Found::BeingWritten => {
                     let why = "is being written; its last content stays in force until its writer closes it";
-                    self.manifests.set(&name, Err(format!("{name}: {why}")));
+                    self.manifests.set(&name, Err(format!("{path}: {why}")));
                 }
                 Found::Unreadable(why) => {
-                    let why = format!("{name}: cannot be read: {why}; its last content stays in force");
+                    let why = format!("{path}: cannot be read: {why}; its last content stays in force");
                     self.manifests.set(&name, Err(why));
                 }
             }
         }
     }
-
-    fn path_of(&self, name: &str) -> String {
-        self.dir.join(name).display().to_string()
-    }
 }
 
 fn survey(dir: &Path) -> io::Result<Survey> {
     let metadata = std::fs::metadata(dir)?;
-    let mut survey = Survey { identity: (metadata.dev(), metadata.ino()), files: BTreeMap::new(), links: Vec::new() };
+    let identity = (metadata.dev(), metadata.ino(), None);
+    let mut survey = Survey { identity, unwatched: None, files: BTreeMap::new(), links: Vec::new() };
     for item in std::fs::read_dir(dir)? {
         let item = item?;
-        if !item.file_name().to_str().is_some_and(is_manifest) {
-            continue;
-        }
-        // As `path_of` has it: below the path that was configured, wherever that leads now.
+        let name = item.file_name();
+        let Some(name) = name.to_str().filter(|name| is_manifest(name)) else { continue };
+        // Below the path that was configured, wherever that leads now.
         let path = item.path();
         if item.file_type().is_ok_and(|kind| kind.is_symlink()) {
             survey.links.push(path.clone());
         }
         let stamp = std::fs::metadata(&path).ok().as_ref().map(Stamp::of);
-        survey.files.insert(path.display().to_string(), stamp);
+        survey.files.insert(name.to_owned(), stamp);
     }
     Ok(survey)
 }
