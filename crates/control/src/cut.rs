@@ -10,18 +10,7 @@ pub const MESSAGE: usize = 1000;
 
 /// A piece of input for a message: its beginning, if it is long, and on one line.
 pub fn cut(text: &str) -> Cow<'_, str> {
-    let cut = cut_to(text, ECHOED);
-    match cut.chars().any(char::is_control) {
-        true => Cow::Owned(cut.chars().flat_map(shown).collect()),
-        false => cut,
-    }
-}
-
-/// A character, or how it is written if it would break the line or do something to a terminal.
-fn shown(of: char) -> impl Iterator<Item = char> {
-    let escaped = of.is_control().then(|| of.escape_debug());
-    let plain = (!of.is_control()).then_some(of);
-    escaped.into_iter().flatten().chain(plain)
+    cut_to(text, ECHOED)
 }
 
 /// A message about input that others put together.
