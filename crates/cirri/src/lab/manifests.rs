@@ -126,8 +126,8 @@ fn files(paths: &[PathBuf], problems: &mut Vec<String>) -> Vec<Source> {
         let name = path.display();
         match fs::metadata(path) {
             Err(error) => problems.push(format!("{name}: cannot be read: {}", explain(path, &error))),
-            // A pipe is as good as a file for who names it: `-f <(…)`.
-            Ok(meta) if !meta.is_dir() => all.push(Source { path: path.clone(), stream: !meta.is_file() }),
+            // Who names one file means it as it is now, open or not; and a pipe is as good as a file: `-f <(…)`.
+            Ok(meta) if !meta.is_dir() => all.push(Source { path: path.clone(), stream: true }),
             Ok(_) => match fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>) {
                 Err(error) => problems.push(format!("{name}: cannot be read: {error}")),
                 Ok(entries) => {
