@@ -6,7 +6,8 @@ use std::{io, process::Command};
 
 use cirri_e2e::kernel::{TestNamespace, veth};
 use cirri_loader::net::{
-    Address, Namespace, Neighbour, NeighbourChange, Neighbours, Net, OpenSettings, Route, VethEnd, in_netns, sockets,
+    Address, Asked, DeviceSettings, Lookup, Namespace, Neighbour, NeighbourChange, Neighbours, Net, OpenSettings,
+    Route, Rules, Selector, VethEnd, Vxlan, in_netns, lookup, rules, sockets,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -17,6 +18,19 @@ const AGAIN: Duration = Duration::from_millis(100);
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+/// Cirri's routes, which are no more than they say.
+async fn own_routes(net: &Net) -> Vec<Route> {
+    let all = net.routes().await.expect("listed");
+    assert!(all.iter().all(|own| own.plain), "{all:?}");
+    all.into_iter().map(|own| own.route).collect()
+}
+
+fn run(place: &TestNamespace, line: &str) {
+    let path = format!("--net={}", place.namespace.path().display());
+    let ran = Command::new("nsenter").arg(path).args(line.split(' ')).output().expect("it runs");
+    assert!(ran.status.success(), "{line}: {}", String::from_utf8_lossy(&ran.stderr));
 }
 
 async fn up(net: &Net, name: &str) -> u32 {
@@ -86,7 +100,7 @@ async fn a_workload_reaches_its_node_over_the_routes_that_cirri_sets() {
         assert_eq!((&heard[..length], from.ip()), (b"hello".as_slice(), pod_ip));
     }
 
-    let mut routes = node_net.routes().await.expect("listed");
+    let mut routes = own_routes(&node_net).await;
     routes.sort();
     let expected = [
         Route::host(ip("10.7.0.5"), lxc, Some(ip("192.168.7.1"))),
@@ -119,18 +133,132 @@ async fn a_route_is_replaced_when_its_device_or_source_changes() {
     let pod = ip("10.7.0.5");
     net.put_route(&Route::host(pod, one, None)).await.expect("set");
     net.put_route(&Route::host(pod, two, None)).await.expect("replaced");
-    assert_eq!(net.routes().await.expect("listed"), [Route::host(pod, two, None)]);
+    assert_eq!(own_routes(&net).await, [Route::host(pod, two, None)]);
     for (network, prefix) in [("10.99.0.0", 16), ("fd99::", 64)] {
         let nowhere = Route::unreachable(ip(network), prefix);
         net.put_route(&nowhere).await.expect("set");
-        assert!(net.routes().await.expect("listed").contains(&nowhere), "{nowhere:?}");
+        assert!(own_routes(&net).await.contains(&nowhere), "{nowhere:?}");
         assert!(net.delete_route(&nowhere).await.expect("deleted"));
-        assert!(!net.routes().await.expect("listed").contains(&nowhere), "{nowhere:?}");
+        assert!(!own_routes(&net).await.contains(&nowhere), "{nowhere:?}");
     }
     let pods =
         Route { to: ip("10.8.0.0"), prefix: 24, via: Some(ip("192.168.9.9")), device: one, source: None, onlink: true };
     net.put_route(&pods).await.expect("a router that no route reaches");
-    assert!(net.routes().await.expect("listed").contains(&pods));
+    assert!(own_routes(&net).await.contains(&pods));
+}
+
+#[tokio::test]
+async fn a_route_of_cirris_protocol_that_says_more_is_told_from_one_of_cirris() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    let device = veth(&net, "one", "one-peer").await;
+    net.set_up("one").await.expect("brought up");
+    let [nowhere, pod] = [Route::unreachable(ip("10.99.0.0"), 16), Route::host(ip("10.7.0.5"), device, None)];
+    for (wanted, lines) in [
+        (
+            nowhere,
+            &["prohibit 10.99.0.0/16 proto 193", "throw 10.99.0.0/16 proto 193", "blackhole 10.99.0.0/16 proto 193"][..],
+        ),
+        (pod, &["10.7.0.5 dev one scope link proto 193 mtu lock 600"]),
+    ] {
+        for line in lines {
+            run(&place, &format!("ip route replace {line}"));
+            let found = net.routes().await.expect("listed");
+            assert!(matches!(found[..], [own] if !own.plain), "{line}: {found:?}");
+            net.put_route(&wanted).await.expect("replaced");
+            assert_eq!(own_routes(&net).await, [wanted], "{line}");
+        }
+        assert!(net.delete_route(&wanted).await.expect("deleted"));
+    }
+}
+
+#[tokio::test]
+async fn the_way_of_packets_is_asked_for_with_their_source_and_device_and_names_the_router() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    let (one, two) = (veth(&net, "one", "one-peer").await, veth(&net, "two", "two-peer").await);
+    for name in ["lo", "one", "one-peer", "two", "two-peer"] {
+        up(&net, name).await;
+    }
+    for line in [
+        "ip addr add 192.168.1.1/24 dev one",
+        "ip addr add 192.168.2.1/24 dev two",
+        "ip route add 10.8.0.0/24 via 192.168.1.9",
+        "ip route add 10.8.0.7 via 192.168.1.8",
+        "ip route add 10.9.0.0/24 dev two",
+        "ip rule add pref 10 from 192.168.2.1 lookup 100",
+        "ip rule add pref 11 iif two to 10.8.0.0/24 blackhole",
+        "ip rule add pref 12 fwmark 7 iif two lookup 100",
+        "ip route add default via 192.168.2.9 table 100",
+    ] {
+        run(&place, line);
+    }
+    net.set_sysctl("ipv4/ip_forward", "1").expect("set");
+    net.set_sysctl("ipv4/conf/all/rp_filter", "0").expect("set");
+    net.set_sysctl("ipv4/conf/two/rp_filter", "0").expect("set");
+    let asked = place.namespace.run(|| {
+        let way = |from: Option<&str>, by| lookup(Asked { to: ip("10.8.0.3"), from: from.map(ip), by }).expect("told");
+        let by_router = |device, via| Lookup::Leaves { device, via: Some(ip(via)) };
+        assert_eq!(way(None, None), by_router(one, "192.168.1.9"));
+        assert_eq!(way(Some("192.168.2.1"), None), by_router(two, "192.168.2.9"));
+        assert_eq!(way(Some("10.7.0.5"), Some(two)), Lookup::Nowhere);
+        assert_eq!(way(Some("10.7.0.5"), Some(one)), by_router(one, "192.168.1.9"));
+        rules(false).expect("told")
+    });
+    let from = Selector { from: Some((ip("192.168.2.1"), 32)), by: None };
+    let by = Selector { from: None, by: Some("two".into()) };
+    assert_eq!(asked.expect("entered"), Rules { has_main: true, selectors: vec![from, by] });
+    let ranges = [(ip("10.8.0.0"), 24), (ip("10.9.0.0"), 24)];
+    assert_eq!(net.strange_routes(&ranges).await.expect("listed"), [(ip("10.8.0.7"), 32)]);
+}
+
+#[tokio::test]
+async fn a_device_is_looked_up_where_no_port_is_left_for_sockets() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    let device = veth(&net, "one", "one-peer").await;
+    net.set_sysctl("ipv4/ip_local_reserved_ports", "1-65535").expect("set");
+    assert_eq!(net.device_number("one").expect("told"), device);
+    assert_eq!(net.device_name(device).expect("told").as_deref(), Some("one"));
+}
+
+#[tokio::test]
+async fn the_settings_of_all_devices_are_told_at_once() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    let device = veth(&net, "one", "one-peer").await;
+    for (forwarding, filter) in [("1", "2"), ("0", "0")] {
+        net.set_sysctl("ipv4/conf/one/forwarding", forwarding).expect("set");
+        net.set_sysctl("ipv6/conf/one/forwarding", forwarding).expect("set");
+        net.set_sysctl("ipv4/conf/one/rp_filter", filter).expect("set");
+        let (forwarding, rp_filter) = (forwarding.parse().ok(), filter.parse().ok());
+        let expected = DeviceSettings { forwarding_v4: forwarding, rp_filter, forwarding_v6: forwarding };
+        assert_eq!(net.device_settings(true).expect("told").get(&device), Some(&expected));
+        let without = DeviceSettings { forwarding_v6: None, ..expected };
+        assert_eq!(net.device_settings(false).expect("told").get(&device), Some(&without));
+    }
+}
+
+#[tokio::test]
+async fn an_overlay_device_that_does_more_is_told_from_ours() {
+    let place = TestNamespace::new();
+    let net = place.net();
+    net.create_vxlan("ours", cirri_abi::VXLAN_PORT, 1450).await.expect("made");
+    let ours = net.link("ours").await.expect("there");
+    let wanted = Vxlan { port: cirri_abi::VXLAN_PORT, collect_metadata: true, odd: false };
+    assert_eq!((ours.vxlan, ours.noarp), (Some(wanted), true));
+    run(&place, "ip link set ours arp on");
+    assert!(!net.link("ours").await.expect("there").noarp);
+    net.set_noarp("ours").await.expect("set");
+    assert!(net.link("ours").await.expect("there").noarp);
+    net.delete_link("ours").await.expect("deleted");
+    for (more, odd) in [("", false), ("vnifilter", true), ("gpe", true), ("gbp", true), ("local 192.0.2.1", true)] {
+        let line = format!("ip link add other type vxlan external dstport {} nolearning {more}", wanted.port);
+        run(&place, line.trim());
+        let other = net.link("other").await.expect("there").vxlan;
+        assert_eq!(other, Some(Vxlan { odd, ..wanted }), "{more}");
+        net.delete_link("other").await.expect("deleted");
+    }
 }
 
 #[tokio::test]
@@ -146,7 +274,7 @@ async fn a_static_route_works_like_any_other_and_is_not_taken_for_one_of_cirris(
         net.put_static_route(&route).await.expect("set");
     }
     assert_eq!(net.default_route(false).await.expect("asked"), Some(route));
-    assert_eq!(net.routes().await.expect("listed"), []);
+    assert_eq!(own_routes(&net).await, []);
 }
 
 #[tokio::test]

@@ -108,6 +108,14 @@ impl Machine {
         file.display().to_string()
     }
 
+    /// The same instance, with another state directory.
+    fn stolen_file(&self, instance: &str) -> String {
+        let stolen = fs::read_to_string(self.agent_file(instance, "")).unwrap();
+        let file = self.path("stolen.yaml");
+        fs::write(&file, stolen.replace(&format!("state-{instance}"), "state-stolen")).unwrap();
+        file.display().to_string()
+    }
+
     fn agent(&self, instance: &str) -> Running {
         let file = self.agent_file(instance, "");
         let running = self.spawn(&["agent", "--config", &file], instance);
@@ -136,6 +144,11 @@ impl Machine {
 
     /// Attaches a pod as a runtime does.
     fn add_pod(&self, instance: &str) {
+        self.add(instance, "eth0");
+    }
+
+    /// The same, with this name of the device in it.
+    fn add(&self, instance: &str, device: &str) {
         let socket = self.path(&format!("state-{instance}/agent.sock"));
         let configuration = format!(
             r#"{{"cniVersion": "1.1.0", "name": "cirri", "type": "cirri-cni", "socket": "{}"}}"#,
@@ -147,7 +160,7 @@ impl Machine {
             .env("CNI_COMMAND", "ADD")
             .env("CNI_CONTAINERID", "c1")
             .env("CNI_NETNS", format!("/run/netns/{}", self.pod.name()))
-            .env("CNI_IFNAME", "eth0")
+            .env("CNI_IFNAME", device)
             .env("CNI_PATH", "/opt/cni/bin")
             .env("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web")
             .stdin(Stdio::piped())
@@ -259,6 +272,22 @@ fn the_machine_after_cleanup_is_as_before_the_agent_also_when_killed_and_when_it
 }
 
 #[test]
+fn a_container_that_lives_on_is_as_before_after_the_cleanup() {
+    let machine = Machine::new("container");
+    let instance = machine.name.clone();
+    let rules = |()| printed(&machine.pod.namespace, &["sh", "-c", "ip rule; ip -6 rule; ip route show table all"]);
+    printed(&machine.pod.namespace, &["ip", "link", "set", "lo", "up"]);
+    let before = rules(());
+    let agent = machine.agent(&instance);
+    machine.add(&instance, "eth0");
+    machine.add(&instance, "eth1");
+    assert_ne!(rules(()), before);
+    agent.stop();
+    machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+    assert_eq!(rules(()), before);
+}
+
+#[test]
 fn what_somebody_else_changed_since_stays_as_he_wants_it() {
     let machine = Machine::new("since");
     let instance = machine.name.clone();
@@ -291,11 +320,7 @@ fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
     machine.well(&["agent", "--config", &file, "--cleanup"]);
     machine.assert_state(&running, "a second agent that was refused");
     // The same instance with another state directory, too.
-    let stolen = fs::read_to_string(machine.agent_file(&instance, "")).unwrap();
-    let stolen = stolen.replace(&format!("state-{instance}"), "state-stolen");
-    let file = machine.path("stolen.yaml");
-    fs::write(&file, stolen).unwrap();
-    let output = machine.cirri(&["agent", "--config", &file.display().to_string(), "--cleanup"]);
+    let output = machine.cirri(&["agent", "--config", &machine.stolen_file(&instance), "--cleanup"]);
     assert!(!output.status.success(), "the pins of a running agent were removed by another's cleanup");
     fs::remove_dir_all(machine.path("state-stolen")).unwrap();
     machine.assert_state(&running, "a cleanup of the same instance from another state directory");

@@ -13,9 +13,16 @@ pub fn host_ifname(attachment: &Attachment, number: u32) -> String {
 
 /// Whose the device of an attachment is: its alias. At most [`LONGEST_OWNER`] bytes.
 pub fn owner(attachment: &Attachment) -> String {
-    format!("cirri {}", named(attachment))
+    format!("{OWNER}{}", named(attachment))
 }
 
+/// Whether an alias says that a device is some attachment's.
+pub fn is_owner(alias: &str) -> bool {
+    alias.starts_with(OWNER)
+}
+
+/// What aliases of attachments' devices begin with.
+const OWNER: &str = "cirri ";
 /// Longest alias of a device, bytes; the kernel's `IFALIASZ` without its terminator.
 pub const LONGEST_OWNER: usize = 255;
 

@@ -2,13 +2,14 @@
 
 use std::{
     io,
-    net::UdpSocket,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
 };
 
+use crate::net::probe;
+
 /// A device's Ethernet address.
 pub(crate) fn address(device: &str) -> io::Result<[u8; 6]> {
-    let socket = UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::", 0)))?;
+    let socket = probe()?;
     let mut request = Request::new(device)?;
     // SAFETY: the request is as `struct ifreq` is; the kernel writes an address into its union.
     unsafe { call(socket.as_fd(), libc::SIOCGIFHWADDR, &mut request)? };
@@ -21,7 +22,7 @@ pub(crate) fn address(device: &str) -> io::Result<[u8; 6]> {
 /// Whether a device is one end of a virtual Ethernet pair.
 pub(crate) fn is_veth(device: &str) -> io::Result<bool> {
     const GET_DRIVER: u32 = 3;
-    let socket = UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::", 0)))?;
+    let socket = probe()?;
     let mut request = Request::new(device)?;
     let mut info = DriverInfo { command: GET_DRIVER, driver: [0; 32], rest: [0; 160] };
     request.union[..size_of::<usize>()].copy_from_slice(&(&raw mut info as usize).to_ne_bytes());

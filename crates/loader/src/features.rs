@@ -4,7 +4,7 @@
 //! each thing is tried with what will really be used: maps are made, and rule sets put where they belong; a
 //! small program calls each helper; hooks are attached to, in a network namespace that is gone afterwards.
 
-use std::{io, net::UdpSocket, os::fd::AsFd, os::unix::fs::MetadataExt as _, path::Path, thread};
+use std::{io, os::fd::AsFd, os::unix::fs::MetadataExt as _, path::Path, thread};
 
 use aya::{
     maps::MapType,
@@ -21,7 +21,7 @@ use rustix::{
 
 use crate::{
     error::LoadError,
-    net::put_filter,
+    net::{probe, put_filter},
     rulesets,
     sys::{self, ProbeKind},
 };
@@ -103,8 +103,7 @@ fn map(kind: MapType) -> io::Result<()> {
 }
 
 fn cookie() -> io::Result<()> {
-    // Of any address: the namespace's loopback device may be down.
-    sys::namespace_cookie(UdpSocket::bind(("0.0.0.0", 0)).or_else(|_| UdpSocket::bind(("::", 0)))?.as_fd()).map(drop)
+    sys::namespace_cookie(probe()?.as_fd()).map(drop)
 }
 
 // === Helpers ===

@@ -20,6 +20,39 @@ pub enum Comes {
 }
 use Comes::{Named, Repaired};
 
+/// Those of a cluster that routes directly.
+pub const DIRECT: &[Case] = &[
+    Case {
+        name: "a rule for a workload's device stands before the main table",
+        damage: |w| drop(w.ip(&format!("rule add pref 12 iif {} to {} blackhole", w.device, w.range))),
+        comes: Named("route", |w| w.range.clone(), |w| drop(w.ip("rule del pref 12"))),
+    },
+    Case {
+        name: "a rule for workloads' addresses stands before the main table",
+        damage: |w| {
+            w.ip(&format!("rule add pref 13 from {} lookup 100", w.v4));
+            drop(w.ip("route add blackhole default table 100"));
+        },
+        comes: Named(
+            "route",
+            |w| w.range.clone(),
+            |w| {
+                w.ip("rule del pref 13");
+                drop(w.ip("route flush table 100"));
+            },
+        ),
+    },
+    Case {
+        name: "a route to a peer's range by another router on the same device (IPv6, direct)",
+        damage: |w| drop(w.ip(&format!("-6 route add {} via fe80::dead dev eth0 metric 1", w.range6))),
+        comes: Named(
+            "route",
+            |w| w.range6.clone(),
+            |w| drop(w.ip(&format!("-6 route del {} via fe80::dead dev eth0 metric 1", w.range6))),
+        ),
+    },
+];
+
 /// All of them. Each begins with a node on which all is well.
 pub const CASES: &[Case] = &[
     Case {
@@ -64,9 +97,59 @@ pub const CASES: &[Case] = &[
         comes: Repaired(World::neighbours),
     },
     Case {
+        name: "a neighbour that is not permanent any more",
+        damage: |w| {
+            let to = format!("neigh replace {} dev {} lladdr 02:00:00:00:00:99 nud reachable", w.v4, w.device);
+            drop(w.ip(&to));
+        },
+        comes: Repaired(World::neighbours),
+    },
+    Case {
+        name: "a route of another type, of Cirri's protocol",
+        damage: |w| {
+            let own = w.json("route show type unreachable proto 193");
+            drop(w.ip(&format!("route replace prohibit {} proto 193", own[0]["dst"].as_str().unwrap())));
+        },
+        comes: Repaired(World::routes),
+    },
+    Case {
+        name: "a route with a locked MTU, of Cirri's protocol",
+        damage: |w| drop(w.ip(&format!("route replace {} mtu lock 600", w.route_to_near()))),
+        comes: Repaired(World::routes),
+    },
+    Case {
         name: "a policy rule stands before the main table",
         damage: |w| drop(w.ip(&format!("rule add pref 10 to {} blackhole", w.range))),
         comes: Named("route", |w| w.range.clone(), |w| drop(w.ip("rule del pref 10"))),
+    },
+    Case {
+        name: "a rule for the node's own address stands before the main table",
+        damage: |w| {
+            w.ip(&format!("rule add pref 11 from {} lookup 100", w.addresses[0].split('/').next().unwrap()));
+            w.ip("route add blackhole default table 100");
+        },
+        comes: Named(
+            "route",
+            |w| w.range.clone(),
+            |w| {
+                w.ip("rule del pref 11");
+                drop(w.ip("route flush table 100"));
+            },
+        ),
+    },
+    Case {
+        name: "a route to one address of a peer's range",
+        damage: |w| drop(w.ip(&format!("route add blackhole {}", w.far))),
+        comes: Named("route", |w| w.far.clone(), |w| drop(w.ip(&format!("route del blackhole {}", w.far)))),
+    },
+    Case {
+        name: "a route to a peer's range by another router on the same device (IPv6)",
+        damage: |w| drop(w.ip(&format!("-6 route add {} via fe80::dead dev cirri_vxlan metric 1", w.range6))),
+        comes: Named(
+            "route",
+            |w| w.range6.clone(),
+            |w| drop(w.ip(&format!("-6 route del {} via fe80::dead dev cirri_vxlan metric 1", w.range6))),
+        ),
     },
     Case {
         name: "the rule of the main table is gone",
@@ -87,6 +170,21 @@ pub const CASES: &[Case] = &[
         name: "the overlay device with another MTU",
         damage: |w| drop(w.ip("link set cirri_vxlan mtu 1200")),
         comes: Repaired(World::overlay),
+    },
+    Case {
+        name: "the overlay device with ARP",
+        damage: |w| drop(w.ip("link set cirri_vxlan arp on")),
+        comes: Repaired(World::overlay),
+    },
+    Case {
+        name: "the overlay device with a filter of VNIs",
+        damage: |w| w.remake_overlay("external vnifilter dstport 8472"),
+        comes: Repaired(|w| w.overlay() + &w.routes()),
+    },
+    Case {
+        name: "the overlay device with another header",
+        damage: |w| w.remake_overlay("external gpe dstport 8472"),
+        comes: Repaired(|w| w.overlay() + &w.routes()),
     },
     Case {
         name: "the overlay device made otherwise",
@@ -143,9 +241,27 @@ pub const CASES: &[Case] = &[
         comes: Repaired(|w| w.link(&w.device) + &w.routes()),
     },
     Case {
+        name: "a workload's device with another alias",
+        damage: |w| {
+            let alias = ["ip", "link", "set", &w.device, "alias", "uplink of near"];
+            drop(cirri_e2e::lab::printed(&w.node, &alias));
+        },
+        comes: Repaired(|w| w.link(&w.device)),
+    },
+    Case {
+        name: "a workload's device without an alias",
+        damage: |w| drop(cirri_e2e::lab::printed(&w.node, &["ip", "link", "set", &w.device, "alias", ""])),
+        comes: Repaired(|w| w.link(&w.device)),
+    },
+    Case {
         name: "the device to the network down",
         damage: |w| drop(w.ip("link set eth0 down")),
         comes: Named("device", |_| "eth0".to_owned(), World::bring_eth0_back),
+    },
+    Case {
+        name: "the device to the network without a carrier",
+        damage: |w| w.set_wire("down"),
+        comes: Named("device", |_| "eth0".to_owned(), |w| w.set_wire("up")),
     },
     Case {
         name: "the node's address removed",
@@ -232,6 +348,20 @@ pub const CASES: &[Case] = &[
         comes: Repaired(|w| w.sysctl("ipv4/ip_forward")),
     },
     Case {
+        name: "forwarding turned off for single devices",
+        damage: |w| {
+            for device in ["eth0", &w.device, "cirri_vxlan"] {
+                w.write_sysctl(&format!("ipv4/conf/{device}/forwarding"), "0");
+                w.write_sysctl(&format!("ipv6/conf/{device}/forwarding"), "0");
+            }
+        },
+        comes: Repaired(|w| {
+            let devices = ["eth0", &w.device, "cirri_vxlan"];
+            let both = |it| ["ipv4", "ipv6"].map(|family| w.sysctl(&format!("{family}/conf/{it}/forwarding"))).concat();
+            devices.map(both).concat()
+        }),
+    },
+    Case {
         name: "the reverse-path filter turned on",
         damage: |w| {
             for device in ["all", "eth0", &w.device] {
@@ -246,5 +376,27 @@ pub const CASES: &[Case] = &[
         name: "the reserved ports given away",
         damage: |w| w.write_sysctl("ipv4/ip_local_reserved_ports", ""),
         comes: Repaired(|w| w.sysctl("ipv4/ip_local_reserved_ports")),
+    },
+    Case {
+        name: "the files of endpoints removed",
+        damage: |w| ["endpoints", "endpoints.copy"].iter().for_each(|it| fs::remove_dir_all(w.state(it)).unwrap()),
+        comes: Repaired(|w| {
+            let names = |it: &&str| w.names_in(it);
+            ["endpoints", "endpoints.copy"].iter().map(names).collect::<Vec<_>>().concat()
+        }),
+    },
+    Case {
+        name: "the file of what was seen in the store moved away",
+        damage: |w| fs::rename(w.state("seen.redb"), w.state("aside")).unwrap(),
+        comes: Named(
+            "file",
+            |_| "seen.redb".to_owned(),
+            |w| fs::rename(w.state("aside"), w.state("seen.redb")).unwrap(),
+        ),
+    },
+    Case {
+        name: "the record of settings removed",
+        damage: |w| fs::remove_file(w.record()).unwrap(),
+        comes: Repaired(|w| fs::read_to_string(w.record()).unwrap_or_default()),
     },
 ];

@@ -3,14 +3,17 @@
 mod cases;
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::mem::ManuallyDrop;
 use std::path::PathBuf;
+use std::process::Command;
 
 use cirri_e2e::lab::{Lab, output, printed};
 use cirri_e2e::pinned::Pinned;
 use cirri_loader::net::Namespace;
 use serde_json::Value;
 
-pub use cases::{CASES, Case, Comes};
+pub use cases::{CASES, Case, Comes, DIRECT};
 
 pub const SHOP: &str = r#"
 apiVersion: v1
@@ -61,6 +64,9 @@ pub struct World {
     pub v6: String,
     /// Its peer's pod range.
     pub range: String,
+    pub range6: String,
+    /// A pod of the peer.
+    pub far: String,
     /// What the device to the network has beside programs, as `ip` takes it: addresses, and routes by them.
     pub addresses: Vec<String>,
     pub uplink_routes: Vec<String>,
@@ -84,9 +90,16 @@ impl World {
         let link = all.iter().find(|link| link["ifname"] == name).cloned().unwrap_or_default();
         let up = link["flags"].as_array().is_some_and(|flags| flags.contains(&"UP".into()));
         let data = &link["linkinfo"]["info_data"];
+        let noarp = link["flags"].as_array().is_some_and(|flags| flags.contains(&"NOARP".into()));
         format!(
-            "{name}: up {up}, mtu {}, master {}, address {}, port {}, external {}",
-            link["mtu"], link["master"], link["address"], data["port"], data["external"]
+            "{name}: up {up}, noarp {noarp}, mtu {}, master {}, alias {}, address {}, port {}, external {}, others {}",
+            link["mtu"],
+            link["master"],
+            link["ifalias"],
+            link["address"],
+            data["port"],
+            data["external"],
+            ["vnifilter", "gpe", "gbp"].iter().any(|flag| is_set(data, flag)),
         )
     }
 
@@ -113,7 +126,10 @@ impl World {
             let routes = self.json(&format!("{family} route show table main proto 193"));
             let one = |route: Value| {
                 // The overlay's number may be another; its name is not.
-                format!("{} {} {} {} {}", route["type"], route["dst"], route["gateway"], route["dev"], route["prefsrc"])
+                let Value::Object(route) = route else { return String::new() };
+                ["type", "dst", "gateway", "dev", "prefsrc", "metrics"]
+                    .map(|it| route.get(it).unwrap_or(&Value::Null).to_string())
+                    .join(" ")
             };
             routes.into_iter().map(one).collect::<BTreeSet<_>>()
         };
@@ -141,6 +157,51 @@ impl World {
         let all = net[0]["tc"].as_array().cloned().unwrap_or_default();
         let shown = all.iter().map(|it| format!("{} {} {}", it["devname"], it["kind"], it["name"]));
         format!("{:#?}", shown.collect::<BTreeSet<_>>())
+    }
+
+    /// Does what would take so long that the agent might see half of it.
+    pub fn while_stopped(&self, work: impl FnOnce()) {
+        let pid = self.lab.node("node1").unwrap().pid.unwrap().to_string();
+        let signal = |name: &str| assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+        signal("-STOP");
+        work();
+        signal("-CONT");
+    }
+
+    /// Makes the overlay's device otherwise.
+    pub fn remake_overlay(&self, how: &str) {
+        self.while_stopped(|| {
+            self.ip("link del cirri_vxlan");
+            self.ip(&format!("link add cirri_vxlan type vxlan {how}"));
+        });
+    }
+
+    /// The route to the workload, as `ip` takes it.
+    pub fn route_to_near(&self) -> String {
+        self.ip(&format!("route show {}", self.v4)).trim().to_owned()
+    }
+
+    /// Takes the other end of the node's wire down, or up.
+    pub fn set_wire(&self, state: &str) {
+        let last = self.addresses[0].split(['.', '/']).nth(3).unwrap();
+        let router = Namespace::open(self.lab.list().unwrap().net).unwrap();
+        printed(&router, &["ip", "link", "set", &format!("port{last}"), state]);
+    }
+
+    /// Of the agent's state directory.
+    pub fn state(&self, name: &str) -> PathBuf {
+        PathBuf::from(self.lab.socket("node1")).with_file_name(name)
+    }
+
+    /// The names in a directory of it.
+    pub fn names_in(&self, name: &str) -> String {
+        let names = fs::read_dir(self.state(name)).into_iter().flatten().flatten().map(|it| it.file_name());
+        format!("{:?}", names.collect::<BTreeSet<_>>())
+    }
+
+    /// Where the settings that were changed are recorded.
+    pub fn record(&self) -> PathBuf {
+        PathBuf::from(format!("/run/cirri-settings/{:x}.json", self.node.cookie().unwrap()))
     }
 
     pub fn status(&self) -> Value {
@@ -171,6 +232,11 @@ impl World {
         let service = self.lab.verdicts("shop/client", "svc:shop/web", 80).unwrap();
         assert!(service.values().all(|it| it == "allowed"), "{what}: the service {service:?}");
     }
+}
+
+/// Whether `ip` shows a flag, which is there or not.
+fn is_set(data: &Value, flag: &str) -> bool {
+    data.get(flag).is_some_and(|value| *value != Value::Bool(false))
 }
 
 /// A lab of two nodes with a client, servers and a service.
@@ -210,6 +276,8 @@ pub fn world_with(name: &str, more: &[&str]) -> World {
         v4: address(0),
         v6: address(1),
         range: status["pod_cidrs"][0].as_str().unwrap().to_owned(),
+        range6: status["pod_cidrs"][1].as_str().unwrap().to_owned(),
+        far: lab.addresses().unwrap()["shop/far"][0].to_string(),
         lab,
     }
 }

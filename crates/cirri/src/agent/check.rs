@@ -113,7 +113,7 @@ async fn of_stack(core: &Core, endpoint: &Endpoint) -> Result<Vec<String>, NetEr
     let mut found = Vec::new();
     for ip in endpoint.addresses() {
         let Some(wanted) = core.rows.routes.desired(&ip.into()) else { continue };
-        if !routes.contains(&wanted.route) {
+        if !routes.iter().any(|found| found.plain && found.route == wanted.route) {
             found.push(format!("the node has no route to {ip} by {}", endpoint.host_ifname));
         }
         let knows = |mac| {

@@ -1,10 +1,11 @@
 //! Removing everything that an instance made.
 
 use cirri_loader::Datapath;
-use cirri_loader::net::Net;
+use cirri_loader::net::{Namespace, Net};
 
+use super::endpoint::Endpoint;
 use super::ledger::{Found, Ledger};
-use super::{devices, node, start};
+use super::{devices, inside, node, start};
 use crate::config::Config;
 use crate::exit::{Because, Failure, Result};
 use crate::settings::Settings;
@@ -24,12 +25,18 @@ pub async fn cleanup(config: &Config) -> Result<()> {
     for Found { said, kept, .. } in Ledger::of(config).load_all().because(Failure::Failed)? {
         for endpoint in said.into_iter().chain(kept) {
             devices::delete(&net, &endpoint).await.because(Failure::Failed)?;
+            // A container that lives on keeps what does not go with its device.
+            if let Some(container) = container(&endpoint)
+                && let Err(error) = inside::clear(&endpoint, container).await
+            {
+                crate::output::progress(&format!("rules stay in {}: {error}", endpoint.netns));
+            }
         }
     }
     if !settings.is_anothers(node::CLAIM).because(Failure::Failed)? {
         net.delete_link(node::OVERLAY).await.because(Failure::Failed)?;
-        for route in net.routes().await.because(Failure::Failed)? {
-            net.delete_route(&route).await.because(Failure::Failed)?;
+        for found in net.routes().await.because(Failure::Failed)? {
+            net.delete_route(&found.route).await.because(Failure::Failed)?;
         }
     }
     Datapath::purge(root, instance).because(Failure::Failed)?;
@@ -42,4 +49,10 @@ pub async fn cleanup(config: &Config) -> Result<()> {
         state_dir.display()
     ));
     Ok(())
+}
+
+/// The namespace that a workload was attached to, if it is still there.
+fn container(endpoint: &Endpoint) -> Option<Namespace> {
+    let namespace = Namespace::open(&endpoint.netns).ok()?;
+    namespace.cookie().is_ok_and(|cookie| cookie == endpoint.netns_cookie).then_some(namespace)
 }

@@ -171,12 +171,12 @@ impl Core {
             // An address that no workload has must not follow the default route: the network would
             // send it back here, round and round.
             let route = Route::unreachable(cidr.network(), cidr.prefix_len());
-            rows.insert(cidr, RouteRow { route, neighbour: None });
+            rows.insert(cidr, RouteRow { route, neighbour: None, plain: true });
         }
         for endpoint in self.endpoints.values().filter(|endpoint| self.raising != Some(endpoint.id)) {
             for ip in endpoint.addresses() {
                 let route = Route::host(ip, endpoint.ifindex, source(ip.is_ipv6()));
-                rows.insert(IpNet::from(ip), RouteRow { route, neighbour: Some(endpoint.mac) });
+                rows.insert(IpNet::from(ip), RouteRow { route, neighbour: Some(endpoint.mac), plain: true });
             }
         }
         for peer in self.peers() {
@@ -201,7 +201,7 @@ impl Core {
                     source: source(v6),
                     onlink: false,
                 };
-                rows.insert(cidr, RouteRow { route, neighbour: None });
+                rows.insert(cidr, RouteRow { route, neighbour: None, plain: true });
             }
         }
         rows

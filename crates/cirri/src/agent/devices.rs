@@ -74,15 +74,53 @@ pub async fn delete(net: &Net, endpoint: &Endpoint) -> Result<(), NetError> {
 
 /// Whether a device is a workload's.
 pub fn is_of(link: &Link, endpoint: &Endpoint) -> bool {
-    if !link.alias.is_empty() {
+    if workload::is_owner(&link.alias) {
         return link.alias == workload::owner(&endpoint.attachment);
     }
+    let numbered = link.index == endpoint.ifindex;
+    if !link.alias.is_empty() {
+        // Somebody wrote something else there, as tools do that watch devices. It is the same device.
+        return numbered && is_made(link);
+    }
     // One that an earlier version made, or that was made just before a crash.
-    let numbered = endpoint.ifindex == 0 || link.index == endpoint.ifindex;
-    link.name == endpoint.host_ifname && numbered && is_unmarked(link)
+    link.name == endpoint.host_ifname && (numbered || endpoint.ifindex == 0) && is_made(link)
 }
 
 /// Whether a device is as one is right after [`Net::create_veth`] made it for a workload.
 fn is_unmarked(link: &Link) -> bool {
-    link.alias.is_empty() && link.kind == "veth" && link.mac == Some(GATEWAY_MAC)
+    link.alias.is_empty() && is_made(link)
+}
+
+/// Whether it is made as those of workloads are, and of no others.
+fn is_made(link: &Link) -> bool {
+    link.kind == "veth" && link.mac == Some(GATEWAY_MAC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::endpoint::tests::endpoint;
+
+    #[test]
+    fn a_device_is_known_whatever_somebody_wrote_on_it_but_not_by_its_number_alone() {
+        let endpoint = Endpoint { ifindex: 7, host_ifname: "lxc1".to_owned(), ..endpoint() };
+        let owner = workload::owner(&endpoint.attachment);
+        let link = |index, alias: &str, kind: &str, mac| Link {
+            index,
+            name: "lxc1".to_owned(),
+            mac: Some(mac),
+            kind: kind.to_owned(),
+            alias: alias.to_owned(),
+            ..Link::default()
+        };
+        let other = [2, 0, 0, 0, 0, 9];
+        assert!(is_of(&link(7, &owner, "veth", GATEWAY_MAC), &endpoint));
+        assert!(is_of(&link(9, &owner, "veth", other), &endpoint), "one that says whose it is");
+        assert!(is_of(&link(7, "uplink of near", "veth", GATEWAY_MAC), &endpoint));
+        assert!(is_of(&link(7, "", "veth", GATEWAY_MAC), &endpoint));
+        assert!(!is_of(&link(7, "cirri other/c/eth0", "veth", GATEWAY_MAC), &endpoint), "another workload's");
+        assert!(!is_of(&link(8, "uplink of near", "veth", GATEWAY_MAC), &endpoint));
+        assert!(!is_of(&link(7, "uplink of near", "veth", other), &endpoint), "its number is another's by now");
+        assert!(!is_of(&link(7, "uplink of near", "dummy", GATEWAY_MAC), &endpoint));
+    }
 }

@@ -210,7 +210,7 @@ impl Endpoint {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     #[test]
@@ -244,12 +244,17 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_file_of_an_earlier_version_is_read() {
+    /// One as an earlier version wrote it.
+    pub fn endpoint() -> Endpoint {
         let text = r#"{"id":3,"container_id":"c","ifname":"eth0","netns":"/run/netns/x","namespace":"shop","pod":"web",
             "identity":300,"labels":"k8s:app=web","mac":[2,0,0,0,0,1],"v4":"10.244.0.5","v6":null,
             "host_ifname":"lxc1","ifindex":9,"ruleset":1,"ready_ms":1.5}"#;
-        let endpoint: Endpoint = serde_json::from_str(text).unwrap();
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn the_file_of_an_earlier_version_is_read() {
+        let endpoint = endpoint();
         assert_eq!(endpoint.attachment.network, "", "of no network that GC could be asked for");
         assert!(endpoint.has_default.v4 && !endpoint.gc);
     }

@@ -63,6 +63,11 @@ impl Ledger {
         path(&self.state_dir, PLACES[0], id)
     }
 
+    /// The directories of the files.
+    pub fn directories(&self) -> impl Iterator<Item = PathBuf> {
+        PLACES.into_iter().map(|place| self.state_dir.join(place))
+    }
+
     /// Where what the kernel keeps of an endpoint is pinned.
     pub fn pin(&self, id: u16) -> PathBuf {
         self.kernel.path(id)

@@ -87,6 +87,7 @@ pub async fn prepare(config: &Config, net: &Net, settings: &mut Settings) -> Res
 pub async fn make_overlay(net: &Net, mtu: u32) -> Result<Link, NetError> {
     net.create_vxlan(OVERLAY, VXLAN_PORT, mtu).await?;
     net.set_mtu(OVERLAY, mtu).await?;
+    net.set_noarp(OVERLAY).await?;
     quiet(net, OVERLAY)?;
     net.set_up(OVERLAY).await?;
     net.link(OVERLAY).await
@@ -94,7 +95,7 @@ pub async fn make_overlay(net: &Net, mtu: u32) -> Result<Link, NetError> {
 
 /// Whether a device is made as the overlay's must be; what can be changed later does not matter.
 pub fn is_overlay(link: &Link) -> bool {
-    link.vxlan == Some(Vxlan { port: VXLAN_PORT, collect_metadata: true })
+    link.vxlan == Some(Vxlan { port: VXLAN_PORT, collect_metadata: true, odd: false })
 }
 
 /// Every address of the node that packets may be for: not of loopback, not IPv6 link-local.
@@ -116,10 +117,10 @@ pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
     quiet_settings(device, has_ipv6(net)).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
 }
 
-/// Settings of a device of ours, in a namespace with IPv6 or without: no reverse-path filter, no address of its own
-/// by router, no wait before an address is used.
+/// Settings of a device of ours, in a namespace with IPv6 or without: those of [`device_settings`], no address of its
+/// own by router, no wait before an address is used.
 pub fn quiet_settings(device: &str, v6: bool) -> Vec<(String, &'static str)> {
-    let mut settings = vec![(format!("ipv4/conf/{device}/rp_filter"), "0")];
+    let mut settings = device_settings(device, v6);
     if v6 {
         settings.push((format!("ipv6/conf/{device}/accept_dad"), "0"));
         settings.push((format!("ipv6/conf/{device}/accept_ra"), "0"));
@@ -198,11 +199,25 @@ fn apply_settings(config: &Config, settings: &mut Settings, node: &Node) -> Resu
     if config.masquerade.ipv4 || config.masquerade.ipv6 {
         settings.reserve(config.masquerade.ports)?;
     }
-    for device in &node.devices {
-        settings.set(&rp_filter(&device.name), "0")?;
+    // After those of all devices, of which the kernel makes each one's.
+    for (setting, value) in node.devices.iter().flat_map(|device| device_settings(&device.name, node.v6.is_some())) {
+        settings.set(&setting, value)?;
     }
     // The kernel takes the larger of this and the device's.
     settings.set(&rp_filter("all"), "0")
+}
+
+/// Settings of every device that packets of workloads pass: they are forwarded, by whatever way they come. The kernel
+/// has one for each device, whatever that of all devices says.
+pub fn device_settings(device: &str, v6: bool) -> Vec<(String, &'static str)> {
+    let mut settings = vec![(rp_filter(device), "0"), (forwarding(device, false), "1")];
+    settings.extend(v6.then(|| (forwarding(device, true), "1")));
+    settings
+}
+
+/// The setting that lets the kernel send on what came in by a device.
+pub fn forwarding(device: &str, v6: bool) -> String {
+    format!("ipv{}/conf/{device}/forwarding", if v6 { 6 } else { 4 })
 }
 
 /// The setting that makes the kernel drop what comes by another way than answers leave.

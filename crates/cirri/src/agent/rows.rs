@@ -45,6 +45,8 @@ pub struct RouteRow {
     pub route: Route,
     /// Ethernet address of the workload that it leads to, for a permanent neighbour.
     pub neighbour: Option<[u8; 6]>,
+    /// Whether the route is no more than `route` says.
+    pub plain: bool,
 }
 
 /// Programs on a device.

@@ -17,6 +17,7 @@ use cirri_store::{Embedded, Etcd, EtcdOptions, PREFIX, Store, folder};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
+use super::drift::OpenFile;
 use super::endpoint::Endpoint;
 use super::ledger::Found;
 use super::problems::Finding;
@@ -103,6 +104,10 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     core.spoilt_files.extend(spoilt);
     let (seen, _) = saved.list(PREFIX).await.because(Failure::Failed)?;
     core.restore(seen);
+    for file in STATE_FILES.iter().filter(|file| file.ends_with(".redb")) {
+        // Without a folder there is no store of its own.
+        core.drift.files.extend(OpenFile::at(core.config.state_dir.0.join(file)));
+    }
     restore(&mut core).await?;
     core.adopt()
         .await

@@ -67,6 +67,8 @@ pub enum ProblemKind {
     Endpoint,
     /// What the node wrote in the store is gone, or somebody else changes it.
     Record,
+    /// A file of the agent's own is gone, or another stands in its place.
+    File,
 }
 
 impl fmt::Display for ProblemKind {

@@ -74,6 +74,12 @@ fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()>
 }
 
 fn compare_settings(here: &mut Here, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
+    if let Some(record) = here.settings.lost_record()? {
+        let texts = ["what was before this one's changes does not stand there any more", "as recorded"];
+        if here.drift.repairs.ask(ProblemKind::Setting, &record.display().to_string(), texts, "", now) {
+            here.settings.record_again()?;
+        }
+    }
     for drifted in here.settings.drifted(&[])? {
         let texts = [drifted.found.as_str(), drifted.wanted.as_str()];
         if !here.drift.repairs.ask(ProblemKind::Setting, &drifted.name, texts, "", now) {

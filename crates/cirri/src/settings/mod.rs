@@ -38,6 +38,10 @@ pub struct Settings {
     /// What it compares.
     open: OpenSettings,
     ports: Option<PortRange>,
+    /// This owner's part of the record.
+    kept: Record,
+    /// The record's file as it was last seen to have that.
+    seen: Option<(u64, i64, i64)>,
 }
 
 /// Settings could not be recorded, changed or put back.
@@ -86,7 +90,8 @@ impl Settings {
         let file = directory.join(format!("{:x}.json", net.namespace().cookie()?));
         let directory = directory.to_owned();
         let (wanted, open) = (BTreeMap::new(), OpenSettings::default());
-        Ok(Settings { net: net.clone(), directory, file, owner, wanted, open, ports: None })
+        let (kept, seen) = (Record::default(), None);
+        Ok(Settings { net: net.clone(), directory, file, owner, wanted, open, ports: None, kept, seen })
     }
 
     /// Says that there can be no other owner of this kind of claim here.
@@ -249,6 +254,7 @@ impl Settings {
         }
         self.write(&record)?;
         (self.wanted, self.ports) = (BTreeMap::new(), None);
+        (self.kept, self.seen) = (Record::default(), None);
         Ok(done)
     }
 
@@ -302,17 +308,60 @@ impl Settings {
         Ok(names.into_iter().zip(values).filter_map(|(name, value)| Some((name, value?))).collect())
     }
 
+    /// The record's file, if it does not have this owner's part any more.
+    ///
+    /// # Errors
+    /// It cannot be locked.
+    pub fn lost_record(&mut self) -> Result<Option<PathBuf>, SettingsError> {
+        if self.kept.is_empty() || self.seen.is_some() && self.seen == self.stamp() {
+            return Ok(None);
+        }
+        let _lock = self.lock()?;
+        let stamp = self.stamp();
+        match self.read() {
+            // Somebody else's part is another.
+            Ok(record) if !record.clone().add(&self.kept) => {
+                self.seen = stamp;
+                Ok(None)
+            }
+            _ => Ok(Some(self.file.clone())),
+        }
+    }
+
+    /// Writes this owner's part into the record again.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn record_again(&mut self) -> Result<(), SettingsError> {
+        let _lock = self.lock()?;
+        // One that cannot be read says nothing to anybody.
+        let mut record = self.read().unwrap_or_else(|_| Record { boot: boot(), ..Record::default() });
+        record.add(&self.kept);
+        self.write(&record)?;
+        self.seen = self.stamp();
+        Ok(())
+    }
+
+    /// What tells the file from one that was written since.
+    fn stamp(&self) -> Option<(u64, i64, i64)> {
+        fs::metadata(&self.file).ok().map(|it| (it.ino(), it.mtime(), it.mtime_nsec()))
+    }
+
     /// Reads the record, changes it, and writes it, while nobody else does.
-    fn change(&self, change: impl FnOnce(&mut Record) -> Result<(), SettingsError>) -> Result<(), SettingsError> {
+    fn change(&mut self, change: impl FnOnce(&mut Record) -> Result<(), SettingsError>) -> Result<(), SettingsError> {
         let _lock = self.lock()?;
         let mut record = self.read()?;
         let before = record.clone();
         change(&mut record)?;
-        if record == before { Ok(()) } else { self.write(&record) }
+        if record != before {
+            self.write(&record)?;
+        }
+        (self.kept, self.seen) = (record.of(&self.owner), self.stamp());
+        Ok(())
     }
 
     fn read(&self) -> Result<Record, SettingsError> {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
+        let boot = boot();
         let fresh = Record { boot: boot.clone(), ..Record::default() };
         match fs::read(&self.file) {
             // One of another boot says nothing about this one.
@@ -377,6 +426,11 @@ fn caused(follower: &str, value: &str) -> String {
         true => if value == "0" { "1" } else { "0" }.to_owned(),
         false => value.to_owned(),
     }
+}
+
+/// What tells this boot from others.
+fn boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// The device that a setting is of.

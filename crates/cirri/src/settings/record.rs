@@ -150,6 +150,49 @@ impl Record {
         left
     }
 
+    /// An owner's part of it.
+    pub fn of(&self, owner: &str) -> Record {
+        let only = BTreeSet::from([owner.to_owned()]);
+        let settings = self.settings.iter().filter(|(_, changed)| changed.owners.contains(owner));
+        let settings = settings.map(|(name, it)| (name.clone(), Changed { owners: only.clone(), ..it.clone() }));
+        let range = self.ports.owners.get_key_value(owner).map(|(owner, range)| (owner.clone(), *range));
+        let addresses = self.addresses.iter().filter(|added| added.owners.contains(owner));
+        let claims = self.claims.iter().filter(|(_, by)| *by == owner);
+        Record {
+            boot: self.boot.clone(),
+            settings: settings.collect(),
+            ports: Reserved { before: self.ports.before.clone(), owners: range.into_iter().collect() },
+            addresses: addresses.map(|it| Added { owners: only.clone(), ..it.clone() }).collect(),
+            claims: claims.map(|(what, by)| (what.clone(), by.clone())).collect(),
+        }
+    }
+
+    /// Adds an owner's part where it is missing; whether it was. What others say of the same is left as they say it.
+    pub fn add(&mut self, part: &Record) -> bool {
+        let before = self.clone();
+        for (name, changed) in &part.settings {
+            let known = self.settings.entry(name.clone()).or_insert_with(|| changed.clone());
+            known.owners.extend(changed.owners.iter().cloned());
+        }
+        if !part.ports.owners.is_empty() {
+            if self.ports.owners.is_empty() {
+                self.ports.before.clone_from(&part.ports.before);
+            }
+            self.ports.owners.extend(part.ports.owners.clone());
+        }
+        for added in &part.addresses {
+            let same = |it: &&mut Added| (it.ip, it.prefix, it.device) == (added.ip, added.prefix, added.device);
+            match self.addresses.iter_mut().find(same) {
+                Some(known) => known.owners.extend(added.owners.iter().cloned()),
+                None => self.addresses.push(added.clone()),
+            }
+        }
+        for (what, by) in &part.claims {
+            self.claims.entry(what.clone()).or_insert_with(|| by.clone());
+        }
+        *self != before
+    }
+
     /// Whether anybody has an address.
     pub fn has_address(&self, address: &Address) -> bool {
         let Address { ip, prefix, device } = *address;
@@ -218,6 +261,27 @@ mod tests {
         assert_eq!(ports.to_string(), "1024-1029,1031-1535");
         assert_eq!(record.leave("b").ports.unwrap().to_string(), "1536-2047");
         assert!(record.is_empty() && record.leave("b").ports.is_none());
+    }
+
+    #[test]
+    fn what_a_record_lost_is_written_again_by_each_owner_and_puts_back_the_same() {
+        let mut record = Record::default();
+        record.take("a", "ipv4/ip_forward", changed("0", None));
+        record.take("b", "ipv4/ip_forward", changed("1", None));
+        record.take("b", "ipv4/conf/eth0/rp_filter", changed("2", Some(4)));
+        record.reserve("a", range(512, 1023), "8080");
+        record.reserve("b", range(512, 1023), "8080,512-1023");
+        record.add_address("a", &Address { ip: [192, 0, 2, 1].into(), prefix: 32, device: 1 }, false);
+        record.claims.insert("node".to_owned(), "a".to_owned());
+        let (a, b) = (record.of("a"), record.of("b"));
+        assert!(!record.clone().add(&a) && !record.clone().add(&b), "nothing is missing");
+        let mut again = Record::default();
+        assert!(again.add(&b) && again.add(&a) && !again.add(&a));
+        assert_eq!(again, record);
+        let mut stolen = Record::default();
+        stolen.claims.insert("node".to_owned(), "c".to_owned());
+        stolen.add(&a);
+        assert_eq!(stolen.claims["node"], "c", "nobody takes what another claimed meanwhile");
     }
 
     #[test]

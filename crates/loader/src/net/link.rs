@@ -11,10 +11,10 @@ use rtnetlink::{
     },
 };
 
-use super::{Namespace, Net, NetError, absent_is_false, kernel};
+use super::{Namespace, Net, NetError, absent_is_false, kernel, wire};
 
 /// A device as the kernel describes it.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Link {
     /// Its number in this namespace.
     pub index: u32,
@@ -26,6 +26,10 @@ pub struct Link {
     pub mtu: u32,
     /// Whether it is up.
     pub up: bool,
+    /// Whether what it needs to send is there: a cable, the other end.
+    pub carrier: bool,
+    /// Whether the kernel asks nobody for Ethernet addresses there, and answers nobody (`ip link set DEVICE arp off`).
+    pub noarp: bool,
     /// Its kind (`veth`, `vxlan`, `bridge`); empty for hardware and `lo`.
     pub kind: String,
     /// The bridge that it is a port of.
@@ -45,6 +49,8 @@ pub struct Vxlan {
     pub port: u16,
     /// Whether it takes peer and VNI from each packet's metadata.
     pub collect_metadata: bool,
+    /// Whether it does something else besides: filters VNIs, has another header, learns or has a peer of its own.
+    pub odd: bool,
 }
 
 /// One end of a pair of virtual Ethernet devices.
@@ -64,7 +70,7 @@ impl Net {
     /// All devices.
     pub async fn links(&self) -> Result<Vec<Link>, NetError> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        let links = self.list("devices", request, |message| match message {
+        let links = self.list("devices", request, wire::Scope::All, |message| match message {
             RouteNetlinkMessage::NewLink(link) => Some(link),
             _ => None,
         })?;
@@ -147,6 +153,12 @@ impl Net {
     pub async fn set_down(&self, name: &str) -> Result<(), NetError> {
         let link = self.link(name).await?;
         self.change(name, "take down", LinkUnspec::new_with_index(link.index).down()).await
+    }
+
+    /// Makes the kernel ask nobody for Ethernet addresses there, and answer nobody.
+    pub async fn set_noarp(&self, name: &str) -> Result<(), NetError> {
+        let link = self.link(name).await?;
+        self.change(name, "turn ARP off", LinkUnspec::new_with_index(link.index).arp(false)).await
     }
 
     /// Sets the largest packet.
@@ -248,6 +260,8 @@ fn described(message: &LinkMessage) -> Link {
         mac: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        noarp: message.header.flags.contains(LinkFlags::Noarp),
         kind: String::new(),
         controller: None,
         peer: None,
@@ -283,6 +297,22 @@ fn vxlan(parts: &[InfoVxlan]) -> Vxlan {
         match part {
             InfoVxlan::Port(port) => all.port = *port,
             InfoVxlan::CollectMetadata(on) => all.collect_metadata = *on,
+            InfoVxlan::Id(number) | InfoVxlan::Link(number) => all.odd |= *number != 0,
+            InfoVxlan::Learning(on)
+            | InfoVxlan::Proxy(on)
+            | InfoVxlan::Rsc(on)
+            | InfoVxlan::L2Miss(on)
+            | InfoVxlan::L3Miss(on)
+            | InfoVxlan::RemCsumTX(on)
+            | InfoVxlan::RemCsumRX(on)
+            | InfoVxlan::Vnifilter(on)
+            | InfoVxlan::McRoute(on) => all.odd |= *on,
+            InfoVxlan::Group(ip) | InfoVxlan::Local(ip) => all.odd |= !ip.is_unspecified(),
+            InfoVxlan::Group6(_)
+            | InfoVxlan::Local6(_)
+            | InfoVxlan::Gbp
+            | InfoVxlan::Gpe
+            | InfoVxlan::RemCsumNoPartial => all.odd = true,
             _ => {}
         }
     }

@@ -7,6 +7,7 @@ mod filter;
 mod link;
 mod lookup;
 mod namespace;
+mod netconf;
 mod news;
 mod route;
 mod rule;
@@ -16,16 +17,18 @@ mod watch;
 mod wire;
 mod xdp;
 
-use std::{io, net::IpAddr, path::PathBuf};
+use std::{io, net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 
 use rtnetlink::{packet_route::RouteNetlinkMessage, sys::protocols::NETLINK_ROUTE};
+use rustix::net::{AddressFamily, SocketType};
 
 pub(crate) use filter::{filter_on, put_filter};
 pub use link::{Link, VethEnd, Vxlan};
-pub use lookup::{Lookup, has_main_rule, lookup};
+pub use lookup::{Asked, Lookup, Rules, Selector, lookup, rules};
 pub use namespace::{Namespace, in_netns};
-pub use news::{Changed, NetworkChange, NetworkNews};
-pub use route::{Address, MAIN_TABLE, Neighbour, ROUTE_PROTOCOL, Route};
+pub use netconf::DeviceSettings;
+pub use news::{Changed, NetworkChange, NetworkNews, Watched};
+pub use route::{Address, MAIN_TABLE, Neighbour, OwnRoute, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
 pub use settings::OpenSettings;
 pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};
@@ -176,9 +179,10 @@ impl Net {
         &self,
         object: &str,
         request: RouteNetlinkMessage,
+        scope: wire::Scope,
         pick: fn(RouteNetlinkMessage) -> Option<T>,
     ) -> Result<Vec<T>, NetError> {
-        let answers = self.namespace.run_anywhere(|| wire::ask(NETLINK_ROUTE, request, wire::Scope::All))?;
+        let answers = self.namespace.run_anywhere(|| wire::ask(NETLINK_ROUTE, request, scope))?;
         let answers = answers.map_err(|error| self.failed(object, "list", error))?;
         Ok(answers.into_iter().filter_map(pick).collect())
     }
@@ -202,9 +206,10 @@ fn read_setting(path: &str) -> io::Result<String> {
     std::fs::File::open(path).and_then(|file| settings::read(&file))
 }
 
-/// A socket to ask about devices by.
-fn probe() -> io::Result<std::net::UdpSocket> {
-    std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| std::net::UdpSocket::bind(("0.0.0.0", 0)))
+/// A socket to ask about devices by. It needs no port: a machine may have none left.
+pub(crate) fn probe() -> io::Result<OwnedFd> {
+    let socket = |family| rustix::net::socket(family, SocketType::DGRAM, None);
+    Ok(socket(AddressFamily::INET).or_else(|_| socket(AddressFamily::INET6))?)
 }
 
 /// The kernel's error number, if it is one.

@@ -14,7 +14,7 @@ use rtnetlink::{
     },
 };
 
-use super::{Net, NetError, absent_is_false, host_bits};
+use super::{Net, NetError, absent_is_false, host_bits, wire};
 
 /// The routing protocol number of Cirri's routes, so that a restart knows which are its own.
 pub const ROUTE_PROTOCOL: u8 = 193;
@@ -48,6 +48,15 @@ pub struct Route {
     pub source: Option<IpAddr>,
     /// The router is on the link although no route says so.
     pub onlink: bool,
+}
+
+/// A route with Cirri's protocol number, as the kernel lists it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OwnRoute {
+    /// The route.
+    pub route: Route,
+    /// Whether this is all: Cirri's routes have no other type than these fields say, and no metrics.
+    pub plain: bool,
 }
 
 /// A neighbour that is known for good.
@@ -117,7 +126,7 @@ impl Net {
     /// The addresses of all devices, link-local ones included.
     pub async fn addresses(&self) -> Result<Vec<Address>, NetError> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        let all = self.list("addresses", request, |message| match message {
+        let all = self.list("addresses", request, wire::Scope::All, |message| match message {
             RouteNetlinkMessage::NewAddress(address) => Some(address),
             _ => None,
         })?;
@@ -158,10 +167,25 @@ impl Net {
         absent_is_false(deleted).map_err(|error| self.failed(shown(route), "delete", error))
     }
 
-    /// Cirri's own routes ([`ROUTE_PROTOCOL`]) of both families.
-    pub async fn routes(&self) -> Result<Vec<Route>, NetError> {
-        let own = |message: &RouteMessage| message.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL);
-        Ok(self.route_messages().await?.iter().filter(|message| own(message)).filter_map(described).collect())
+    /// Cirri's own routes ([`ROUTE_PROTOCOL`]) of both families. The kernel picks them out: others may have a hundred
+    /// thousand.
+    pub async fn routes(&self) -> Result<Vec<OwnRoute>, NetError> {
+        let mut all = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            request.header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
+            request.header.table = RouteHeader::RT_TABLE_MAIN;
+            all.extend(self.route_list(request, wire::Scope::Picked)?);
+        }
+        let one = |message: &RouteMessage| Some(OwnRoute { route: described(message)?, plain: is_plain(message) });
+        Ok(all.iter().filter_map(one).collect())
+    }
+
+    /// Networks inside these that routes of others in the main tables lead to.
+    pub async fn strange_routes(&self, within: &[(IpAddr, u8)]) -> Result<Vec<(IpAddr, u8)>, NetError> {
+        let all = self.route_messages().await?;
+        Ok(all.iter().filter_map(|message| stranger(message, within)).collect())
     }
 
     /// The device and the router of the default route with the smallest metric, whoever made it.
@@ -214,7 +238,7 @@ impl Net {
 
     async fn neighbours_in(&self, wanted: impl Fn(NeighbourState) -> bool) -> Result<Vec<Neighbour>, NetError> {
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        let all = self.list("neighbours", request, |message| match message {
+        let all = self.list("neighbours", request, wire::Scope::All, |message| match message {
             RouteNetlinkMessage::NewNeighbour(neighbour) => Some(neighbour),
             _ => None,
         })?;
@@ -252,18 +276,25 @@ impl Net {
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
-            let listed = self.list("routes", RouteNetlinkMessage::GetRoute(request), |message| match message {
-                RouteNetlinkMessage::NewRoute(route) => Some(route),
-                _ => None,
-            });
-            match listed {
-                Ok(routes) => all.extend(routes),
-                // A kernel without this family has no routes of it.
-                Err(NetError::Kernel { error, .. }) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
-                Err(error) => return Err(error),
-            }
+            all.extend(self.route_list(request, wire::Scope::All)?);
         }
         Ok(all)
+    }
+
+    fn route_list(&self, request: RouteMessage, scope: wire::Scope) -> Result<Vec<RouteMessage>, NetError> {
+        let listed = self.list("routes", RouteNetlinkMessage::GetRoute(request), scope, |message| match message {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        });
+        match listed {
+            // A kernel without this family has no routes of it, and one without a table none in that.
+            Err(NetError::Kernel { error, .. })
+                if [libc::EAFNOSUPPORT, libc::ENOENT].map(Some).contains(&error.raw_os_error()) =>
+            {
+                Ok(Vec::new())
+            }
+            listed => listed,
+        }
     }
 
     pub(super) fn message(&self, route: &Route) -> Result<RouteMessage, NetError> {
@@ -289,6 +320,33 @@ impl Net {
         }
         Ok(builder.build())
     }
+}
+
+/// The network that a route of somebody else leads to, if that is a main table's and inside one of these.
+pub(super) fn stranger(message: &RouteMessage, within: &[(IpAddr, u8)]) -> Option<(IpAddr, u8)> {
+    let foreign = message.header.protocol != RouteProtocol::from(ROUTE_PROTOCOL);
+    let to = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(to) => ip(to),
+        _ => None,
+    })?;
+    let prefix = message.header.destination_prefix_length;
+    let inside = within.iter().any(|(net, bits)| *bits < prefix && first_bits(*net, *bits) == first_bits(to, *bits));
+    (foreign && table(message) == u32::from(RouteHeader::RT_TABLE_MAIN) && inside).then_some((to, prefix))
+}
+
+/// The network of an address; of IPv4 with a bit that no address of IPv6 has.
+fn first_bits(ip: IpAddr, bits: u8) -> (bool, u128) {
+    let (all, width) = match ip {
+        IpAddr::V4(ip) => (u128::from(ip.to_bits()), 32u32),
+        IpAddr::V6(ip) => (ip.to_bits(), 128),
+    };
+    (ip.is_ipv4(), all.checked_shr(width.saturating_sub(bits.into())).unwrap_or_default())
+}
+
+/// Whether a route is no more than [`described`] says.
+fn is_plain(message: &RouteMessage) -> bool {
+    let more = message.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Metrics(_)));
+    matches!(message.header.kind, RouteType::Unicast | RouteType::Unreachable) && !more
 }
 
 /// The number of its table.

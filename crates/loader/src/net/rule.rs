@@ -8,7 +8,7 @@ use rtnetlink::packet_route::{
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
-use super::{Net, NetError, ROUTE_PROTOCOL, Route, absent_is_false, host_bits, kernel, route};
+use super::{Net, NetError, ROUTE_PROTOCOL, Route, absent_is_false, host_bits, kernel, route, wire};
 
 /// Where the rules stand: after the one for the machine's own addresses (0), before the main table (32766).
 const PRIORITY: u32 = 19_300;
@@ -78,7 +78,7 @@ impl Net {
     async fn rules(&self, family: IpAddr) -> Result<Vec<RuleMessage>, NetError> {
         let mut request = RuleMessage::default();
         request.header.family = if family.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        self.list("rules", RouteNetlinkMessage::GetRule(request), |message| match message {
+        self.list("rules", RouteNetlinkMessage::GetRule(request), wire::Scope::All, |message| match message {
             RouteNetlinkMessage::NewRule(rule) => Some(rule),
             _ => None,
         })

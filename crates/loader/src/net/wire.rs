@@ -17,8 +17,10 @@ pub(super) enum Scope {
     One,
     /// One that shall be made.
     New,
-    /// All that match.
+    /// All of a kind.
     All,
+    /// Those of a kind that have what the request says, picked out by the kernel (Linux 4.20).
+    Picked,
 }
 
 /// How often all that match are asked for again because they changed meanwhile.
@@ -38,12 +40,15 @@ where
     let mut socket = Socket::new(protocol)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
+    if scope == Scope::Picked {
+        socket.set_netlink_get_strict_chk(true)?;
+    }
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST
         | match scope {
             Scope::One => NLM_F_ACK,
             Scope::New => NLM_F_ACK | NLM_F_CREATE,
-            Scope::All => NLM_F_DUMP,
+            Scope::All | Scope::Picked => NLM_F_DUMP,
         };
     let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(request));
     message.finalize();

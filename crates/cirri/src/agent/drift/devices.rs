@@ -41,6 +41,8 @@ impl Core {
                 Some(link) => {
                     if !link.up {
                         note("it is down".to_owned(), "bring it up; nothing leaves the node by it until then");
+                    } else if !link.carrier {
+                        note("it has no carrier".to_owned(), "see its cable, or its other end: nothing leaves by it");
                     }
                     if link.index != known.index {
                         tracing::warn!(device = known.name, was = known.index, now = link.index, "device is back");
@@ -48,7 +50,9 @@ impl Core {
                             self.node.uplink = link.index;
                         }
                         // Its settings are fresh, too.
-                        self.settings.set(&node::rp_filter(&known.name), "0")?;
+                        for (setting, value) in node::device_settings(&known.name, self.node.v6.is_some()) {
+                            self.settings.set(&setting, value)?;
+                        }
                         moved = true;
                     }
                     known.clone_from(link);
@@ -70,14 +74,18 @@ impl Core {
         let known = self.node.overlay.as_ref().map_or(0, |link| link.index);
         let here = links.iter().find(|link| link.name == OVERLAY);
         let by_number = links.iter().find(|link| link.index == known);
-        let wanted =
-            format!("{OVERLAY}, a VXLAN device for UDP port {}, MTU {}, up", cirri_abi::VXLAN_PORT, self.node.mtu);
+        let wanted = format!(
+            "{OVERLAY}, a VXLAN device for UDP port {}, MTU {}, no ARP, up",
+            cirri_abi::VXLAN_PORT,
+            self.node.mtu
+        );
         let found = match (here, by_number) {
             (None, None) => "it is gone".to_owned(),
             (None, Some(link)) => format!("it is called {} now", link.name),
             (Some(link), _) if !node::is_overlay(link) => format!("a device of kind {:?} made otherwise", link.kind),
             (Some(link), _) if link.controller.is_some() => "it is a port of a bridge".to_owned(),
             (Some(link), _) if link.mtu != self.node.mtu => format!("its MTU is {}", link.mtu),
+            (Some(link), _) if !link.noarp => "it asks for Ethernet addresses".to_owned(),
             (Some(link), _) if !link.up => "it is down".to_owned(),
             (Some(link), _) if link.index != known => "it was made anew".to_owned(),
             (Some(_), _) => return Ok(()),

@@ -9,6 +9,7 @@
 //! Until it has been left alone for a while it is a problem of status.
 
 mod devices;
+mod files;
 mod programs;
 mod records;
 mod repairs;
@@ -22,16 +23,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cirri_abi::RulesetSlot;
-use cirri_loader::net::NetworkNews;
+use cirri_loader::net::{Changed, NetworkNews, Watched};
 
 use super::Shared;
 use super::core::Core;
 use super::problems::Finding;
 use crate::api::ProblemKind;
 
+pub use files::OpenFile;
 pub use programs::judge;
 pub use records::Mend;
 pub use repairs::Repairs;
+use routes::Strangers;
 
 /// How often that is looked at of which the kernel tells nothing.
 pub const EVERY: Duration = Duration::from_secs(3);
@@ -66,6 +69,10 @@ pub struct Drift {
     up: BTreeSet<u32>,
     /// Whether the store had news of what this node wrote there, since it was compared last.
     pub stored: bool,
+    /// Files that are kept open.
+    pub files: Vec<OpenFile>,
+    /// Networks of others' routes inside networks of ours.
+    strangers: Strangers,
     /// Since when workloads have no device any more.
     gone: BTreeMap<u16, Instant>,
 }
@@ -109,17 +116,23 @@ pub async fn watch(shared: Arc<Shared>, mut news: NetworkNews) {
             () = tokio::time::sleep_until(next.into()) => None,
         };
         let mut by = 0;
+        let mut strangers = deaf;
         if let Some(change) = told {
             tokio::time::sleep(BURST).await;
-            by = change.by;
-            while let Some(change) = news.known() {
+            let mut next = Some(change);
+            while let Some(change) = next {
                 by = if change.by == 0 { by } else { change.by };
+                strangers |= matches!(change.what, Changed::Stranger | Changed::Unknown);
+                next = news.known();
             }
         }
         let rest = Instant::now() >= next;
         round = round.wrapping_add(rest.into());
         let network = told.is_some() || deaf || round.is_multiple_of(NETWORK);
-        let took = shared.compare(network, rest, by).await;
+        let took = shared.compare(network, rest, strangers, by).await;
+        if network {
+            news.watch(shared.core.lock().await.watched());
+        }
         tracing::debug!(?took, network, rest, "compared");
         if rest {
             next = Instant::now() + EVERY;
@@ -134,9 +147,12 @@ pub async fn watch(shared: Arc<Shared>, mut news: NetworkNews) {
 impl Shared {
     /// Compares the network, the rest, or both, and wakes those who make it right. Answers how much processor time
     /// that took.
-    async fn compare(self: &Arc<Self>, network: bool, rest: bool, by: u32) -> Duration {
+    async fn compare(self: &Arc<Self>, network: bool, rest: bool, strangers: bool, by: u32) -> Duration {
         let mut core = self.core.lock().await;
         let (now, began) = (Instant::now(), cpu_time());
+        if strangers {
+            core.drift.strangers.suspect();
+        }
         if by != 0 {
             core.drift.changed_by = by;
         }
@@ -182,6 +198,13 @@ impl Core {
         Ok(())
     }
 
+    /// What of the many neighbours and routes of a node may be changed to Cirri's harm.
+    fn watched(&self) -> Watched {
+        let neighbours = self.rows.routes.iter().filter(|(_, row)| row.neighbour.is_some());
+        let neighbours = neighbours.map(|(net, row)| (row.route.device, net.addr())).collect();
+        Watched { neighbours, networks: self.networks() }
+    }
+
     /// What the kernel tells nothing about. What cannot be compared keeps nothing else from it.
     fn compare_rest(&mut self, now: Instant) -> anyhow::Result<()> {
         let mut findings = Findings::new();
@@ -190,7 +213,8 @@ impl Core {
         if self.filled {
             outcome = outcome.and(self.compare_programs(now, &mut findings));
             self.compare_kept(now);
-            kinds.extend([ProblemKind::Program, ProblemKind::Pin]);
+            self.compare_files(&mut findings);
+            kinds.extend([ProblemKind::Program, ProblemKind::Pin, ProblemKind::File]);
             if self.drift.maps.is_due(now) {
                 let began = cpu_time();
                 outcome = outcome.and(self.compare_tables(now));

@@ -11,6 +11,7 @@ use crate::agent::endpoint::Endpoint;
 use crate::agent::problems::Finding;
 use crate::agent::{attach, start};
 use crate::api::ProblemKind;
+use crate::workload;
 
 /// What is wrong with a device, and how to make it right.
 enum Wrong<'a> {
@@ -18,6 +19,7 @@ enum Wrong<'a> {
     Bridge,
     Address,
     Mtu(u32),
+    Alias,
     Down,
 }
 
@@ -55,6 +57,7 @@ impl Core {
                     Wrong::Bridge => self.net.unset_controller(object).await,
                     Wrong::Address => self.net.set_mac(object, GATEWAY_MAC).await,
                     Wrong::Mtu(mtu) => self.net.set_mtu(object, mtu).await,
+                    Wrong::Alias => self.net.set_alias(link.index, &workload::owner(&endpoint.attachment)).await,
                     Wrong::Down => self.net.set_up(object).await,
                 }
             };
@@ -90,9 +93,21 @@ impl Core {
         Ok(())
     }
 
-    /// What the kernel keeps of workloads is written again where its pin is gone.
+    /// What is written about workloads is written again where it is gone: files, of which whole directories are looked
+    /// for, and pins of what the kernel keeps.
     pub(super) fn compare_kept(&mut self, now: Instant) {
         let Core { endpoints, ledger, drift, .. } = self;
+        for directory in ledger.directories().filter(|directory| !endpoints.is_empty() && !directory.exists()) {
+            let object = directory.display().to_string();
+            if !drift.repair(ProblemKind::File, &object, "it was removed", "what is known of each workload", now) {
+                continue;
+            }
+            for endpoint in endpoints.values() {
+                if let Err(error) = ledger.save(endpoint) {
+                    tracing::warn!(endpoint = endpoint.id, %error, "it is not written anew");
+                }
+            }
+        }
         for endpoint in endpoints.values() {
             let pin = ledger.pin(endpoint.id);
             let object = pin.display().to_string();
@@ -135,6 +150,8 @@ fn wrong_with<'a>(link: &'a Link, endpoint: &Endpoint, mtu: u32) -> Option<Wrong
         Some(Wrong::Address)
     } else if link.mtu != mtu {
         Some(Wrong::Mtu(mtu))
+    } else if link.alias != workload::owner(&endpoint.attachment) {
+        Some(Wrong::Alias)
     } else if !link.up {
         Some(Wrong::Down)
     } else {
@@ -148,11 +165,12 @@ impl Wrong<'_> {
             Wrong::Name(name) => (format!("it is called {name} now"), endpoint.host_ifname.clone()),
             Wrong::Bridge => ("it is a port of a bridge".to_owned(), "no bridge's port".to_owned()),
             Wrong::Address => {
-                let shown = |mac| crate::workload::mac_text(mac);
+                let shown = |mac| workload::mac_text(mac);
                 let there = link.mac.map(shown).unwrap_or_default();
                 (format!("its Ethernet address is {there}"), shown(GATEWAY_MAC))
             }
             Wrong::Mtu(_) => (format!("its MTU is {}", link.mtu), format!("MTU {mtu}")),
+            Wrong::Alias => (format!("its alias is {:?}", link.alias), workload::owner(&endpoint.attachment)),
             Wrong::Down => ("it is down".to_owned(), "up".to_owned()),
         }
     }
