@@ -381,6 +381,66 @@ async fn a_link_that_lost_its_pin_is_found_again_and_not_made_twice() {
 }
 
 #[tokio::test]
+async fn programs_that_were_taken_off_together_with_all_pins_are_attached_again() {
+    let (instance, place) = (TestInstance::new(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
+    let places = [Place::Workload(ifindex), Place::Sockets];
+    let tried = place.namespace.run(|| {
+        let mut datapath = instance.load();
+        let cgroup = cirri_loader::cgroup_root().expect("mounted").join(instance.options.instance.as_str());
+        fs::create_dir(&cgroup).expect("a control group");
+        let attach = |datapath: &mut Datapath| {
+            datapath.attach_workload("lxc1").expect("attached");
+            datapath.attach_sockets(&cgroup).expect("attached");
+        };
+        attach(&mut datapath);
+        datapath.audit(&places).expect("looked");
+        let damage = || {
+            for name in names_in(&instance.dir().join("links")) {
+                let pin = instance.dir().join("links").join(name);
+                let detached = Command::new("bpftool").args(["link", "detach", "pinned"]).arg(pin).status();
+                assert!(detached.expect("bpftool runs").success());
+            }
+            fs::remove_dir_all(instance.dir()).expect("removed");
+        };
+        damage();
+        // In this order, and in the other: something may be attached before it is looked for.
+        attach(&mut datapath);
+        damage();
+        assert_eq!(datapath.audit(&places).expect("looked").misplaced.len(), 12);
+        attach(&mut datapath);
+        assert_eq!(datapath.misplaced(&places), []);
+        damage();
+        datapath.detach(ifindex).expect("nothing there is no error");
+        let looked = datapath.audit(&[]);
+        fs::remove_dir(&cgroup).expect("removed");
+        looked.expect("looked");
+    });
+    tried.expect("in the namespace");
+}
+
+#[test]
+fn an_instance_whose_directory_was_removed_is_claimed_again_with_the_new_one() {
+    let instance = TestInstance::new();
+    let (root, name) = (&instance.options.pin_root, &instance.options.instance);
+    let claim = || Datapath::claim(root, name);
+    let mut datapath = instance.load();
+    datapath.keep_claim(claim().expect("nobody else's"));
+    fs::remove_dir_all(instance.dir()).expect("removed");
+    assert_eq!(datapath.audit(&[]).expect("looked").taken, None);
+    assert!(matches!(claim(), Err(LoadError::Busy { .. })), "another could take the instance over");
+    assert!(matches!(Datapath::purge(root, name), Err(LoadError::Busy { .. })), "another could take it apart");
+
+    // Somebody else may be faster.
+    fs::remove_dir_all(instance.dir()).expect("removed");
+    let other = claim().expect("a new directory");
+    assert!(datapath.audit(&[]).expect("looked").taken.is_some_and(|taken| taken.ends_with(name.as_str())));
+    drop(other);
+    assert_eq!(datapath.audit(&[]).expect("looked").taken, None);
+    assert!(matches!(claim(), Err(LoadError::Busy { .. })));
+}
+
+#[tokio::test]
 async fn a_device_that_is_not_there_is_named() {
     let (instance, place) = (TestInstance::new(), TestNamespace::new());
     let error =

@@ -329,6 +329,26 @@ fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
 }
 
 #[test]
+fn a_running_agent_keeps_its_instance_also_when_its_pins_were_removed() {
+    let machine = Machine::new("claim");
+    let instance = machine.name.clone();
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    let running = machine.state();
+    fs::remove_dir_all(Path::new("/sys/fs/bpf/cirri").join(&instance)).unwrap();
+    eventually("the pins are back", PATIENCE, || machine.state()["pins"] == running["pins"]);
+    let file = machine.stolen_file(&instance);
+    for arguments in [&["agent", "--config", &file, "--cleanup"][..], &["agent", "--config", &file]] {
+        let output = machine.cirri(arguments);
+        assert!(!output.status.success(), "{arguments:?} beside the running agent");
+        fs::remove_dir_all(machine.path("state-stolen")).unwrap();
+        machine.assert_state(&running, "another of the same instance was refused");
+    }
+    agent.stop();
+    machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+}
+
+#[test]
 fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_keeps_them() {
     let machine = Machine::new("lb");
     let before = machine.state();

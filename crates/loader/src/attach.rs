@@ -1,26 +1,26 @@
 //! Programs on devices: attached, replaced by an upgrade, taken off.
 
 use std::{
-    io,
+    fs, io,
     mem::ManuallyDrop,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use aya::programs::{
-    LinkOrder, SchedClassifier, TcAttachType,
-    links::{FdLink, LinkError},
+    SchedClassifier, TcAttachType,
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
 };
 
 use crate::{
+    chain,
     datapath::Datapath,
     edge,
     error::LoadError,
     features::Hooking,
-    net::filter_on,
+    net::{filter_on, probe},
     pins::{Pins, at},
-    sys::{self, LinkInfo},
+    sys::{self, Direction, LinkInfo},
 };
 
 /// A program on a device, or on the sockets of a cgroup.
@@ -119,13 +119,18 @@ impl Datapath {
     fn attach(&mut self, device: &str, programs: &[(&'static str, TcAttachType)]) -> Result<u32, LoadError> {
         let ifindex = device_number(device)?;
         self.programs.load(&names(programs))?;
-        self.before_attaching(ifindex);
+        self.before_attaching(ifindex)?;
         for &(program, direction) in programs {
             let pin = self.pins.link(program, ifindex);
-            let classifier = self.programs.classifier(program)?;
             match self.hooking {
-                Hooking::Tcx => attach_tcx(classifier, program, direction, device, ifindex, &pin)?,
-                Hooking::Clsact => attach_clsact(classifier, direction, device).map_err(attaching(program, device))?,
+                Hooking::Tcx => {
+                    let place = chain::Place { program, device, ifindex, direction: direction_of(program) };
+                    attach_tcx(self.programs.fd(program)?.as_fd(), place, &pin)?;
+                }
+                Hooking::Clsact => {
+                    let classifier = self.programs.classifier(program)?;
+                    attach_clsact(classifier, direction, device).map_err(attaching(program, device))?;
+                }
             }
         }
         // What another version attached here and this one does not. The edge is the network's companion.
@@ -142,30 +147,24 @@ impl Datapath {
     }
 }
 
-/// Replaces the program of the pinned link, or makes the link and pins it.
-fn attach_tcx(
-    classifier: &mut SchedClassifier,
-    program: &'static str,
-    direction: TcAttachType,
-    device: &str,
-    ifindex: u32,
-    pin: &Path,
-) -> Result<(), LoadError> {
-    if let Some((link, info)) = pinned_on(pin, ifindex)? {
-        // The number alone does not name a device: another namespace may have it too.
-        let (_, here) = SchedClassifier::query_tcx(device, direction).map_err(attaching(program, device))?;
-        if !here.iter().any(|other| other.id() == info.program) {
-            return Err(LoadError::ForeignLink { path: pin.to_owned(), ifindex });
-        }
-        let new = classifier.fd().map_err(attaching(program, device))?;
-        return sys::update_link(link.as_fd(), new.as_fd()).map_err(attaching(program, device));
+/// Replaces the program of the pinned link, or makes the link and pins it. In the end the program runs first.
+fn attach_tcx(program: BorrowedFd<'_>, place: chain::Place<'_>, pin: &Path) -> Result<(), LoadError> {
+    let chain::Place { program: name, device, ifindex, direction } = place;
+    chain::end_move(pin)?;
+    let Some((link, info)) = pinned_on(pin, ifindex)? else {
+        let link = sys::link_tcx_first(program, ifindex, direction).map_err(attaching(name, device))?;
+        return sys::pin(link.as_fd(), pin).map_err(at(pin, "pin"));
+    };
+    // The number alone does not name a device: another namespace may have it too.
+    let there = sys::chain(ifindex, direction).map_err(attaching(name, device))?;
+    if !there.iter().any(|other| other.link == info.id) {
+        return Err(LoadError::ForeignLink { path: pin.to_owned(), ifindex });
     }
-    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = classifier.attach_with_options(device, direction, options).map_err(attaching(program, device))?;
-    let link = classifier.take_link(id).map_err(attaching(program, device))?;
-    let link: FdLink = link.try_into().map_err(|error: LinkError| attaching(program, device)(error))?;
-    link.pin(pin).map_err(attaching(program, device))?;
-    Ok(())
+    sys::update_link(link.as_fd(), program).map_err(attaching(name, device))?;
+    match chain::before(name, ifindex, direction, &there, info.id) {
+        Some(_) => chain::move_to_front(program, place, link.as_fd(), pin),
+        None => Ok(()),
+    }
 }
 
 /// Replaces our filter, or makes it.
@@ -195,9 +194,6 @@ fn attach_clsact(
 
 /// What is attached by pinned links, device gone or not.
 pub(crate) fn pinned_of(pins: &Pins) -> Result<Vec<Attachment>, LoadError> {
-    if !pins.links().exists() {
-        return Ok(Vec::new());
-    }
     let mut all: Vec<_> = pins.links_now()?.iter().filter_map(|(path, _)| attachment(path)).collect();
     all.sort();
     Ok(all)
@@ -206,16 +202,12 @@ pub(crate) fn pinned_of(pins: &Pins) -> Result<Vec<Attachment>, LoadError> {
 /// The workloads' devices of an instance that are in the calling thread's namespace.
 pub(crate) fn workloads(pins: &Pins) -> Result<Vec<String>, LoadError> {
     let mut devices = Vec::new();
-    if !pins.links().exists() {
-        return Ok(devices);
-    }
     for (path, info) in pins.links_now()? {
         let ingress = attachment(&path).is_some_and(|it| it.program == WORKLOAD[0].0);
         let Some(device) = device_name(info.ifindex()).ok().filter(|_| ingress) else { continue };
         // The number alone does not name a device: another namespace may have it too.
-        let (_, here) =
-            SchedClassifier::query_tcx(&device, WORKLOAD[0].1).map_err(attaching(WORKLOAD[0].0, &device))?;
-        if here.iter().any(|program| program.id() == info.program) {
+        let here = sys::chain(info.ifindex(), Direction::Ingress).map_err(attaching(WORKLOAD[0].0, &device))?;
+        if here.iter().any(|other| other.link == info.id) {
             devices.push(device);
         }
     }
@@ -224,10 +216,17 @@ pub(crate) fn workloads(pins: &Pins) -> Result<Vec<String>, LoadError> {
 
 /// The number of the program in the place of our filter on a device, without tcx; `None`: there is no filter.
 pub(crate) fn filter(attachment: &Attachment) -> io::Result<Option<u32>> {
-    let programs = [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten();
-    let direction = programs.filter(|(name, _)| *name == attachment.program).map(|(_, direction)| direction).next();
-    let ingress = direction.is_none_or(|direction| matches!(direction, TcAttachType::Ingress));
+    let ingress = direction_of(&attachment.program) == Direction::Ingress;
     filter_on(attachment.ifindex, ingress, FILTER.priority, FILTER.handle.into())
+}
+
+/// Which packets of its device a program gets.
+pub(crate) fn direction_of(program: &str) -> Direction {
+    let mut programs = [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten();
+    match programs.find(|(name, _)| *name == program) {
+        Some((_, TcAttachType::Egress)) => Direction::Egress,
+        _ => Direction::Ingress,
+    }
 }
 
 /// The pinned link, if it is on this device. One that is not is of a device that is gone: its pin is
@@ -237,7 +236,7 @@ pub(crate) fn pinned_on(pin: &Path, ifindex: u32) -> Result<Option<(OwnedFd, Lin
     if info.ifindex() == ifindex {
         return Ok(Some((link, info)));
     }
-    std::fs::remove_file(pin).map_err(at(pin, "unpin"))?;
+    fs::remove_file(pin).map_err(at(pin, "unpin"))?;
     Ok(None)
 }
 
@@ -266,16 +265,12 @@ pub(crate) fn attachment(pin: &Path) -> Option<Attachment> {
 }
 
 pub(crate) fn device_number(device: &str) -> Result<u32, LoadError> {
-    let number = probe_socket().and_then(|socket| Ok(rustix::net::netdevice::name_to_index(socket, device)?));
+    let number = probe().and_then(|socket| Ok(rustix::net::netdevice::name_to_index(socket, device)?));
     number.map_err(|_| LoadError::NoDevice { device: device.into() })
 }
 
-fn device_name(ifindex: u32) -> io::Result<String> {
-    Ok(rustix::net::netdevice::index_to_name(probe_socket()?, ifindex)?)
-}
-
-fn probe_socket() -> io::Result<std::net::UdpSocket> {
-    std::net::UdpSocket::bind("0.0.0.0:0")
+pub(crate) fn device_name(ifindex: u32) -> io::Result<String> {
+    Ok(rustix::net::netdevice::index_to_name(probe()?, ifindex)?)
 }
 
 #[cfg(test)]

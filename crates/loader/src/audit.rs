@@ -19,16 +19,25 @@ use cirri_abi::map;
 
 use crate::{
     attach::{self, Attachment},
+    chain::{self, Before},
     datapath::Datapath,
     edge,
     error::{LoadError, MapError},
     features::Hooking,
-    pins::at,
+    pins::{at, create},
     socket_hooks, sys,
 };
 
 /// Links that are held open, by program and device.
-pub(crate) type Held = BTreeMap<Attachment, OwnedFd>;
+pub(crate) type Held = BTreeMap<Attachment, HeldLink>;
+
+/// A link that is held open.
+#[derive(Debug)]
+pub(crate) struct HeldLink {
+    link: OwnedFd,
+    /// The kernel's number of it.
+    id: u32,
+}
 
 /// Where programs should be.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -59,12 +68,24 @@ pub struct Misplaced {
 }
 
 /// What is found in the place of a program.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Found {
     /// Nothing: it was taken off.
     Nothing,
     /// Another program in its link, by the kernel's number of it.
     Other(u32),
+    /// The program, but behind one of somebody else, which decides without it.
+    Behind(Before),
+}
+
+impl Found {
+    /// What should be there instead.
+    pub fn wanted(&self) -> &'static str {
+        match self {
+            Found::Behind(_) => "the first program there",
+            Found::Nothing | Found::Other(_) => "attached",
+        }
+    }
 }
 
 impl fmt::Display for Found {
@@ -72,6 +93,10 @@ impl fmt::Display for Found {
         match self {
             Found::Nothing => f.write_str("the program was taken off"),
             Found::Other(id) => write!(f, "program {id} stands in its place"),
+            Found::Behind(Before { id, name }) if name.is_empty() => {
+                write!(f, "program {id} of somebody else runs before it")
+            }
+            Found::Behind(Before { id, name }) => write!(f, "program {id} ({name}) of somebody else runs before it"),
         }
     }
 }
@@ -87,6 +112,8 @@ pub struct Audit {
     pub unpinned: Vec<(String, String)>,
     /// Entries of maps that this writes by itself, that were altered, and were written again.
     pub rewritten: Vec<String>,
+    /// Somebody else took the instance when its directory had gone, by the directory's name.
+    pub taken: Option<String>,
 }
 
 impl Datapath {
@@ -96,6 +123,7 @@ impl Datapath {
     /// The pins cannot be listed.
     pub fn audit(&mut self, places: &[Place]) -> Result<Audit, LoadError> {
         let mut audit = Audit::default();
+        self.audit_directory(&mut audit);
         self.audit_maps(&mut audit);
         self.audit_kept(&mut audit);
         let pinned = self.hold()?;
@@ -103,12 +131,12 @@ impl Datapath {
         // Who asks need not know yet what was attached a moment ago.
         self.held.retain(|attachment, _| wanted.contains(attachment) || pinned.contains(attachment));
         audit.misplaced = self.misplaced(places);
-        for it in &audit.misplaced {
+        for it in audit.misplaced.iter().filter(|it| !matches!(it.found, Found::Behind(_))) {
             // The link that comes next is another one.
             self.held.remove(&it.attachment());
         }
-        for (attachment, link) in self.held.iter().filter(|(attachment, _)| !pinned.contains(attachment)) {
-            put_back(&self.pins.link(&attachment.program, attachment.ifindex), link, &mut audit);
+        for (attachment, held) in self.held.iter().filter(|(attachment, _)| !pinned.contains(attachment)) {
+            put_back(&self.pins.link(&attachment.program, attachment.ifindex), &held.link, &mut audit);
         }
         self.audit_edge_devices(&pinned, &mut audit)?;
         Ok(audit)
@@ -141,8 +169,20 @@ impl Datapath {
                 Err(_) => None,
             };
         }
-        let info = self.held.get(attachment).and_then(|link| sys::link_info(link.as_fd()).ok());
-        match info.filter(|info| !info.is_loose()) {
+        let Some(held) = self.held.get(attachment) else { return Some(Found::Nothing) };
+        let direction = attach::direction_of(&attachment.program);
+        // Of its device the kernel tells all programs in their order; what is elsewhere can only be asked by the link.
+        if !matches!(place, Place::Sockets | Place::Edge(_))
+            && let Ok(chain) = sys::chain(attachment.ifindex, direction)
+        {
+            let Some(there) = chain.iter().find(|it| it.link == held.id) else { return Some(Found::Nothing) };
+            if ours.is_some_and(|ours| ours != there.program) {
+                return Some(Found::Other(there.program));
+            }
+            let before = chain::before(&attachment.program, attachment.ifindex, direction, &chain, held.id);
+            return before.map(Found::Behind);
+        }
+        match sys::link_info(held.link.as_fd()).ok().filter(|info| !info.is_loose()) {
             Some(info) => ours.filter(|ours| *ours != info.program).map(|_| Found::Other(info.program)),
             None => Some(Found::Nothing),
         }
@@ -157,29 +197,51 @@ impl Datapath {
             let Some(attachment) = attach::attachment(&path) else { continue };
             if !self.held.contains_key(&attachment)
                 && let Ok(link) = sys::open_pin(&path)
+                && let Ok(info) = sys::link_info(link.as_fd())
             {
-                self.held.insert(attachment.clone(), link);
+                self.held.insert(attachment.clone(), HeldLink { link, id: info.id });
             }
             pinned.insert(attachment);
         }
         Ok(pinned)
     }
 
-    /// Before programs are attached to a device (or to sockets): links that lost their pins are found again by them.
-    pub(crate) fn before_attaching(&mut self, ifindex: u32) {
+    /// Before programs are attached to a device (or to sockets): links that lost their pins are found again by them, and
+    /// the directory of new ones is there.
+    pub(crate) fn before_attaching(&mut self, ifindex: u32) -> Result<(), LoadError> {
+        create(&self.pins.links())?;
         let of_it = self.held.iter().filter(|(attachment, _)| attachment.ifindex == ifindex);
-        for (attachment, link) in of_it {
+        for (attachment, held) in of_it {
             let pin = self.pins.link(&attachment.program, ifindex);
-            if !pin.exists() && sys::link_info(link.as_fd()).is_ok_and(|info| !info.is_loose()) {
-                put_back(&pin, link, &mut Audit::default());
+            if !pin.exists() && sys::link_info(held.link.as_fd()).is_ok_and(|info| !info.is_loose()) {
+                put_back(&pin, &held.link, &mut Audit::default());
             }
         }
+        Ok(())
     }
 
     /// After that: what is pinned there now is held, and nothing else.
     pub(crate) fn after_attaching(&mut self, ifindex: u32) -> Result<(), LoadError> {
         self.held.retain(|attachment, _| attachment.ifindex != ifindex);
         self.hold().map(drop)
+    }
+
+    /// The directory of the instance: a start of another process must find it, and its claim.
+    fn audit_directory(&mut self, audit: &mut Audit) {
+        let links = self.pins.links();
+        if !links.exists()
+            && let Err(error) = create(&links)
+        {
+            audit.unpinned.push((shown(&links), error.to_string()));
+            return;
+        }
+        let Some(claim) = &mut self.claim else { return };
+        if let Err(error) = self.pins.claim_again(claim) {
+            match error {
+                LoadError::Busy { path } => audit.taken = Some(path.display().to_string()),
+                error => audit.unpinned.push((shown(&links), error.to_string())),
+            }
+        }
     }
 
     /// The pins that the next start finds maps by. One that was looked at is not opened again: as long as it is there,

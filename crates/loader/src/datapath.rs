@@ -47,6 +47,8 @@ pub struct Datapath {
     pub(crate) right_pins: BTreeMap<&'static str, u64>,
     /// What was written into `EDGE_DEVICES`, by device.
     pub(crate) edge_devices: BTreeMap<u32, u32>,
+    /// The lock on the instance's directory, from [`Datapath::keep_claim`] on.
+    pub(crate) claim: Option<File>,
     tables: Tables,
     /// Whether the maps, and with them all flows, came from an earlier run.
     resumed: bool,
@@ -173,6 +175,7 @@ impl Datapath {
             held: Held::new(),
             right_pins: BTreeMap::new(),
             edge_devices: BTreeMap::new(),
+            claim: None,
             tables,
             resumed,
         })
@@ -182,6 +185,12 @@ impl Datapath {
     pub fn claim(pin_root: &Path, instance: &str) -> Result<File, LoadError> {
         features::bpffs(pin_root)?;
         Pins::open(pin_root, instance)?.claim()
+    }
+
+    /// Keeps what [`Datapath::claim`] answered, and claims the instance again where somebody removed its directory: the
+    /// lock went with that.
+    pub fn keep_claim(&mut self, claim: File) {
+        self.claim = Some(claim);
     }
 
     /// Whether pins below `pin_root` end with the mount namespace of this process, as under `ip netns exec`, which

@@ -80,7 +80,7 @@ impl Datapath {
     /// The programs of [`Datapath::attach_network`] must be there too: they do all that this one leaves.
     pub fn attach_edge(&mut self, device: &str, wanted: EdgeWanted) -> Result<EdgeStatus, LoadError> {
         let ifindex = device_number(device)?;
-        self.before_attaching(ifindex);
+        self.before_attaching(ifindex)?;
         let status = self.try_edge(device, ifindex, wanted);
         self.after_attaching(ifindex)?;
         // A device whose driver runs the program also takes what the program sends to it.

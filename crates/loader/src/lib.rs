@@ -13,6 +13,7 @@
 mod attach;
 mod audit;
 mod bill;
+mod chain;
 mod datapath;
 mod edge;
 mod error;
@@ -38,6 +39,7 @@ mod warnings;
 pub use attach::Attachment;
 pub use audit::{Audit, Found, Misplaced, Place};
 pub use bill::Bill;
+pub use chain::Before;
 pub use datapath::{Datapath, LoadOptions, ProgramStatus, Retired, Use};
 pub use edge::{EdgeMode, EdgeStatus, EdgeWanted};
 pub use error::{LoadError, MapError, VerifierLog};

@@ -16,7 +16,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -78,6 +78,16 @@ impl Pins {
             Err(rustix::io::Errno::WOULDBLOCK) => Err(LoadError::Busy { path: self.dir.clone() }),
             Err(error) => Err(at(&self.dir, "lock")(error.into())),
         }
+    }
+
+    /// Claims the directory anew if it is another one by now: a lock goes with what it was taken on.
+    pub fn claim_again(&self, claim: &mut fs::File) -> Result<(), LoadError> {
+        let inode = |it: fs::Metadata| (it.dev(), it.ino());
+        let now = fs::metadata(&self.dir).map_err(at(&self.dir, "look at"))?;
+        if !claim.metadata().is_ok_and(|claimed| inode(claimed) == inode(now)) {
+            *claim = self.claim()?;
+        }
+        Ok(())
     }
 
     /// The maps in use.
@@ -174,11 +184,15 @@ impl Pins {
         Ok(retired)
     }
 
-    /// Every pinned link with what the kernel says about it.
+    /// Every pinned link with what the kernel says about it; none if somebody removed their directory.
     pub fn links_now(&self) -> Result<Vec<(PathBuf, LinkInfo)>, LoadError> {
         let dir = self.links();
         let mut links = Vec::new();
-        for entry in fs::read_dir(&dir).map_err(at(&dir, "list"))? {
+        let entries = match fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(links),
+            entries => entries.map_err(at(&dir, "list"))?,
+        };
+        for entry in entries {
             let path = entry.map_err(at(&dir, "list"))?.path();
             let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
             let info = sys::link_info(fd.as_fd()).map_err(at(&path, "ask for its link"))?;
@@ -203,10 +217,8 @@ impl Pins {
     pub fn purge(root: &Path, instance: &str) -> Result<(), LoadError> {
         let Some(pins) = Pins::at(root, instance) else { return Ok(()) };
         let _claim = pins.claim()?;
-        if pins.links().exists() {
-            for (link, _) in pins.links_now()? {
-                pins.drop_link(&link)?;
-            }
+        for (link, _) in pins.links_now()? {
+            pins.drop_link(&link)?;
         }
         remove(&pins.dir)?;
         // Not if others have pins there; another root is the administrator's.

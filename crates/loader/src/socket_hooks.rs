@@ -44,7 +44,7 @@ impl Datapath {
         let (dir, number) = open_cgroup(cgroup)?;
         let shown = cgroup.display().to_string();
         self.programs.load(&PROGRAMS)?;
-        self.before_attaching(CGROUP);
+        self.before_attaching(CGROUP)?;
         for program in PROGRAMS {
             let pin = self.pins.link(program, CGROUP);
             let there = pinned(&pin)?;

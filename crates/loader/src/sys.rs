@@ -4,6 +4,8 @@
 //! Every function takes buffers as slices and checks their lengths against the sizes that the
 //! kernel will use, which [`RawMap`] reads from the kernel itself. That is what makes them safe.
 
+mod link;
+
 use std::{
     ffi::CString,
     io,
@@ -12,6 +14,11 @@ use std::{
 };
 
 use cirri_abi::{Map, MapKind};
+
+pub(crate) use link::{
+    Chained, Direction, LinkInfo, chain, detach_link, link_info, link_tcx_first, link_tcx_ingress, link_xdp,
+    update_link,
+};
 
 /// A map with the shape that the kernel says it has.
 #[derive(Debug)]
@@ -32,41 +39,6 @@ pub(crate) struct MapInfo {
     pub value_size: u32,
     pub max_entries: u32,
     pub flags: u32,
-}
-
-/// What a link is, from the kernel (`struct bpf_link_info`, as far as tcx, XDP and cgroups need it).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct LinkInfo {
-    pub kind: u32,
-    pub id: u32,
-    pub program: u32,
-    _align: u32,
-    /// A device's number and, for tcx, the direction; or a cgroup's number.
-    object: [u32; 2],
-}
-
-impl LinkInfo {
-    /// Device of a tcx or XDP link, 0 once it is gone.
-    pub fn ifindex(&self) -> u32 {
-        self.object[0]
-    }
-
-    /// Cgroup of a link to one, 0 once it is gone.
-    pub fn cgroup(&self) -> u64 {
-        let [first, second] = self.object;
-        if cfg!(target_endian = "little") {
-            u64::from(second) << 32 | u64::from(first)
-        } else {
-            u64::from(first) << 32 | u64::from(second)
-        }
-    }
-
-    /// Whether what the link was attached to is gone.
-    pub fn is_loose(&self) -> bool {
-        const CGROUP: u32 = 3;
-        if self.kind == CGROUP { self.cgroup() == 0 } else { self.ifindex() == 0 }
-    }
 }
 
 /// Where a batch lookup goes on.
@@ -279,13 +251,6 @@ fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// What the kernel says about a link.
-pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    let mut info = LinkInfo::default();
-    object_info(fd, &mut info)?;
-    Ok(info)
-}
-
 /// The kernel's number of a map.
 pub(crate) fn map_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
     let mut info = MapInfo::default();
@@ -298,24 +263,6 @@ pub(crate) fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
     let mut info = ProgramInfo::default();
     object_info(fd, &mut info)?;
     Ok(info.id)
-}
-
-/// Attaches an XDP program to a device, the flags saying how (`XDP_FLAGS_*`).
-///
-/// aya would try the older way too when the kernel refuses; what that attaches cannot be kept by a pin.
-pub(crate) fn link_xdp(program: BorrowedFd<'_>, ifindex: u32, flags: u32) -> io::Result<OwnedFd> {
-    const XDP: u32 = 37;
-    let attr = LinkCreate { program: program.as_raw_fd() as u32, target: ifindex, attach_type: XDP, flags };
-    // SAFETY: `attr` is the whole argument and outlives the call.
-    unsafe { bpf(Command::LinkCreate, &attr) }.map(own)
-}
-
-/// Attaches a classifier to what comes in by a device (Linux 6.6).
-pub(crate) fn link_tcx_ingress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
-    const TCX_INGRESS: u32 = 46;
-    let attr = LinkCreate { program: program.as_raw_fd() as u32, target: ifindex, attach_type: TCX_INGRESS, flags: 0 };
-    // SAFETY: `attr` is the whole argument and outlives the call.
-    unsafe { bpf(Command::LinkCreate, &attr) }.map(own)
 }
 
 /// Of what kind a program that does nothing is.
@@ -339,8 +286,18 @@ pub(crate) fn load_probe(kind: ProbeKind) -> io::Result<OwnedFd> {
         ProbeKind::Xdp => (6, 2, 0),
         ProbeKind::SockAddr { hook } => (18, 1, hook),
     };
-    // r0 = passes; exit
-    let code: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, passes, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    load_answer(kind, passes, attach_type)
+}
+
+/// Loads a classifier that answers the same whatever comes (`TCX_*`).
+pub(crate) fn load_classifier(answer: i32) -> io::Result<OwnedFd> {
+    load_answer(3, answer, 0)
+}
+
+fn load_answer(kind: u32, answer: i32, attach_type: u32) -> io::Result<OwnedFd> {
+    let [a, b, c, d] = answer.to_ne_bytes();
+    // r0 = answer; exit
+    let code: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, a, b, c, d], [0x95, 0, 0, 0, 0, 0, 0, 0]];
     let attr = ProgramLoad {
         kind,
         instructions: code.len() as u32,
@@ -354,27 +311,12 @@ pub(crate) fn load_probe(kind: ProbeKind) -> io::Result<OwnedFd> {
     unsafe { bpf(Command::ProgramLoad, &attr) }.map(own)
 }
 
-/// Puts another program in the place of the link's, atomically.
-pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    let attr =
-        LinkUpdate { link: link.as_raw_fd() as u32, program: program.as_raw_fd() as u32, ..LinkUpdate::default() };
-    // SAFETY: `attr` is the whole argument and outlives the call.
-    unsafe { bpf(Command::LinkUpdate, &attr) }.map(drop)
-}
-
 /// Keeps a link by a file on the BPF file system.
 pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let name = c_path(path)?;
     let attr = ObjectPath { path: name.as_ptr() as u64, fd: fd.as_raw_fd() as u32, ..ObjectPath::default() };
     // SAFETY: the path is a C string that outlives the call.
     unsafe { bpf(Command::ObjectPin, &attr) }.map(drop)
-}
-
-/// Takes a link's program off its device at once. Removing the last pin does it too, but later.
-pub(crate) fn detach_link(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let attr = Id { id: fd.as_raw_fd() as u32, ..Id::default() };
-    // SAFETY: `attr` is the whole argument and outlives the call.
-    unsafe { bpf(Command::LinkDetach, &attr) }.map(drop)
 }
 
 /// A program's final instructions.
@@ -416,7 +358,6 @@ struct ProgramInfo {
 
 trait Info {}
 impl Info for MapInfo {}
-impl Info for LinkInfo {}
 impl Info for ProgramInfo {}
 
 fn object_info<T: Info>(fd: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
@@ -492,6 +433,7 @@ enum Command {
     ObjectGet = 7,
     MapGetFdById = 14,
     InfoByFd = 15,
+    ProgramQuery = 16,
     Freeze = 22,
     LookupBatch = 24,
     UpdateBatch = 26,
@@ -558,23 +500,6 @@ struct ObjectPath {
     path: u64,
     fd: u32,
     flags: u32,
-}
-
-#[repr(C)]
-struct LinkCreate {
-    program: u32,
-    target: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct LinkUpdate {
-    link: u32,
-    program: u32,
-    flags: u32,
-    old_program: u32,
 }
 
 #[repr(C)]

@@ -282,6 +282,21 @@ pub const CASES: &[Case] = &[
         comes: Repaired(World::programs),
     },
     Case {
+        name: "a program of somebody else before those of a workload's device",
+        damage: |w| w.stand_before(&w.device),
+        comes: Repaired(|w| w.first_program(&w.device)),
+    },
+    Case {
+        name: "a program of somebody else before those of the device to the network",
+        damage: |w| w.stand_before("eth0"),
+        comes: Repaired(|w| w.first_program("eth0")),
+    },
+    Case {
+        name: "a program of somebody else before those of the overlay device",
+        damage: |w| w.stand_before("cirri_vxlan"),
+        comes: Repaired(|w| w.first_program("cirri_vxlan")),
+    },
+    Case {
         name: "a program detached from the sockets",
         damage: |w| w.pins.detach("connect4-0"),
         comes: Repaired(|w| w.pins.attached("connect4-0")),
@@ -300,6 +315,17 @@ pub const CASES: &[Case] = &[
         name: "all pins removed",
         damage: |w| fs::remove_dir_all(&w.pins.0).unwrap(),
         comes: Repaired(|w| w.pins.names() + &w.programs()),
+    },
+    Case {
+        name: "all programs detached and all pins removed",
+        damage: |w| {
+            w.while_stopped(|| {
+                let links = fs::read_dir(w.pins.0.join("links")).unwrap().map(|it| it.unwrap().file_name());
+                links.for_each(|link| w.pins.detach(link.to_str().unwrap()));
+                fs::remove_dir_all(&w.pins.0).unwrap();
+            });
+        },
+        comes: Repaired(|w| w.pins.names() + &w.programs() + &w.pins.attached("connect4-0")),
     },
     Case {
         name: "the address cache emptied",

@@ -8,6 +8,8 @@ use std::mem::ManuallyDrop;
 use std::path::PathBuf;
 use std::process::Command;
 
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions};
+use cirri_e2e::kernel::TestInstance;
 use cirri_e2e::lab::{Lab, output, printed};
 use cirri_e2e::pinned::Pinned;
 use cirri_loader::net::Namespace;
@@ -202,6 +204,26 @@ impl World {
     /// Where the settings that were changed are recorded.
     pub fn record(&self) -> PathBuf {
         PathBuf::from(format!("/run/cirri-settings/{:x}.json", self.node.cookie().unwrap()))
+    }
+
+    /// Puts a program of somebody else before all others on what comes in by a device, for as long as this runs.
+    pub fn stand_before(&self, device: &str) {
+        let instance = TestInstance::new();
+        let attached = self.node.run(|| {
+            let mut stranger = instance.load();
+            let floor = stranger.program_mut("floor").unwrap();
+            let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let link = floor.attach_with_options(device, TcAttachType::Ingress, first).unwrap();
+            let _kept = ManuallyDrop::new(floor.take_link(link).unwrap());
+        });
+        attached.unwrap();
+    }
+
+    /// The program that runs first on what comes in by a device.
+    pub fn first_program(&self, device: &str) -> String {
+        let query = || SchedClassifier::query_tcx(device, TcAttachType::Ingress).unwrap().1;
+        let first = self.node.run(|| query().first().and_then(|it| it.name_as_str().map(str::to_owned)));
+        first.unwrap().unwrap_or_default()
     }
 
     pub fn status(&self) -> Value {

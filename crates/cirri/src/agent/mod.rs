@@ -118,7 +118,7 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
     let config = loaded.config.clone();
     let _lock = start::lock(&config)?;
-    let start::Started { shared, events, folder, instance: _instance } = start::start(loaded).await?;
+    let start::Started { shared, events, folder } = start::start(loaded).await?;
 
     let lasting = crate::pinned::check(&config.bpf.pin_root);
 

@@ -35,8 +35,6 @@ pub struct Started {
     pub events: Option<Events>,
     /// The folder of manifests, if there is one.
     pub folder: Option<mirror::Mirror>,
-    /// Nobody else uses the instance as long as this is kept.
-    pub instance: File,
 }
 
 /// What an agent keeps in its state directory.
@@ -91,6 +89,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
             return Err(error);
         }
     };
+    datapath.keep_claim(instance);
     let events = datapath.events().because(Failure::Failed)?;
     tracing::info!(
         node = node.name, v4 = %node.v4, v6 = ?node.v6, mtu = node.mtu, resumed = datapath.resumed(),
@@ -142,7 +141,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         events_seen: AtomicU64::new(0),
         events_lost: AtomicU64::new(0),
     };
-    Ok(Started { shared: Arc::new(shared), events, folder, instance })
+    Ok(Started { shared: Arc::new(shared), events, folder })
 }
 
 /// The name that an agent's settings are recorded under.

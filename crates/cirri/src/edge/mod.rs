@@ -139,7 +139,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     let routes = ForeignRoutes::here().because(Failure::Failed)?;
     let neighbours = Neighbours::here().because(Failure::Failed)?;
     let pin_root = plan.bpf.pin_root.clone();
-    let (shared, outcomes, events, _instance) = begin(file, plan).await?;
+    let (shared, outcomes, events) = begin(file, plan).await?;
     let lasting = crate::pinned::check(&pin_root);
 
     let spawn = |task: Pin<Box<dyn Future<Output = ()>>>| drop(tokio::task::spawn_local(task));
@@ -190,13 +190,16 @@ fn lock(state_dir: &Path) -> Result<File> {
 type Started = (Arc<Shared>, UnboundedReceiver<Outcome>, Option<Events>);
 
 /// Starts. What an earlier process left stays at work if that fails; a first one leaves nothing.
-async fn begin(file: PathBuf, plan: Plan) -> Result<(Arc<Shared>, UnboundedReceiver<Outcome>, Option<Events>, File)> {
+async fn begin(file: PathBuf, plan: Plan) -> Result<Started> {
     let instance = Datapath::claim(&plan.bpf.pin_root, &plan.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
     let settings = Settings::of(&net, owner(&plan)).because(Failure::Failed)?;
     let known = settings.is_known().because(Failure::Failed)?;
     match start(file, plan.clone(), net.clone(), settings).await {
-        Ok((shared, outcomes, events)) => Ok((shared, outcomes, events, instance)),
+        Ok(started) => {
+            started.0.machine.lock().await.datapath.keep_claim(instance);
+            Ok(started)
+        }
         Err(error) => {
             drop(instance);
             if !known && let Err(left) = discard(&plan, &net).await {

@@ -24,7 +24,7 @@ pub fn judge(
     ask: &mut Ask<'_>,
     findings: &mut Findings,
 ) -> BTreeSet<Place> {
-    let Audit { misplaced, repinned, unpinned, rewritten } = audit;
+    let Audit { misplaced, repinned, unpinned, rewritten, taken } = audit;
     // Those are done and disturb nobody: they are not rationed, only said and counted.
     for pin in repinned {
         ask(ProblemKind::Pin, &pin, "it was removed", "pinned");
@@ -37,10 +37,15 @@ pub fn judge(
                       ends with this process";
         findings.push((ProblemKind::Pin, pin, Finding::new(format!("it cannot be pinned: {why}"), remedy)));
     }
+    if let Some(instance) = taken {
+        let remedy = "stop one of the two: each takes the other's programs away";
+        let finding = Finding::new("its directory was removed, and another process has claimed the new one", remedy);
+        findings.push((ProblemKind::Pin, instance, finding.wanted("this process's")));
+    }
     let mut again = BTreeSet::new();
     for Misplaced { place, program, found } in misplaced {
         let name = place.device().map_or_else(|| "the cgroup's sockets".to_owned(), &name);
-        if ask(ProblemKind::Program, &format!("{program} on {name}"), &found.to_string(), "attached") {
+        if ask(ProblemKind::Program, &format!("{program} on {name}"), &found.to_string(), found.wanted()) {
             again.insert(place);
         }
     }
