@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use crate::kernel::{TestInstance, TestNamespace};
 use crate::lab::{binary, eventually, printed};
 use cirri_loader::EdgeWanted;
+use cirri_loader::net::Namespace;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -86,17 +87,27 @@ impl EdgeLab {
     /// Starts a second load balancer in another namespace, with the same services, in TC. Its directory
     /// goes with the lab's; dropping it takes it away.
     pub fn second(&self, place: TestNamespace, services: &str) -> Second {
+        self.start_second(place.namespace.clone(), Some(place), services)
+    }
+
+    /// The same beside the first one, on the same device.
+    pub fn beside(&self, services: &str) -> Second {
+        self.start_second(self.lb.namespace.clone(), None, services)
+    }
+
+    fn start_second(&self, place: Namespace, kept: Option<TestNamespace>, services: &str) -> Second {
         let file = self.directory.path().join("second.yaml");
         let state = self.directory.path().join("second");
         let head = format!("devices: [eth0]\nacceleration: off\nstateDir: {}\n", state.display());
         let instance = format!("{}-second", self.instance);
         std::fs::write(&file, format!("{head}bpf: {{instance: {instance}, maps: {MAPS}}}\n{services}\n"))
             .expect("written");
+        let log = std::fs::File::options().create(true).append(true).open(self.log()).expect("a log");
         let (binary, at) = (binary().expect("built"), file.clone());
-        let child = place.namespace.run(move || {
-            Command::new(binary).args(["lb", "--config"]).arg(at).stdin(Stdio::null()).stderr(Stdio::null()).spawn()
+        let child = place.run(move || {
+            Command::new(binary).args(["lb", "--config"]).arg(at).stdin(Stdio::null()).stderr(log).spawn()
         });
-        let second = Second { child: child.expect("entered").expect("started"), file, place };
+        let second = Second { child: child.expect("entered").expect("started"), file, place, _kept: kept };
         eventually("the second one answers", Duration::from_secs(60), || state.join("lb.sock").exists());
         second
     }
@@ -182,7 +193,7 @@ impl EdgeLab {
 
     /// `cirri lb COMMAND...` in the load balancer's namespace, whatever comes of it.
     pub fn command(&self, arguments: &[&str]) -> Output {
-        command_in(&self.lb, arguments)
+        command_in(&self.lb.namespace, arguments)
     }
 
     /// Waits until `cirri lb status` is as wanted.
@@ -263,7 +274,8 @@ impl EdgeLab {
 pub struct Second {
     child: Child,
     file: PathBuf,
-    place: TestNamespace,
+    place: Namespace,
+    _kept: Option<TestNamespace>,
 }
 
 impl Drop for Second {
@@ -303,9 +315,9 @@ impl Drop for EdgeLab {
 const MAPS: &str = "{flows: 131072, pending: 65536, slots: 262144, backends: 4096, services: 4096}";
 
 /// `cirri lb ARGUMENTS` inside a namespace.
-pub fn command_in(place: &TestNamespace, arguments: &[&str]) -> Output {
+pub fn command_in(place: &Namespace, arguments: &[&str]) -> Output {
     let binary = binary().expect("built");
-    let ran = place.namespace.run(|| Command::new(binary).arg("lb").args(arguments).output());
+    let ran = place.run(|| Command::new(binary).arg("lb").args(arguments).output());
     ran.expect("entered").expect("cirri runs")
 }
 

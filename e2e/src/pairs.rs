@@ -2,6 +2,7 @@
 
 use cirri_abi::{DropReason, FlowEvent};
 use cirri_datapath::Verdict;
+use cirri_loader::trial::action;
 
 use crate::fixtures::{Answer, Devices, Host, Native};
 use crate::random::Scenario;
@@ -82,7 +83,7 @@ pub fn agrees(native: Verdict, other: Answer) -> bool {
         Answer::Verdict(verdict) => verdict == native,
         Answer::Code(code) => {
             code == match native {
-                Verdict::Continue => 0,
+                Verdict::Continue => action::NEXT,
                 Verdict::Drop(_) => 2,
                 Verdict::Local { .. } | Verdict::Device { .. } | Verdict::Neighbour { .. } | Verdict::Up { .. } => 7,
             }

@@ -387,6 +387,27 @@ fn another_load_balancer_goes_on_where_one_stopped() {
     drop((servers, hosts, second));
 }
 
+#[test]
+fn two_load_balancers_on_one_device_both_serve() {
+    let mut lab = EdgeLab::new(2);
+    let _servers = lab.serve(8080);
+    let services = |vip: &str| {
+        format!(
+            "services: [{{name: web, address: {vip}, port: 80, backends: [{{address: 10.77.0.11, port: 8080}}, \
+             {{address: 10.77.0.12, port: 8080}}]}}]"
+        )
+    };
+    lab.write(&format!("acceleration: off\nsnatPorts: 49152-57343\n{}", services(VIP)));
+    lab.start();
+    let mut first = lab.connect_many(&format!("{VIP}:80"), 10);
+    let second = lab.beside(&format!("snatPorts: 57344-65535\n{}", services("203.0.113.11")));
+    let mut both = lab.connect_many(&format!("{VIP}:80"), 10);
+    both.extend(lab.connect_many("203.0.113.11:80", 10));
+    first.iter_mut().chain(&mut both).for_each(edge::Talk::goes_on);
+    drop(second);
+    first.iter_mut().for_each(edge::Talk::goes_on);
+}
+
 /// `cirri lb backend` on every backend.
 struct BackendHosts<'a> {
     lab: &'a EdgeLab,
@@ -408,7 +429,8 @@ impl<'a> BackendHosts<'a> {
         for (name, place) in &self.lab.backends {
             let instance = self.instance(name);
             let words: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-            let ran = edge::command_in(place, &[&["backend", "--instance", &instance][..], &words, more].concat());
+            let ran =
+                edge::command_in(&place.namespace, &[&["backend", "--instance", &instance][..], &words, more].concat());
             let done = ran.status.success() || std::thread::panicking();
             assert!(done, "{}", String::from_utf8_lossy(&ran.stderr));
         }

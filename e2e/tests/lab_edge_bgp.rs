@@ -123,6 +123,6 @@ protocol bgp lb {
     talk.goes_on();
 
     drop(balancing);
-    let down = edge::command_in(&lb, &["down", "--config", &file_text]);
+    let down = edge::command_in(&lb.namespace, &["down", "--config", &file_text]);
     assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
 }

@@ -14,15 +14,17 @@ mod xdp;
 
 use aya_ebpf::{
     bindings::{
-        __sk_buff, BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, xdp_action,
-        xdp_md,
+        __sk_buff, BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_redir_neigh,
+        bpf_redir_neigh__bindgen_ty_1, xdp_action, xdp_md,
     },
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use cirri_abi::{Hook, node_flag};
-use cirri_datapath::{Packet, Services, Verdict, fast_path, may_be_datagram_for_service, may_be_echo_request, unwrap_for_host};
+use cirri_datapath::{
+    Packet, Services, Verdict, fast_path, may_be_datagram_for_service, may_be_echo_request, unwrap_for_host,
+};
 
 use crate::{services::Maps, skb::Skb, tables::Kernel, xdp::Raw};
 
@@ -65,7 +67,7 @@ pub fn to_network(ctx: TcContext) -> i32 {
     };
     let skb = Skb::new(ctx.skb.skb);
     if skb.decided() || !(serves || may_be_echo_request(&skb) || may_be_datagram_for_service(&skb, &Maps)) {
-        return TC_ACT_OK;
+        return GO_ON;
     }
     run::<{ Hook::TO_NETWORK }>(ctx)
 }
@@ -87,7 +89,7 @@ pub fn from_overlay(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn to_overlay(ctx: TcContext) -> i32 {
     if Skb::new(ctx.skb.skb).decided() {
-        return TC_ACT_OK;
+        return GO_ON;
     }
     act(seams::tc::slow(Hook::TO_OVERLAY, ctx.skb.skb).verdict())
 }
@@ -111,6 +113,10 @@ fn run<const HOOK: u8>(ctx: TcContext) -> i32 {
         action => action,
     }
 }
+
+/// What passes on passes to whoever comes after us, and to the stack after them: `TCX_NEXT`, in a filter "unspecified".
+/// `TC_ACT_OK` would end it here, and another instance's programs on the device would never see what is for them.
+const GO_ON: i32 = TC_ACT_UNSPEC;
 
 /// What the fast paths answer when they leave a packet to the slow one: no action has this number.
 const SLOW: i32 = i32::MIN;
@@ -150,7 +156,7 @@ fn act_xdp(ctx: *mut xdp_md, verdict: Verdict) -> u32 {
 #[inline(always)]
 fn act(verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::Continue => TC_ACT_OK,
+        Verdict::Continue => GO_ON,
         // SAFETY: helpers without pointers.
         Verdict::Local { ifindex } => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
         // SAFETY: as above.

@@ -58,8 +58,8 @@ pub struct Landing {
 
 /// `TC_ACT_*` as programs answer.
 pub mod action {
-    /// Go on.
-    pub const OK: u32 = 0;
+    /// Go on, to the next program of the device, and at last the stack: `TCX_NEXT`.
+    pub const NEXT: u32 = u32::MAX;
     /// Drop.
     pub const SHOT: u32 = 2;
     /// To another device or namespace.
