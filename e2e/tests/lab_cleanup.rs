@@ -428,7 +428,8 @@ fn a_second_lb_backend_that_fails_or_leaves_takes_nothing_from_the_first() {
     machine.well(&vip);
     machine.well(&[&vip[..], &["--remove"]].concat());
     machine.assert_state(&running, "the second has left");
-    machine.well(&["lb", "backend", "--device", "eth0", "--instance", &one, "--remove"]);
+    let whole = ["lb", "backend", "--device", "eth0", "--vip", "203.0.113.10", "--vip", "203.0.113.9", "--remove"];
+    machine.well(&[&whole[..], &["--instance", &one]].concat());
     machine.assert_state(&with_address, "both are gone");
     machine.ip("addr del 203.0.113.9/32 dev lo");
     machine.assert_state(&before, "as it began");

@@ -72,15 +72,8 @@ impl BackendHost {
         let net = Net::here().because(Failure::Failed)?;
         self.check()?;
         let devices: Vec<&str> = self.devices.iter().map(String::as_str).collect();
-        self.take_away(&net, &devices).await?;
-        for vip in &self.vips {
-            let address = host_address(*vip, net.link(LOOPBACK).await.because(Failure::Failed)?.index);
-            // Others may need it; one that nobody recorded is of an earlier version.
-            if !self.settings(&net, LOOPBACK)?.has_address(&address).because(Failure::Failed)? {
-                net.delete_address(&address).await.because(Failure::Failed)?;
-            }
-        }
-        Ok(())
+        // Which addresses are ours is recorded: one that the command line names may be the administrator's.
+        self.take_away(&net, &devices).await
     }
 
     async fn bring(&self, net: &Net) -> Result<()> {

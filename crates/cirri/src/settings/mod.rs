@@ -175,15 +175,6 @@ impl Settings {
         Ok(self.net.add_address(address).await?)
     }
 
-    /// Whether anybody's record has an address.
-    ///
-    /// # Errors
-    /// The record cannot be read.
-    pub fn has_address(&self, address: &Address) -> Result<bool, SettingsError> {
-        let _lock = self.lock()?;
-        Ok(self.read()?.has_address(address))
-    }
-
     /// What is not as this owner set it.
     ///
     /// # Errors

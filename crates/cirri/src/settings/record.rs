@@ -193,12 +193,6 @@ impl Record {
         *self != before
     }
 
-    /// Whether anybody has an address.
-    pub fn has_address(&self, address: &Address) -> bool {
-        let Address { ip, prefix, device } = *address;
-        self.addresses.iter().any(|added| (added.ip, added.prefix, added.device) == (ip, prefix, device))
-    }
-
     /// Whether an owner has anything.
     pub fn has(&self, owner: &str) -> bool {
         self.owners().contains(owner)
