@@ -232,10 +232,7 @@ impl View {
         match self.read(&entry, changes).map_err(|why| cut_message(&why).into_owned()) {
             Ok(()) => {
                 self.problems.remove(&entry.key);
-                self.good.insert(entry.key.clone());
-                if policy_of(&entry.key).is_none() {
-                    self.unsaved.insert(entry.key, Some(entry.value));
-                }
+                self.keep(entry);
             }
             Err(why) => {
                 if !self.good.contains(&entry.key) || self.is_stand_in(&entry.key) {
@@ -254,13 +251,16 @@ impl View {
         let value = stand_in.to_json().into_bytes();
         let entry = Entry { key: entry.key.clone(), value, revision: entry.revision };
         match self.read(&entry, changes) {
-            Ok(()) => {
-                self.good.insert(entry.key.clone());
-                if policy_of(&entry.key).is_none() {
-                    self.unsaved.insert(entry.key, Some(entry.value));
-                }
-            }
+            Ok(()) => self.keep(entry),
             Err(why) => tracing::error!(key = entry.key, why, "nothing can stand in for it"),
+        }
+    }
+
+    /// It was read, and is to be saved; a policy once it is in force: see [`View::save_policy`].
+    fn keep(&mut self, entry: Entry) {
+        self.good.insert(entry.key.clone());
+        if policy_of(&entry.key).is_none() {
+            self.unsaved.insert(entry.key, Some(entry.value));
         }
     }
 
