@@ -12,7 +12,7 @@ use super::endpoint::Endpoint;
 use super::inside::{self, Found};
 use super::rows::ipcache_key;
 use super::{Shared, attach, devices, node};
-use crate::api::{ApiError, EndpointAdded, EndpointCheck};
+use crate::api::{ApiError, EndpointAdded, EndpointCheck, Told};
 use crate::workload;
 
 /// What ADD answered, if all of it still holds.
@@ -26,9 +26,15 @@ pub async fn check(shared: &Arc<Shared>, asked: &EndpointCheck) -> Result<Endpoi
         ApiError::new("not-found", format!("{} has no {} here", attachment.container_id, attachment.ifname))
             .hint("add it first")
     })?;
-    let (mac, found) = differences(&core, &endpoint, asked).await?;
+    let again = "delete the container and add it again";
+    // After the question whether there is such an attachment: of none a runtime was told of none.
+    let told = asked.told.as_ref().ok_or_else(|| {
+        let text = format!("prevResult is not what there is: it has no interface {}", attachment.ifname);
+        ApiError::new("internal", text).hint(again)
+    })?;
+    let (mac, found) = differences(&core, &endpoint, &asked.netns, told).await?;
     if !found.is_empty() {
-        return Err(ApiError::new("internal", found.join("; ")).hint("delete the container and add it again"));
+        return Err(ApiError::new("internal", found.join("; ")).hint(again));
     }
     match mac.filter(|mac| *mac != endpoint.mac) {
         None => Ok(attach::answer(&core, &endpoint)),
@@ -61,17 +67,17 @@ async fn learn_mac(core: &mut Core, endpoint: Endpoint, mac: [u8; 6]) -> Result<
 async fn differences(
     core: &Core,
     endpoint: &Endpoint,
-    asked: &EndpointCheck,
+    netns: &str,
+    told: &Told,
 ) -> Result<(Option<[u8; 6]>, Vec<String>), ApiError> {
     let internal = |error: NetError| ApiError::new("internal", error);
-    let netns = &asked.netns;
     let inside = Namespace::open(netns).map_err(internal)?;
     if inside.cookie().map_err(internal)? != endpoint.netns_cookie {
         let text = format!("{netns} is another network namespace than the one that was attached ({})", endpoint.netns);
         return Ok((None, vec![text]));
     }
     let Found { device, mac, differences: mut found } =
-        inside::compare(endpoint, &asked.told, inside).await.map_err(internal)?;
+        inside::compare(endpoint, told, inside).await.map_err(internal)?;
     match core.net.find_link_by_index(endpoint.ifindex).await.map_err(internal)? {
         Some(outer) if devices::is_of(&outer, endpoint) => found.extend(of_device(core, endpoint, &outer, device)),
         _ => found.push(format!("its device {} is gone from the node", endpoint.host_ifname)),

@@ -121,9 +121,9 @@ pub struct EndpointCheck {
     pub attachment: Attachment,
     /// Path of the container's network namespace.
     pub netns: String,
-    /// What the runtime was told of it.
+    /// What the runtime was told of it; `None`: nothing.
     #[serde(default)]
-    pub told: Told,
+    pub told: Option<Told>,
 }
 
 /// What a runtime was told of an attachment when all plugins of a chain had answered: `prevResult`. A later plugin may

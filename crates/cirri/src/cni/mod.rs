@@ -210,7 +210,7 @@ fn check(conf: &NetConf, env: Env<'_>) -> Result<(), CniError> {
         let other = || Namespace::open(path).ok();
         place.as_ref().zip(other()).is_some_and(|(place, other)| place.is_same(&other).unwrap_or(false))
     };
-    let told = result::told(previous, &attachment.ifname, &is_place).map_err(differs)?;
+    let told = result::told(previous, &attachment.ifname, &is_place);
     let params = EndpointCheck { attachment, netns, told };
     let now: EndpointAdded = client::call(&conf.socket, "endpoint.check", &params, PATIENCE)
         .map_err(|error| from_call(error, code::CHECK_FAILED))?;

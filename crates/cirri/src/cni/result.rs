@@ -61,17 +61,14 @@ pub fn after(previous: &Value, mut ours: Value) -> Value {
 }
 
 /// What a runtime was told of the device inside, by this plugin and those behind it in a chain. `is_place` says whether a
-/// path leads to the container's network namespace.
-///
-/// # Errors
-/// It was told of no such device.
-pub fn told(previous: &Value, ifname: &str, is_place: &dyn Fn(&str) -> bool) -> Result<Told, String> {
+/// path leads to the container's network namespace. `None`: of no such device.
+pub fn told(previous: &Value, ifname: &str, is_place: &dyn Fn(&str) -> bool) -> Option<Told> {
     let interfaces = list(previous, "interfaces");
     let called = interfaces.iter().enumerate().filter(|(_, it)| it["name"] == ifname);
     let inside: Vec<(usize, &Value)> = called.filter(|(_, it)| sandbox(it).is_some()).collect();
     // A container may have had several places, and a place several paths, some of which are gone by now. Ours came last.
     let ours = inside.iter().find(|(_, it)| sandbox(it).is_some_and(is_place)).or(inside.last());
-    let (index, interface) = ours.ok_or_else(|| format!("it has no interface {ifname}"))?;
+    let (index, interface) = ours?;
     let address = |text: &Value| {
         let (ip, prefix) = spec::address(text.as_str()?)?;
         Some(Address { ip, prefix: prefix? })
@@ -81,7 +78,7 @@ pub fn told(previous: &Value, ifname: &str, is_place: &dyn Fn(&str) -> bool) -> 
         let via = route["gw"].as_str()?.parse().ok()?;
         Some(ToldRoute { to: address(&route["dst"])?, via })
     };
-    Ok(Told {
+    Some(Told {
         mac: interface["mac"].as_str().filter(|mac| !mac.is_empty()).map(str::to_owned),
         mtu: interface["mtu"].as_u64().filter(|mtu| *mtu > 0).and_then(|mtu| mtu.try_into().ok()),
         addresses: list(previous, "ips").iter().filter(of_us).filter_map(|ip| address(&ip["address"])).collect(),
@@ -175,7 +172,7 @@ mod tests {
     }
 
     /// What it tells of the device inside that was added to `/run/netns/x`.
-    fn told_of(previous: &Value) -> Result<Told, String> {
+    fn told_of(previous: &Value) -> Option<Told> {
         told(previous, "eth0", &|path| path == "/run/netns/x")
     }
 
@@ -227,10 +224,10 @@ mod tests {
             json!({ "interfaces": sandboxes.iter().enumerate().map(one).collect::<Vec<_>>() })
         };
         let mac = |sandboxes: &[&str]| told_of(&said(sandboxes)).map(|told| told.mac.unwrap().pop().unwrap());
-        assert_eq!(mac(&["/run/netns/y", "/run/netns/x"]), Ok('1'));
-        assert_eq!(mac(&["/run/netns/x", "/run/netns/y"]), Ok('0'));
-        assert_eq!(mac(&["", "/proc/7/ns/net"]), Ok('1'), "a path that is gone by now");
-        assert!(mac(&[""]).is_err() && mac(&[]).is_err());
+        assert_eq!(mac(&["/run/netns/y", "/run/netns/x"]), Some('1'));
+        assert_eq!(mac(&["/run/netns/x", "/run/netns/y"]), Some('0'));
+        assert_eq!(mac(&["", "/proc/7/ns/net"]), Some('1'), "a path that is gone by now");
+        assert!(mac(&[""]).is_none() && mac(&[]).is_none());
     }
 
     #[test]
