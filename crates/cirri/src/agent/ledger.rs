@@ -173,6 +173,8 @@ fn path(state_dir: &Path, place: &str, id: u16) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::agent::endpoint::{HasDefault, Seen};
     use crate::api::Attachment;
@@ -184,6 +186,15 @@ mod tests {
 
     fn save(dir: &Path, endpoint: &Endpoint) {
         save_files(dir, endpoint.id, &serde_json::to_vec_pretty(endpoint).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn every_time_that_attaching_can_take_is_read_as_it_was_written() {
+        for nanoseconds in (1..2_000_000_000).step_by(999_983) {
+            let ready_ms = Duration::from_nanos(nanoseconds).as_secs_f64() * 1000.0;
+            let text = serde_json::to_string(&ready_ms).unwrap();
+            assert_eq!(serde_json::from_str::<f64>(&text).unwrap(), ready_ms, "{text}");
+        }
     }
 
     #[test]
