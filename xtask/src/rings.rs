@@ -9,7 +9,8 @@ use crate::setup::{self, Need};
 use crate::{arch, host, kernels, product, sh, table, verify};
 use anyhow::{Context, Result, bail};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Everything that must hold before a change lands.
@@ -70,30 +71,71 @@ fn clippy() -> Result<()> {
 }
 
 fn native() -> Result<Counts> {
-    let mut counts = cargo_test(&["--workspace", "--exclude", "cirri-e2e"], &[], None)?;
+    let mut counts = stream(cargo_test(&["--workspace", "--exclude", "cirri-e2e"], &[], None))?;
     let mut own: Vec<String> = vec!["-p".into(), "cirri-e2e".into(), "--lib".into()];
     for suite in suites()?.into_iter().filter(|s| s.ring == "native") {
         own.extend(["--test".to_owned(), suite.name]);
     }
     let own: Vec<&str> = own.iter().map(String::as_str).collect();
-    counts.add(cargo_test(&own, &[], None)?);
+    counts.add(stream(cargo_test(&own, &[], None))?);
     Ok(counts)
 }
 
-/// The tests in `e2e/tests/<ring>_*.rs`, one at a time: they share the machine's kernel.
+/// The tests in `e2e/tests/<ring>_*.rs`: two files at a time, of each one test at a time. They share the machine's kernel,
+/// and wait for more than half of their time.
 fn suite(ring: &str, binary: &Path, filter: &[String]) -> Result<Counts> {
-    let suites: Vec<Suite> = suites()?.into_iter().filter(|s| s.ring == ring).collect();
-    if suites.is_empty() {
+    let names: Vec<String> = suites()?.into_iter().filter(|s| s.ring == ring).map(|s| s.name).collect();
+    if names.is_empty() {
         return Ok(Counts::default());
     }
-    let mut selection = vec!["-p", "cirri-e2e"];
-    for suite in &suites {
-        selection.extend(["--test", suite.name.as_str()]);
+    let mut build = host::cargo();
+    build.args(["test", "--no-run", "-p", "cirri-e2e"]);
+    build.args(names.iter().flat_map(|name| ["--test", name]));
+    sh::run(&mut build)?;
+    let logs = host::target().join("tests");
+    std::fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+
+    let (alone, mut beside): (Vec<String>, Vec<String>) =
+        names.into_iter().partition(|name| ALONE.contains(&name.as_str()));
+    beside.sort_by_key(|name| LONGEST.iter().position(|long| long == name).unwrap_or(LONGEST.len()));
+    let queue = Mutex::new(beside.into_iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let run = |name: String| {
+        eprintln!("    {name} begins");
+        let mut command = cargo_test(&["-p", "cirri-e2e", "--test", &name], &harness(filter), Some(binary));
+        let (status, text) = sh::in_one_piece(&mut command, &logs.join(&name).with_extension("log"))?;
+        let mut tally = Tally::default();
+        text.lines().for_each(|line| tally.read(line));
+        Ok(tally.end(status, &sh::line(&command)))
+    };
+    let lane = || {
+        let mut counts = Counts::default();
+        while let Some(name) = next() {
+            counts.add(run(name)?);
+        }
+        anyhow::Ok(counts)
+    };
+    let lanes = std::thread::scope(|scope| {
+        let lanes = [scope.spawn(lane), scope.spawn(lane)];
+        lanes.map(|lane| lane.join().unwrap_or_else(|_| bail!("a thread of the tests panicked")))
+    });
+    let mut counts = Counts::default();
+    for outcome in lanes.into_iter().chain(alone.into_iter().map(run)) {
+        counts.add(outcome?);
     }
-    let mut harness = vec!["--test-threads=1"];
-    harness.extend(filter.iter().map(String::as_str));
-    cargo_test(&selection, &harness, Some(binary))
+    Ok(counts)
 }
+
+fn harness(filter: &[String]) -> Vec<&str> {
+    std::iter::once("--test-threads=1").chain(filter.iter().map(String::as_str)).collect()
+}
+
+/// What loads a whole machine, and shows little beside others.
+const ALONE: [&str; 2] = ["lab_edge_load", "lab_flood"];
+
+/// What takes minutes begins first, so that it does not end last.
+const LONGEST: [&str; 6] =
+    ["lab_drift", "lab_vault", "lab_networkpolicy", "lab_services_agent", "lab_identity_change", "kernel_pins"];
 
 /// A file of privileged or shared tests.
 #[derive(Debug, PartialEq, Eq)]
@@ -131,26 +173,50 @@ fn sort_into_ring(name: String) -> Result<Suite> {
     bail!("e2e/tests/{name} belongs to no ring: its name must start with native_, kernel_ or lab_")
 }
 
-fn cargo_test(selection: &[&str], harness: &[&str], binary: Option<&Path>) -> Result<Counts> {
+fn cargo_test(selection: &[&str], harness: &[&str], binary: Option<&Path>) -> Command {
     let mut command: Command = host::cargo();
     command.arg("test").args(selection).arg("--no-fail-fast").env("PATH", host::search_path());
     if let Some(binary) = binary {
         command.env("CIRRI_BIN", binary);
     }
     command.arg("--").args(harness);
-    let (mut counts, mut started, mut ended) = (Counts::default(), 0, 0);
-    let status = sh::stream(&mut command, |line| {
-        counts.read(line);
-        started += u64::from(line.starts_with("running ") && (line.ends_with(" test") || line.ends_with(" tests")));
-        ended += u64::from(line.starts_with(RESULT));
-    })?;
-    // A test that ends its process takes the result of its binary with it.
-    counts.failed += started.saturating_sub(ended);
-    if !status.success() && counts.failed == 0 {
-        eprintln!("`{}` failed, but no test says so: it did not compile", sh::line(&command));
-        counts.failed = 1;
+    command
+}
+
+/// Runs tests, each line shown as it comes.
+fn stream(mut command: Command) -> Result<Counts> {
+    let mut tally = Tally::default();
+    let status = sh::stream(&mut command, |line| tally.read(line))?;
+    Ok(tally.end(status, &sh::line(&command)))
+}
+
+/// What a run of `cargo test` printed.
+#[derive(Default)]
+struct Tally {
+    counts: Counts,
+    /// Binaries whose tests began, and ended.
+    started: u64,
+    ended: u64,
+}
+
+impl Tally {
+    fn read(&mut self, line: &str) {
+        self.counts.read(line);
+        self.started +=
+            u64::from(line.starts_with("running ") && (line.ends_with(" test") || line.ends_with(" tests")));
+        self.ended += u64::from(line.starts_with(RESULT));
     }
-    Ok(counts)
+
+    fn end(self, status: ExitStatus, line: &str) -> Counts {
+        let mut counts = self.counts;
+        // A test that ends its process takes the result of its binary with it.
+        counts.failed += self.started.saturating_sub(self.ended);
+        if !status.success() && counts.failed == 0 {
+            eprintln!("`{line}` failed, but no test says so: it did not compile");
+            counts.failed = 1;
+        }
+        counts
+    }
 }
 
 /// How the line starts that a binary's tests end with.

@@ -6,9 +6,10 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Steps that are known to come, and those that began.
@@ -16,11 +17,11 @@ static EXPECTED: AtomicUsize = AtomicUsize::new(0);
 static DONE: AtomicUsize = AtomicUsize::new(0);
 static BEGUN: OnceLock<Instant> = OnceLock::new();
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-/// Process id of the program being waited for; 0 is none.
-static CHILD: AtomicI32 = AtomicI32::new(0);
+/// The programs being waited for.
+static CHILDREN: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
-/// From here on Ctrl-C and SIGTERM end the child, and this process only after it, so that guards
-/// on both sides can clean up. The terminal sends Ctrl-C to the child by itself; SIGTERM comes to
+/// From here on Ctrl-C and SIGTERM end the children, and this process only after them, so that guards
+/// on both sides can clean up. The terminal sends Ctrl-C to the children by itself; SIGTERM comes to
 /// this process alone and is passed on.
 pub fn catch_interrupts() {
     let Ok(mut signals) = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]) else {
@@ -29,14 +30,13 @@ pub fn catch_interrupts() {
     std::thread::spawn(move || {
         for signal in signals.forever() {
             INTERRUPTED.store(true, Ordering::SeqCst);
-            let child = Pid::from_raw(CHILD.load(Ordering::SeqCst));
-            match child {
-                Some(child) if signal == SIGTERM => {
-                    // The child may have ended in between; then there is nothing to pass on.
-                    let _ = kill_process(child, Signal::TERM);
-                }
-                Some(_) => {}
-                None => std::process::exit(130),
+            let children = children();
+            if children.is_empty() {
+                std::process::exit(130);
+            }
+            for child in children.iter().filter(|_| signal == SIGTERM) {
+                // It may have ended in between; then there is nothing to pass on.
+                let _ = kill_process(*child, Signal::TERM);
             }
         }
     });
@@ -74,6 +74,17 @@ pub fn stream(command: &mut Command, mut each: impl FnMut(&str)) -> Result<ExitS
             bytes.clear();
         }
     })
+}
+
+/// Runs a program beside others: what it prints goes to a file, and is shown in one piece and handed out when it has
+/// ended. No pipe: what it left running could hold that open for ever.
+pub fn in_one_piece(command: &mut Command, log: &Path) -> Result<(ExitStatus, String)> {
+    let place = || format!("cannot use {}", log.display());
+    let file = std::fs::File::create(log).with_context(place)?;
+    let status = status(command.stdout(file.try_clone().with_context(place)?).stderr(file))?;
+    let text = String::from_utf8_lossy(&std::fs::read(log).with_context(place)?).into_owned();
+    print!("{text}");
+    Ok((status, text))
 }
 
 /// The standard output of a program that answers a question. Fails when it fails.
@@ -132,19 +143,44 @@ pub fn red(text: &str) -> String {
     paint("31;1", text)
 }
 
-fn wait(command: &mut Command, meanwhile: impl FnOnce(&mut std::process::Child)) -> Result<ExitStatus> {
-    if interrupted() {
-        bail!("interrupted");
+fn wait(command: &mut Command, meanwhile: impl FnOnce(&mut Child)) -> Result<ExitStatus> {
+    let mut running = Running::start(command)?;
+    meanwhile(&mut running.child);
+    running.wait()
+}
+
+/// A program that is told of interruptions.
+struct Running {
+    child: Child,
+    line: String,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Result<Running> {
+        // With the lock: an interruption comes before it starts, or finds it.
+        let mut all = children();
+        if interrupted() {
+            bail!("interrupted");
+        }
+        let line = line(command);
+        let child = command.spawn().with_context(|| format!("cannot start `{line}`"))?;
+        all.extend(Pid::from_raw(child.id().cast_signed()));
+        Ok(Running { child, line })
     }
-    let mut child = command.spawn().with_context(|| format!("cannot start `{}`", line(command)))?;
-    CHILD.store(child.id().cast_signed(), Ordering::SeqCst);
-    meanwhile(&mut child);
-    let status = child.wait().with_context(|| format!("lost sight of `{}`", line(command)));
-    CHILD.store(0, Ordering::SeqCst);
-    if interrupted() {
-        bail!("interrupted");
+
+    fn wait(&mut self) -> Result<ExitStatus> {
+        let status = self.child.wait().with_context(|| format!("lost sight of `{}`", self.line));
+        let pid = Pid::from_child(&self.child);
+        children().retain(|child| *child != pid);
+        if interrupted() {
+            bail!("interrupted");
+        }
+        status
     }
-    status
+}
+
+fn children() -> MutexGuard<'static, Vec<Pid>> {
+    CHILDREN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn paint(code: &str, text: &str) -> String {
@@ -163,6 +199,16 @@ mod tests {
     fn a_failure_names_the_command_and_what_it_said() {
         let error = capture(Command::new("sh").args(["-c", "echo broken >&2; exit 3"])).unwrap_err().to_string();
         assert!(error.contains("sh -c") && error.contains("broken") && error.contains('3'), "{error}");
+    }
+
+    #[test]
+    fn what_is_run_beside_others_is_handed_out_whole() {
+        let log = std::env::temp_dir().join(format!("cirri-in-one-piece-{}", std::process::id()));
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo one; echo two >&2; printf three; exit 3"]);
+        let (status, text) = in_one_piece(&mut command, &log).unwrap();
+        std::fs::remove_file(log).unwrap();
+        assert_eq!((status.code(), text.as_str()), (Some(3), "one\ntwo\nthree"));
     }
 
     #[test]
