@@ -18,8 +18,11 @@ work=$(mktemp -d)
 finish() {
     local pids
     pids=$(jobs -p)
+    # shellcheck disable=SC2086 # each is a word
     [ -z "$pids" ] || kill $pids 2>/dev/null || true
-    "$cirri" lb down --config "$work/lb.yaml" 2>/dev/null || true
+    # shellcheck disable=SC2086 # each is a word
+    [ -z "$pids" ] || wait $pids 2>/dev/null || true
+    [ ! -e "$work/lb.yaml" ] || nsenter --net=/run/netns/"$place" "$cirri" lb down --config "$work/lb.yaml" || true
     ip netns delete "$place" 2>/dev/null || true
     ip netns delete "$servers" 2>/dev/null || true
     "$cirri" lab down --name "$lab" 2>/dev/null || true

@@ -7,7 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::client::ClientArgs;
-use crate::exit::{self, Error, Failure};
+use crate::exit::{self, Failure};
 use crate::{cmd, cni, demo, lab};
 
 /// Identity-based networking, security and observability for Linux workloads.
@@ -107,9 +107,7 @@ pub fn main() -> ExitCode {
         Command::Agent(args) => cmd::agent::run(&args),
         Command::Cni => return cni::main(),
         Command::Demo(args) => return demo::run(&args),
-        Command::Lab(args) => {
-            return lab::run(args).unwrap_or_else(|error| Error::new(Failure::Failed, format!("{error:#}")).report());
-        }
+        Command::Lab(args) => return lab::run(args),
         Command::Lb(args) => cmd::lb::run(client, &args),
         Command::Status(args) => cmd::status::run(client, &args),
         Command::Observe(args) => cmd::observe::run(client, &args),

@@ -18,7 +18,7 @@ use anyhow::bail;
 use self::stage::Stage;
 use crate::lab::interrupt::{Interrupt, Interrupted};
 use crate::lab::state::{DEFAULT_PATIENCE, Lab, LabName};
-use crate::lab::{disk, down, process};
+use crate::lab::{self, disk, down, process};
 
 /// Programs it needs, and the Debian package of each.
 const PROGRAMS: [(&str, &str); 6] = [
@@ -29,15 +29,14 @@ const PROGRAMS: [(&str, &str); 6] = [
     ("curl", "curl"),
     ("timeout", "coreutils"),
 ];
-/// Exit code after a signal, as shells count SIGINT.
-const EXIT_INTERRUPTED: u8 = 130;
 
 /// See it work: two nodes, real programs, a policy, the flows and the rule behind each drop, a service.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "It needs root, and etcd, nginx, redis and curl (`cargo xtask setup` installs them). Everything it
 makes lives in network namespaces of its own and is removed at the end, after Ctrl-C too. After SIGKILL the next run
-cleans up, or `cirri lab down --name demo`. Exit code: 0 if every check held, 1 if not, 130 if interrupted."
+cleans up, or `cirri lab down --name demo`. Exit code: 0 if every check held, 1 if not,
+3 if an agent or the store of its lab was not reachable, 130 if interrupted."
 )]
 pub struct DemoArgs {
     /// Leave the lab up at the end, and say what to try next
@@ -57,14 +56,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
     match play(args) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) if error.is::<Interrupted>() => {
-            eprintln!("cirri: {error}");
-            ExitCode::from(EXIT_INTERRUPTED)
-        }
-        Err(error) => {
-            eprintln!("cirri: {error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => lab::report(&error),
     }
 }
 

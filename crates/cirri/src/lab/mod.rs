@@ -64,8 +64,6 @@ use self::manifests::Rejected;
 use crate::exit::{Error, Failure};
 use crate::output;
 
-/// Exit code for input that was refused before anything was changed.
-const EXIT_INPUT: u8 = 2;
 /// Exit code of a single probe that did not get through.
 const EXIT_DENIED: u8 = 4;
 /// Exit code after SIGINT, as shells count it.
@@ -111,32 +109,30 @@ enum Verb {
 }
 
 /// Carries out one `cirri lab` command.
-///
-/// # Errors
-/// What went wrong and what to do about it, in one line. Refused input is not an error of the program: it is printed
-/// here and answered with exit code 2.
-pub fn run(args: LabArgs) -> anyhow::Result<ExitCode> {
+pub fn run(args: LabArgs) -> ExitCode {
     // On this very thread: while another thread's program replaces the process, the process looks like a zombie.
-    if matches!(args.verb, Verb::In(_)) {
-        return dispatch(args);
+    let outcome = if matches!(args.verb, Verb::In(_)) {
+        dispatch(args)
+    } else {
+        // A thread of its own, so that it does not matter whether the caller already runs inside an async runtime.
+        let outcome = std::thread::scope(|scope| scope.spawn(|| dispatch(args)).join());
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    };
+    outcome.unwrap_or_else(|error| report(&error))
+}
+
+/// Prints why something with a lab ended early, and gives the exit code for it.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    if error.is::<Interrupted>() {
+        output::complain(&error.to_string());
+        return ExitCode::from(EXIT_INTERRUPTED);
     }
-    // A thread of its own, so that it does not matter whether the caller already runs inside an async runtime.
-    let outcome = std::thread::scope(|scope| scope.spawn(|| dispatch(args)).join());
-    let outcome = outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    match outcome {
-        Err(error) if error.is::<Rejected>() => {
-            output::complain(&format!("{error:#}"));
-            Ok(ExitCode::from(EXIT_INPUT))
-        }
-        Err(error) if error.is::<Interrupted>() => {
-            output::complain(&error.to_string());
-            Ok(ExitCode::from(EXIT_INTERRUPTED))
-        }
-        Err(error) if error.is::<NotReachable>() => {
-            Ok(Error::new(Failure::NotReachable, format!("{error:#}")).report())
-        }
-        other => other,
-    }
+    let failure = match error {
+        error if error.is::<Rejected>() => Failure::BadInput,
+        error if error.is::<NotReachable>() => Failure::NotReachable,
+        _ => Failure::Failed,
+    };
+    Error::new(failure, format!("{error:#}")).report()
 }
 
 fn dispatch(args: LabArgs) -> anyhow::Result<ExitCode> {
