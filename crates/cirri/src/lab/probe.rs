@@ -60,7 +60,7 @@ pub struct ProbeArgs {
     /// The address families to try.
     #[arg(long, value_enum, default_value = "both")]
     family: Family,
-    /// How long one try waits, in milliseconds.
+    /// How long one try waits, in milliseconds; one over tcp for the handshake, and then for data.
     #[arg(long, default_value_t = 700, value_name = "MS", value_parser = crate::span::milliseconds())]
     timeout: u64,
     /// How often silence is tried again.
