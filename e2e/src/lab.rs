@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use cirri_loader::net::Namespace;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 pub use flood::{Flood, Flooded};
 pub use recipes::{Recipe, Recipes};
@@ -325,8 +326,20 @@ impl Lab {
     /// # Errors
     /// If the agent does not answer.
     pub fn counter(&self, node: &str, name: &str) -> Result<u64, LabError> {
-        let status: serde_json::Value = self.ask(node, &["status"])?;
+        let status: Value = self.ask(node, &["status"])?;
         Ok(status["counters"][name]["packets"].as_u64().unwrap_or_default())
+    }
+
+    /// The drops that a node remembers, those that `filter` lets pass, as `cirri observe` prints them.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn drops(&self, node: &str, filter: &[&str]) -> Result<Vec<Value>, LabError> {
+        let socket = self.socket(node);
+        let arguments = [&["--socket", &socket, "observe", "--verdict", "dropped", "-o", "json"], filter].concat();
+        let output = run(&arguments)?;
+        let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        lines.map(|line| parse(&arguments, &Output { stdout: line.to_vec(), ..output.clone() })).collect()
     }
 
     /// The established connections of a node, both families.

@@ -186,12 +186,7 @@ fn closes(name: &str, policy: &str, names_the_rule: impl Fn(&Value) -> bool) {
 /// The drops of a connection that a node reported.
 fn drops(lab: &Lab, node: &str, conversation: &Conversation) -> Vec<Value> {
     let (port, ip) = (conversation.from.port().to_string(), conversation.from.ip().to_string());
-    let socket = lab.socket(node);
-    let arguments =
-        ["--socket", &socket, "observe", "--verdict", "dropped", "--port", &port, "--ip", &ip, "-o", "json"];
-    let output = cirri_e2e::lab::run(arguments).unwrap();
-    let lines = String::from_utf8(output.stdout).unwrap();
-    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    lab.drops(node, &["--port", &port, "--ip", &ip]).unwrap()
 }
 
 #[test]
