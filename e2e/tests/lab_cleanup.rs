@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{self, Lab, binary, eventually, printed};
+use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -64,8 +65,6 @@ impl Machine {
         ] {
             machine.ip(line);
         }
-        // What the kernel does by itself at first must not look like a difference.
-        eventually("the addresses are good", PATIENCE, || !machine.ip("addr").contains("tentative"));
         // What an administrator has set: none of it may be lost.
         machine.set("ipv4/ip_local_reserved_ports", "8472,32768-32800");
         machine.set("ipv4/conf/all/rp_filter", "2");
@@ -176,8 +175,23 @@ impl Machine {
         assert!(output.status.success(), "ADD: {output:?}");
     }
 
+    /// Whether the kernel has done what it does by itself and in its own time, which must not look like a difference:
+    /// every device that has come up has an address of its own, and nobody objected to it.
+    fn is_settled(&self) -> bool {
+        let devices: Vec<Value> = serde_json::from_str(&self.ip("-j addr")).unwrap();
+        let has = |list: &Value, it: &str| list.as_array().unwrap().contains(&Value::from(it));
+        devices.iter().all(|device| {
+            let addresses = device["addr_info"].as_array().unwrap();
+            let gets_one =
+                device["link_type"] == "ether" && ["UP", "LOWER_UP"].iter().all(|it| has(&device["flags"], it));
+            let own = |it: &Value| it["family"] == "inet6" && it["scope"] == "link";
+            (!gets_one || addresses.iter().any(own)) && addresses.iter().all(|it| it["tentative"].is_null())
+        })
+    }
+
     /// Everything that the kernel and the file system say of this machine.
     fn state(&self) -> BTreeMap<&'static str, BTreeSet<String>> {
+        eventually("the addresses are good", PATIENCE, || self.is_settled());
         let lines = |text: String| text.lines().map(|line| line.trim().to_owned()).collect::<BTreeSet<_>>();
         let shell = |script: &str| lines(printed(&self.net.namespace, &["sh", "-c", script]));
         let found = |path: &Path| {
