@@ -107,3 +107,84 @@ fn a_place_before_the_stack_that_best_effort_had_and_lost_is_named_and_taken_aga
     eventually("it is back when the other has gone", PATIENCE, || pins.attached(&pin) == before);
     eventually("all is well", PATIENCE, || is_well(()) && mode(()) == Some("generic".into()));
 }
+
+#[test]
+fn devices_and_addresses_that_go_are_named_and_taken_up_when_they_return() {
+    let mut lab = EdgeLab::new(1);
+    let _servers = lab.serve(8080);
+    // Nothing tells of this device but news of it: it has neither addresses nor routes.
+    let make_spare = |lab: &EdgeLab| {
+        run(&lab.lb, "ip link add spare type bridge");
+        run(&lab.lb, "sysctl -qw net.ipv6.conf.spare.disable_ipv6=1");
+        run(&lab.lb, "ip link set spare up");
+    };
+    let number = |lab: &EdgeLab| -> u64 {
+        let link: Value = serde_json::from_str(&run(&lab.lb, "ip -j link show spare")).unwrap();
+        link[0]["ifindex"].as_u64().unwrap()
+    };
+    let forwarding = |lab: &EdgeLab| run(&lab.lb, "cat /proc/sys/net/ipv4/conf/spare/forwarding").trim().to_owned();
+    run(&lab.lb, "sysctl -qw net.ipv4.conf.default.forwarding=0");
+    make_spare(&lab);
+    for own in ["10.77.0.8", "10.77.0.9"] {
+        run(&lab.lb, &format!("ip address add {own}/32 dev eth0"));
+    }
+    lab.write(&format!(
+        "devices: [eth0, spare]\nacceleration: generic\naddress: 10.77.0.8\npools: [{{name: own, address: 10.77.0.9, \
+         ports: 32768-65535}}, {{name: routed, address: 10.77.9.9, ports: 32768-65535}}]\nservices: [{{name: web, \
+         address: {VIP}, port: 80, backends: [{{address: 10.77.0.11, port: 8080}}]}}]"
+    ));
+    lab.start();
+    let file = lab.file().display().to_string();
+    let check = |()| lab.command(&["status", "--check", "--config", &file]).status.code();
+    assert_eq!(check(()), Some(0), "{:#}", lab.ask::<Value>(&["status"]));
+
+    let cases = [
+        ("device", "spare", "is down", "link set spare down", "link set spare up"),
+        ("address", "10.77.0.8", "no device", "address del 10.77.0.8/32 dev eth0", "address add 10.77.0.8/32 dev eth0"),
+        ("address", "10.77.0.9", "no device", "address del 10.77.0.9/32 dev eth0", "address add 10.77.0.9/32 dev eth0"),
+    ];
+    for (what, object, found, damage, mend) in cases {
+        run(&lab.lb, &format!("ip {damage}"));
+        lab.status_when(&format!("{object} is named"), |status| {
+            let problems = status["problems"].as_array().unwrap();
+            let is_it = |it: &Value| {
+                it["what"] == what && it["object"] == object && it["found"].as_str().unwrap().contains(found)
+            };
+            problems.len() == 1 && problems.iter().all(is_it)
+        });
+        assert_eq!(check(()), Some(1), "{object}");
+        run(&lab.lb, &format!("ip {mend}"));
+        eventually(&format!("{object} is well again"), PATIENCE, || check(()) == Some(0));
+    }
+    let addresses = |()| Pinned(lab.pins()).shown("IPCACHE");
+    let before = addresses(());
+    run(&lab.lb, "ip address add 10.77.0.7/32 dev eth0");
+    eventually("a new address is the machine's", PATIENCE, || addresses(()) != before);
+
+    let pins = Pinned(lab.pins());
+    let links = |()| -> Vec<String> {
+        let all = fs::read_dir(pins.0.join("links")).unwrap().map(|it| it.unwrap().file_name());
+        all.map(|name| name.to_string_lossy().into_owned()).collect()
+    };
+    let (old, count) = (number(&lab), links(()).len());
+    run(&lab.lb, "ip link del spare");
+    lab.status_when("the device is missing", |status| status["devices"][1]["mode"] == "missing");
+    assert_eq!(check(()), Some(1));
+    assert!(!links(()).iter().any(|name| name.ends_with(&format!("-{old}"))), "dead pins: {:?}", links(()));
+    make_spare(&lab);
+    assert_ne!(number(&lab), old);
+    eventually("the device is served again", PATIENCE, || check(()) == Some(0) && links(()).len() == count);
+    assert_eq!(forwarding(&lab), "1");
+    // It is nobody's work that was undone, and so nothing is repaired: what is, later, is one and not the second.
+    let repaired = |()| lab.ask::<Value>(&["status"])["repaired"].clone();
+    assert_eq!(repaired(()), serde_json::json!({}));
+    let pin = format!("from_network-{}", number(&lab));
+    let attached = pins.attached(&pin);
+    pins.detach(&pin);
+    eventually("its program is put back", PATIENCE, || pins.attached(&pin) == attached);
+    lab.status_when("counted once", |status| status["repaired"] == serde_json::json!({"program": 1}));
+    lab.connect(&format!("{VIP}:80")).unwrap().goes_on();
+    lab.stop();
+    assert!(lab.command(&["down", "--config", &file]).status.success());
+    assert_eq!(forwarding(&lab), "0", "the setting of the device that returned is put back");
+}

@@ -1,6 +1,6 @@
 //! The machine's side: devices with their programs, and what the packet path knows about addresses.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cirri_abi::{
@@ -12,6 +12,8 @@ use cirri_loader::{Datapath, EdgeMode, EdgeStatus, EdgeWanted, LoadError, MapErr
 
 use super::api::DeviceStatus;
 use super::plan::Plan;
+use crate::agent::{Finding, Findings};
+use crate::api::ProblemKind;
 use crate::config::Acceleration;
 use crate::settings::{Settings, SettingsError};
 
@@ -42,6 +44,9 @@ pub enum MachineError {
     /// Tables.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// Settings.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     /// No such device.
     #[error("there is no device {0}; devices: {1}")]
     NoDevice(String, String),
@@ -70,7 +75,7 @@ impl Machine {
     /// Looks around.
     ///
     /// # Errors
-    /// The kernel's, or a source that no device has. That a device is missing is no error.
+    /// The kernel's. That a device or an address is missing is none: see [`Machine::check`] and [`Machine::flaws`].
     pub async fn look(plan: &Plan, net: &Net) -> Result<Machine, MachineError> {
         let mut devices = BTreeMap::new();
         for name in &plan.devices {
@@ -78,10 +83,6 @@ impl Machine {
         }
         let all = net.addresses().await?;
         let addresses: Vec<IpAddr> = all.iter().map(|address| address.ip).collect();
-        let ours = |ip: IpAddr, key| match addresses.contains(&ip) {
-            true => Ok(()),
-            false => Err(MachineError::ForeignAddress(ip, key)),
-        };
         let served = |ip: &IpAddr| plan.services.iter().any(|service| service.address == *ip);
         let first = |v6: bool| {
             plan.devices.iter().filter_map(|name| devices.get(name)?.as_ref()).find_map(|link: &Link| {
@@ -90,20 +91,13 @@ impl Machine {
                 of.find(|ip| ip.is_ipv6() == v6 && is_global(ip) && !served(ip))
             })
         };
+        // One that the file names stays the source while it is away: connections go on when it is back.
         let v4 = match (plan.address, first(false)) {
-            (Some(v4), _) => {
-                ours(v4.into(), "address")?;
-                Some(v4)
-            }
-            (None, Some(IpAddr::V4(v4))) => Some(v4),
+            (Some(v4), _) | (None, Some(IpAddr::V4(v4))) => Some(v4),
             _ => None,
         };
         let v6 = match (plan.address6, first(true)) {
-            (Some(v6), _) => {
-                ours(v6.into(), "address6")?;
-                Some(v6)
-            }
-            (None, Some(IpAddr::V6(v6))) => Some(v6),
+            (Some(v6), _) | (None, Some(IpAddr::V6(v6))) => Some(v6),
             _ => None,
         };
         Ok(Machine { devices, v4, v6, addresses })
@@ -112,11 +106,14 @@ impl Machine {
     /// Whether the plan can work here.
     ///
     /// # Errors
-    /// A device is not there, or a service has no source for its connections.
+    /// A device or a source is not there, or a service has no source for its connections.
     pub async fn check(&self, plan: &Plan, net: &Net) -> Result<(), MachineError> {
         if let Some((name, _)) = self.devices.iter().find(|(_, link)| link.is_none()) {
             let there: Vec<String> = net.links().await?.into_iter().map(|link| link.name).collect();
             return Err(MachineError::NoDevice(name.clone(), there.join(", ")));
+        }
+        if let Some((ip, key)) = self.foreign(plan).next() {
+            return Err(MachineError::ForeignAddress(ip, key));
         }
         for pool in &plan.pools {
             let own = (pool.v4.filter(|v4| self.v4 == Some(*v4)).map(IpAddr::V4))
@@ -125,17 +122,66 @@ impl Machine {
                 return Err(MachineError::OwnPool(pool.name.clone(), ip));
             }
         }
-        for service in &plan.services {
+        match self.without_source(plan).next() {
+            Some((service, family, key)) => Err(MachineError::NoSource { service: service.to_owned(), family, key }),
+            None => Ok(()),
+        }
+    }
+
+    /// What the administrator took away from under the plan, or switched off. `stood`: addresses of pools that were on
+    /// devices when the plan came; others are routed here.
+    pub fn flaws(&self, plan: &Plan, stood: &BTreeSet<IpAddr>) -> Findings {
+        let mut flaws = Findings::new();
+        for (name, link) in &self.devices {
+            let (found, remedy) = match link {
+                None => ("it is gone", "bring it back; it is served again by itself"),
+                Some(link) if !link.up => ("it is down", "bring it up; no packet comes or leaves by it until then"),
+                Some(link) if !link.carrier => {
+                    ("it has no carrier", "see its cable, or its other end: no packet comes or leaves by it")
+                }
+                Some(_) => continue,
+            };
+            flaws.push((ProblemKind::Device, name.clone(), Finding::new(found, remedy).wanted("up")));
+        }
+        let mut note = |object: String, found: &str, remedy: &str, wanted: &str| {
+            flaws.push((ProblemKind::Address, object, Finding::new(found, remedy).wanted(wanted)));
+        };
+        for (ip, key) in self.foreign(plan) {
+            let remedy = "give it back to its device; answers to translated connections do not come here until then";
+            note(ip.to_string(), "no device has it", remedy, key);
+        }
+        for ip in stood.iter().filter(|ip| !self.addresses.contains(ip)) {
+            let remedy = "give it back to its device, or have it routed here and let the file be read again (SIGHUP)";
+            note(ip.to_string(), "no device has it any more", remedy, "a pool's address");
+        }
+        for (service, family, key) in self.without_source(plan) {
+            let found = format!("no device of the plan has an {family} address for its connections");
+            note(format!("of service {service}"), &found, &format!("give one to a device, or set {key}"), "a source");
+        }
+        flaws
+    }
+
+    /// Addresses of the plan's pools that stand on a device.
+    pub fn pools_here(&self, plan: &Plan) -> BTreeSet<IpAddr> {
+        plan.pool_addresses().filter(|ip| self.addresses.contains(ip)).collect()
+    }
+
+    /// Sources that the plan names and no device has, with their keys.
+    fn foreign(&self, plan: &Plan) -> impl Iterator<Item = (IpAddr, &'static str)> {
+        let named = [(plan.address.map(IpAddr::V4), "address"), (plan.address6.map(IpAddr::V6), "address6")];
+        named.into_iter().filter_map(|(ip, key)| Some((ip?, key))).filter(|(ip, _)| !self.addresses.contains(ip))
+    }
+
+    /// Services whose connections have no source, with the family and what could be set.
+    fn without_source<'a>(&self, plan: &'a Plan) -> impl Iterator<Item = (&'a str, &'static str, &'static str)> {
+        plan.services.iter().filter_map(|service| {
             let translated = service.forwarding == super::config::ForwardingName::Snat && service.pool.is_none();
             let (source, family, key) = match service.address {
                 IpAddr::V4(_) => (self.v4.is_some(), "IPv4", "address"),
                 IpAddr::V6(_) => (self.v6.is_some(), "IPv6", "address6"),
             };
-            if translated && !source {
-                return Err(MachineError::NoSource { service: service.name.clone(), family, key });
-            }
-        }
-        Ok(())
+            (translated && !source).then_some((service.name.as_str(), family, key))
+        })
     }
 
     /// Tells the packet path who this machine is; whether it knew otherwise.
@@ -173,9 +219,8 @@ impl Machine {
             (everywhere(Addr::ANY_V4, 96), plain(Identity::WORLD_IPV4)),
             (everywhere(Addr::UNSPECIFIED, 0), plain(Identity::WORLD_IPV6)),
         ]);
-        let sources = plan.pools.iter().flat_map(|pool| [pool.v4.map(IpAddr::V4), pool.v6.map(IpAddr::V6)]).flatten();
         let served = |ip: &IpAddr| plan.services.iter().any(|service| service.address == *ip);
-        let own = self.addresses.iter().copied().filter(is_global).chain(sources);
+        let own = self.addresses.iter().copied().filter(is_global).chain(plan.pool_addresses());
         all.extend(own.filter(|ip| !served(ip)).map(host_row));
         all
     }
@@ -243,13 +288,26 @@ impl Attached {
         let attached = self.attach(plan, machine, datapath);
         let gone: Vec<String> = self.devices.keys().filter(|name| !plan.devices.contains(name)).cloned().collect();
         for name in gone {
-            if let Some((index, ..)) = self.devices.remove(&name) {
-                self.reached.remove(&index);
-                datapath.detach(index)?;
-                tracing::info!(device = name, "not served any more");
-            }
+            self.leave(&name, datapath)?;
+            tracing::info!(device = name, "not served any more");
         }
+        self.leave_others(machine, datapath)?;
         attached
+    }
+
+    /// Takes the programs off a device. One that is gone leaves pins; one that has another name by now has programs.
+    fn leave(&mut self, name: &str, datapath: &mut Datapath) -> Result<(), LoadError> {
+        let Some((index, ..)) = self.devices.remove(name) else { return Ok(()) };
+        self.reached.remove(&index);
+        datapath.detach(index)
+    }
+
+    /// Takes away what is attached to devices that are not the plan's: by an earlier process, or when it failed half-way.
+    fn leave_others(&self, machine: &Machine, datapath: &mut Datapath) -> Result<(), LoadError> {
+        let ours = machine.devices.values().flatten().map(|link| link.index);
+        let ours: BTreeSet<u32> = ours.chain(self.devices.values().map(|(index, ..)| *index)).collect();
+        let all: BTreeSet<u32> = datapath.attachments()?.iter().map(|it| it.ifindex).collect();
+        all.difference(&ours).try_for_each(|index| datapath.detach(*index))
     }
 
     /// Attaches what is missing; programs of an earlier process are replaced without a gap.
@@ -259,40 +317,40 @@ impl Attached {
     pub fn attach(&mut self, plan: &Plan, machine: &Machine, datapath: &mut Datapath) -> Result<(), MachineError> {
         let mut first = Ok(());
         for (name, link) in &machine.devices {
-            let Some(link) = link else {
-                if let Some((index, ..)) = self.devices.remove(name) {
-                    self.reached.remove(&index);
-                    tracing::warn!(device = name, "device is gone");
-                }
-                continue;
-            };
+            let now = link.as_ref().map(|link| link.index);
+            if self.devices.get(name).is_some_and(|(index, ..)| Some(*index) != now) {
+                tracing::warn!(device = name, now, "device is gone; one of its name is served when it is there");
+                self.leave(name, datapath)?;
+            }
+            let Some(link) = link else { continue };
             let known = self.devices.get(name);
-            let done = known.is_some_and(|(index, wanted, _)| (*index, *wanted) == (link.index, plan.acceleration));
+            let done = known.is_some_and(|(_, wanted, _)| *wanted == plan.acceleration);
             if done && self.fallen().all(|(fallen, _)| fallen != name) {
                 continue;
             }
             // Whatever becomes of it, it is not as it was.
             let before = self.devices.remove(name).map(|(.., status)| status);
             let wanted = wanted(plan.acceleration).again(self.reached.get(&link.index).copied());
-            let attached = datapath.attach_network(name).and_then(|_| match datapath.attach_edge(name, wanted) {
+            let attached = datapath.attach_network(name).and_then(|index| match datapath.attach_edge(name, wanted) {
                 // It is served, by tc: what is new in the file need not wait for it.
                 Err(error) if wanted != self::wanted(plan.acceleration) => {
-                    Ok(EdgeStatus { device: name.clone(), mode: EdgeMode::Tc, reason: error.to_string() })
+                    Ok((index, EdgeStatus { device: name.clone(), mode: EdgeMode::Tc, reason: error.to_string() }))
                 }
-                other => other,
+                other => other.map(|status| (index, status)),
             });
             match attached {
-                Ok(status) => {
+                // The number that it has now, which need not be the one that was seen.
+                Ok((index, status)) => {
                     if plan.acceleration != Acceleration::BestEffort {
-                        self.reached.remove(&link.index);
+                        self.reached.remove(&index);
                     } else if status.mode != EdgeMode::Tc {
-                        self.reached.insert(link.index, status.mode);
+                        self.reached.insert(index, status.mode);
                     }
                     let status = told(&status);
                     if before.as_ref() != Some(&status) {
                         tracing::info!(device = name, mode = status.mode, reason = status.reason, "served");
                     }
-                    self.devices.insert(name.clone(), (link.index, plan.acceleration, status));
+                    self.devices.insert(name.clone(), (index, plan.acceleration, status));
                 }
                 Err(error) => first = first.and(Err(error)),
             }
@@ -347,22 +405,6 @@ impl Attached {
         };
         plan.devices.iter().map(one).collect()
     }
-}
-
-/// Takes away what an earlier process attached to devices that are not the plan's.
-///
-/// # Errors
-/// The kernel's.
-pub fn detach_others(machine: &Machine, datapath: &mut Datapath) -> Result<(), LoadError> {
-    let ours: Vec<u32> = machine.devices.values().flatten().map(|link| link.index).collect();
-    let mut others: Vec<u32> = datapath.attachments()?.iter().map(|it| it.ifindex).collect();
-    others.retain(|index| !ours.contains(index));
-    others.sort_unstable();
-    others.dedup();
-    for index in others {
-        datapath.detach(index)?;
-    }
-    Ok(())
 }
 
 /// Settings of the machine: the source ports of translated connections are for nobody else, and the

@@ -1,7 +1,7 @@
 //! The kernel as others leave it: what the load balancer made there is compared again and again, and made right or
-//! named in `cirri lb status`. Devices and addresses are the administrator's; news of them are `follow_routes`'s.
+//! named in `cirri lb status`. Devices and addresses are the administrator's: see [`super::follow`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -31,6 +31,15 @@ impl Drift {
         self.problems.list()
     }
 
+    /// Of this kind there are exactly these problems, by object. The new ones are said in the log.
+    pub fn name(&mut self, kind: ProblemKind, findings: impl IntoIterator<Item = (String, Finding)>) {
+        let before: BTreeSet<String> = self.problems.list().into_iter().map(|it| it.object).collect();
+        self.problems.replace(kind, findings);
+        for problem in self.problems.list().iter().filter(|it| it.what == kind && !before.contains(&it.object)) {
+            tracing::warn!(%problem, "named in status until it is well");
+        }
+    }
+
     /// Repairs since the start, by kind.
     pub fn repaired(&self) -> BTreeMap<ProblemKind, u64> {
         self.repairs.count()
@@ -45,7 +54,7 @@ pub async fn watch(shared: Arc<Shared>) {
         pause.tick().await;
         let mut here = shared.machine.lock().await;
         let mut core = shared.core.lock().await;
-        if let Err(error) = compare(&mut here, &mut core, Instant::now()) {
+        if let Err(error) = compare(&mut here, &mut core, Instant::now()).await {
             tracing::warn!(%error, "the kernel cannot be compared with what should be there; it is tried again");
             shared.wake.notify_one();
         }
@@ -53,10 +62,11 @@ pub async fn watch(shared: Arc<Shared>) {
 }
 
 /// What cannot be compared keeps nothing else from it.
-fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()> {
+async fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()> {
     let mut findings = Findings::new();
     let mut kinds = vec![ProblemKind::Setting, ProblemKind::Program, ProblemKind::Pin];
-    let mut outcome = compare_settings(here, now, &mut findings).and(compare_programs(here, core, now, &mut findings));
+    let programs = compare_programs(here, core, now, &mut findings).await;
+    let mut outcome = compare_settings(here, now, &mut findings).and(programs);
     // Rows that the kernel refused are tried again by others.
     if core.behind.is_none() && here.drift.maps.is_due(now) {
         let began = cpu_time();
@@ -94,18 +104,24 @@ fn compare_settings(here: &mut Here, now: Instant, findings: &mut Findings) -> a
     Ok(())
 }
 
-fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
+async fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
+    let places: Vec<Place> = here.attached.places().collect();
+    let mut audit = here.datapath.audit(&places)?;
+    // A device that went took its programs along, and its news may be on the way still. Also what could not be attached
+    // last time: the kernel does not tell when it could.
+    if !audit.misplaced.is_empty() || here.attached.is_lacking(&here.machine) {
+        here.look(core).await;
+    }
     let Here { datapath, machine, attached, drift, trouble, .. } = here;
-    let places: Vec<Place> = attached.places().collect();
-    let audit = datapath.audit(&places)?;
+    let there: BTreeSet<Place> = attached.places().collect();
+    audit.misplaced.retain(|it| there.contains(&it.place));
     let mut ask =
         |what, object: &str, found: &str, wanted: &str| drift.repairs.ask(what, object, [found, wanted], "", now);
     let again = judge_programs(audit, |ifindex| attached.name(ifindex), &mut ask, findings);
     for ifindex in again.iter().filter_map(Place::device) {
         attached.suspect(ifindex);
     }
-    // Also what could not be attached last time: the kernel does not tell when it could.
-    if !again.is_empty() || attached.is_lacking(machine) {
+    if !again.is_empty() {
         *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
     }
     for (device, why) in attached.fallen() {

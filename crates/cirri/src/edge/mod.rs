@@ -14,6 +14,7 @@ mod core;
 mod devices;
 mod drift;
 mod drops;
+mod follow;
 mod found;
 mod health;
 mod plan;
@@ -22,7 +23,7 @@ mod report;
 mod server;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -32,9 +33,8 @@ use std::time::{Duration, Instant};
 
 use cirri_abi::epoch_slot;
 use cirri_loader::gc::{self, Collector};
-use cirri_loader::net::{ForeignRoutes, NeighbourChange, Neighbours, Net};
+use cirri_loader::net::{DeviceNews, ForeignRoutes, NeighbourChange, Neighbours, Net};
 use cirri_loader::{Datapath, Events, LoadOptions, Use, is_being_written};
-use futures::FutureExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{Mutex, Notify};
@@ -74,7 +74,9 @@ struct Here {
     datapath: Datapath,
     machine: Machine,
     attached: Attached,
-    /// What is wrong with devices or addresses now.
+    /// Addresses of pools that were on devices when the file was read.
+    stood: BTreeSet<IpAddr>,
+    /// What the kernel refuses of devices or addresses now.
     trouble: Option<String>,
     /// How the kernel drifts.
     drift: Drift,
@@ -89,8 +91,6 @@ struct ConfigState {
 
 /// Outcomes of checks that are taken in at once.
 const OUTCOMES: usize = 1024;
-/// How long changes of routes are gathered.
-const BURST: Duration = Duration::from_millis(20);
 /// How often flow tables are swept while there is something to do, and how many entries at a time: a load balancer's fill quickly.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
 const SWEEP_BUDGET: usize = 32_768;
@@ -137,6 +137,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
         .map_err(|error| format!("cannot watch {}: {error}", file.display()))
         .because(Failure::Failed)?;
     let routes = ForeignRoutes::here().because(Failure::Failed)?;
+    let devices = DeviceNews::here().because(Failure::Failed)?;
     let neighbours = Neighbours::here().because(Failure::Failed)?;
     let pin_root = plan.bpf.pin_root.clone();
     let (shared, outcomes, events) = begin(file, plan).await?;
@@ -145,7 +146,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     let spawn = |task: Pin<Box<dyn Future<Output = ()>>>| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(reload(Arc::clone(&shared), watch)));
     spawn(Box::pin(follow_checks(Arc::clone(&shared), outcomes)));
-    spawn(Box::pin(follow_routes(Arc::clone(&shared), routes)));
+    spawn(Box::pin(follow::watch(Arc::clone(&shared), routes, devices)));
     spawn(Box::pin(follow_neighbours(Arc::clone(&shared), neighbours)));
     spawn(Box::pin(catch_up(Arc::clone(&shared))));
     spawn(Box::pin(drift::watch(Arc::clone(&shared))));
@@ -236,7 +237,6 @@ async fn start(file: PathBuf, plan: Plan, net: Net, mut settings: Settings) -> R
     core.apply(plan.clone()).because(Failure::BadInput)?;
     let mut attached = Attached::default();
     attached.follow(&plan, &machine, &mut datapath).because(Failure::Failed)?;
-    devices::detach_others(&machine, &mut datapath).because(Failure::Failed)?;
     let retired = datapath.retire().because(Failure::Failed)?;
     tracing::info!(services = plan.services.len(), ?retired, "in force");
     let shared = Shared {
@@ -245,6 +245,7 @@ async fn start(file: PathBuf, plan: Plan, net: Net, mut settings: Settings) -> R
             net,
             settings,
             datapath,
+            stood: machine.pools_here(&plan),
             machine,
             attached,
             trouble: None,
@@ -286,8 +287,8 @@ async fn reload(shared: Arc<Shared>, mut watch: Watch) {
 async fn load(shared: &Shared) -> std::result::Result<usize, String> {
     let plan = Plan::read(&shared.file).map_err(|error| error.to_string())?;
     let mut here = shared.machine.lock().await;
-    let Here { net, settings, datapath, machine, attached, trouble, .. } = &mut *here;
     let mut core = shared.core.lock().await;
+    let Here { net, settings, datapath, machine, attached, trouble, stood, .. } = &mut *here;
     let told = |error: MachineError| error.to_string();
     if plan.bpf != core.plan.bpf || plan.state_dir != core.plan.state_dir {
         return Err(
@@ -307,8 +308,10 @@ async fn load(shared: &Shared) -> std::result::Result<usize, String> {
         return Err(error.clone());
     }
     *machine = seen;
+    *stood = machine.pools_here(&core.plan);
     machine.tell(&core.plan, &core.tables).map_err(|error| error.to_string())?;
     *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+    here.name_flaws(&core.plan);
     applied.map_err(|(_, error)| {
         shared.wake.notify_one();
         error
@@ -328,34 +331,6 @@ async fn follow_checks(shared: Arc<Shared>, mut outcomes: UnboundedReceiver<Outc
             shared.wake.notify_one();
         }
     }
-}
-
-/// Connections ask again for their way when somebody changed it: recipes hold the neighbour that a
-/// route led to. Devices that come back are served again.
-async fn follow_routes(shared: Arc<Shared>, mut routes: ForeignRoutes) {
-    while routes.changed().await {
-        // Daemons change routes in bursts; one renewal does for what came at once.
-        tokio::time::sleep(BURST).await;
-        while routes.changed().now_or_never() == Some(true) {}
-        let mut here = shared.machine.lock().await;
-        let core = shared.core.lock().await;
-        renew(&core);
-        let Here { net, datapath, machine, attached, trouble, .. } = &mut *here;
-        let outcome = match Machine::look(&core.plan, net).await {
-            Ok(seen) => {
-                *machine = seen;
-                let told = machine.tell(&core.plan, &core.tables).map(drop).map_err(MachineError::from);
-                told.and(attached.follow(&core.plan, machine, datapath))
-            }
-            Err(error) => Err(error),
-        };
-        let now = outcome.err().map(|error| error.to_string());
-        if let Some(error) = now.as_ref().filter(|error| trouble.as_ref() != Some(error)) {
-            tracing::error!(error, "devices and addresses are not as the file wants them");
-        }
-        *trouble = now;
-    }
-    tracing::error!("routes are not watched any more");
 }
 
 /// Recipes hold Ethernet addresses: connections ask again when one changed, and when a backend's or the

@@ -187,6 +187,12 @@ impl Plan {
     pub fn pool(&self, name: &str) -> Option<&Pool> {
         self.pools.iter().find(|pool| pool.name == name)
     }
+
+    /// The addresses of all pools.
+    pub fn pool_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let both = self.pools.iter().flat_map(|pool| [pool.v4.map(IpAddr::V4), pool.v6.map(IpAddr::V6)]);
+        both.flatten()
+    }
 }
 
 /// What is wrong with a text: the limit that it is past, or what the parser says.

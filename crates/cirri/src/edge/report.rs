@@ -26,6 +26,8 @@ pub const DEFAULT_POOL: &str = "default";
 /// The kernel does not tell.
 pub async fn status(shared: &Arc<Shared>) -> Result<Status, ApiError> {
     let (mut status, full) = {
+        // In this order, as everybody takes them who needs both.
+        let machine = shared.machine.lock().await;
         let core = shared.core.lock().await;
         let drops = shared.drops.lock().unwrap_or_else(PoisonError::into_inner).status(&core.tables);
         let drops = drops.map_err(internal)?;
@@ -42,7 +44,6 @@ pub async fn status(shared: &Arc<Shared>) -> Result<Status, ApiError> {
         };
         let refusing: Vec<String> =
             core.plan.services.iter().filter(|service| !serves(service)).map(|service| service.name.clone()).collect();
-        let machine = shared.machine.lock().await;
         let config = shared.config.lock().unwrap_or_else(PoisonError::into_inner).status(&shared.file);
         let mut warnings = Vec::new();
         if !config.error.is_empty() {

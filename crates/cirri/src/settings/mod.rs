@@ -201,16 +201,20 @@ impl Settings {
         Ok(drifted)
     }
 
-    /// Makes a setting right that drifted.
+    /// Makes a setting right that drifted. One of this owner's is recorded again: its device may have been made anew,
+    /// and what was before is another value then.
     ///
     /// # Errors
-    /// It cannot be written.
-    pub fn restore(&self, drifted: &Drifted) -> Result<(), SettingsError> {
+    /// It cannot be recorded, or not be written.
+    pub fn restore(&mut self, drifted: &Drifted) -> Result<(), SettingsError> {
         if let (RESERVED, Some(range)) = (drifted.name.as_str(), self.ports) {
             let all = Ports::parse(&drifted.found).with(range);
             return Ok(self.net.set_sysctl(RESERVED, &all.to_string())?);
         }
-        Ok(self.net.set_sysctl(&drifted.name, &drifted.wanted)?)
+        match self.wanted.contains_key(&drifted.name) {
+            true => self.set(&drifted.name, &drifted.wanted),
+            false => Ok(self.net.set_sysctl(&drifted.name, &drifted.wanted)?),
+        }
     }
 
     /// This owner leaves: puts back what nobody else needs and nobody changed since. Answers what was put back.

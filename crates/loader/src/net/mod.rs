@@ -31,7 +31,7 @@ pub use news::{Changed, NetworkChange, NetworkNews, Watched};
 pub use route::{Address, MAIN_TABLE, Neighbour, OwnRoute, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
 pub use settings::OpenSettings;
-pub use watch::{ForeignRoutes, NeighbourChange, Neighbours};
+pub use watch::{DeviceNews, ForeignRoutes, NeighbourChange, Neighbours};
 pub(crate) use xdp::xdp_on;
 
 /// The network of one namespace. Cheap to clone.

@@ -1,4 +1,4 @@
-//! News of routes and neighbours.
+//! News of routes, devices and neighbours.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -45,6 +45,24 @@ impl ForeignRoutes {
             }
         }
         false
+    }
+}
+
+/// Hears of every device and every address of one that comes, goes or changes.
+pub struct DeviceNews {
+    messages: Messages,
+}
+
+impl DeviceNews {
+    /// Listens in the calling thread's namespace. Must be called on a tokio runtime.
+    pub fn here() -> Result<DeviceNews, NetError> {
+        let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+        Ok(DeviceNews { messages: listen(&groups, "listen for devices in")? })
+    }
+
+    /// Waits for the next change. `false`: there will be none any more.
+    pub async fn changed(&mut self) -> bool {
+        self.messages.next().await.is_some()
     }
 }
 
