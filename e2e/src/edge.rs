@@ -142,7 +142,7 @@ impl EdgeLab {
         });
         self.daemon = Some(child.expect("entered").expect("started"));
         let begun = Instant::now();
-        while !self.directory.path().join("state/lb.sock").exists() || !self.ask_raw(&["status"]).status.success() {
+        while !self.socket().exists() || !self.ask_raw(&["status"]).status.success() {
             let child = self.daemon.as_mut().expect("started");
             if let Some(status) = child.try_wait().expect("asked") {
                 panic!("the load balancer ended with {status}:\n{}", self.log_text());
@@ -235,6 +235,11 @@ impl EdgeLab {
 
     fn log(&self) -> PathBuf {
         self.directory.path().join("log")
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("state/lb.sock")
     }
 
     /// Its pins.

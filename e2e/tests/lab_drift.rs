@@ -26,6 +26,17 @@ fn every_kind_of_drift_is_made_right_or_named_and_then_all_is_well() {
     let world = world("drift");
     try_all(&world, CASES);
     world.assert_traffic("after all of it");
+    let socket = world.lab.socket("node1");
+    eventually("that the socket was removed is said", PATIENCE, || {
+        // Made again already, perhaps.
+        let _ = fs::remove_file(&socket);
+        let asked = output(["--socket", &socket, "status"]).unwrap();
+        let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+        asked.status.code() == Some(3) && said.contains("somebody removed its socket") && said.contains("ask again")
+    });
+    eventually("the socket is made again and all is well", PATIENCE, || {
+        output(["--socket", &socket, "status", "--check"]).unwrap().status.success()
+    });
     if std::env::var_os("CIRRI_DRIFT").is_none() {
         let repaired = world.status()["repaired"].clone();
         for kind in ["device", "route", "program", "pin", "map", "setting"] {

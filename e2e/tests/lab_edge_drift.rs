@@ -57,11 +57,20 @@ fn what_is_taken_from_a_load_balancer_is_put_back() {
         damage();
         eventually(name, PATIENCE, || state() == before && repairs(()) > count);
     }
+    let (file, socket) = (lab.file().display().to_string(), lab.socket());
+    eventually("that the socket was removed is said", PATIENCE, || {
+        // Made again already, perhaps.
+        let _ = fs::remove_file(&socket);
+        let asked = lab.command(&["status", "--config", &file]);
+        let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+        asked.status.code() == Some(3) && said.contains("somebody removed its socket") && said.contains("ask again")
+    });
+    eventually("the socket is made again", PATIENCE, || socket.exists());
     let status = lab.status_when("well", |status| status["problems"] == Value::Array(Vec::new()));
-    for kind in ["program", "pin", "map", "setting"] {
+    for kind in ["program", "pin", "map", "setting", "file"] {
         assert!(status["repaired"][kind].as_u64() > Some(0), "{kind} is not counted: {status:#}");
     }
-    assert!(lab.command(&["status", "--check", "--config", &lab.file().display().to_string()]).status.success());
+    assert!(lab.command(&["status", "--check", "--config", &file]).status.success());
     let mut talks = lab.connect_many(&format!("{VIP}:80"), 20);
     talks.iter_mut().for_each(edge::Talk::goes_on);
 }

@@ -1,6 +1,7 @@
 //! The command line's end of the agent's socket.
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -101,6 +102,11 @@ impl CallError {
     fn into_exit(self, socket: &Path) -> Error {
         match self {
             CallError::Stop(error) => error,
+            CallError::NoAgent { .. } if let Some(pid) = runs_without(socket) => Error::new(
+                Failure::NotReachable,
+                format!("the agent runs (pid {pid}), but somebody removed its socket {}", socket.display()),
+            )
+            .hint(MADE_AGAIN),
             CallError::NoAgent { ref source, .. } if source.kind() == ErrorKind::PermissionDenied => {
                 Error::new(Failure::NotReachable, format!("the agent's socket {} is for root alone", socket.display()))
                     .hint("run the command as root")
@@ -123,6 +129,26 @@ impl CallError {
             other => Error::new(Failure::Failed, other),
         }
     }
+}
+
+/// What to do about a socket that its process lost.
+pub const MADE_AGAIN: &str = "it makes the socket again within seconds: ask again; if it does not, its log says why";
+
+/// The process that has the lock beside a socket which is not there, as the kernel tells.
+pub fn runs_without(socket: &Path) -> Option<u32> {
+    if socket.exists() {
+        return None;
+    }
+    let lock = std::fs::metadata(socket.with_extension("lock")).ok()?.ino();
+    // `1: FLOCK  ADVISORY  WRITE 4711 00:1a:1234 0 EOF`: to try the lock could keep a start from it.
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let holder = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let &[_, "FLOCK", _, "WRITE", pid, file, ..] = words.as_slice() else { return None };
+        let inode: u64 = file.rsplit(':').next()?.parse().ok()?;
+        pid.parse().ok().filter(|_| inode == lock)
+    };
+    locks.lines().find_map(holder)
 }
 
 /// One call: every answer line goes to `each`.

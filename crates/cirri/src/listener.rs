@@ -2,34 +2,106 @@
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
 
-use crate::api::{ApiError, Request};
+use crate::agent::{Finding, Findings, OpenFile};
+use crate::api::{ApiError, ProblemKind, Request};
 
-/// Listens; replaces the socket that an earlier run left. Only its owner may connect.
-///
-/// # Errors
-/// The socket cannot be made.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
+/// A socket at the path where clients look for it. Whoever removes it there locks all of them out, so it is looked at
+/// now and then, and made again.
+#[derive(Debug)]
+pub struct Door {
+    path: PathBuf,
+    made: Mutex<Made>,
+    again: Notify,
+}
+
+#[derive(Debug)]
+struct Made {
+    file: OpenFile,
+    /// The listening end, until somebody serves it.
+    listener: Option<UnixListener>,
+}
+
+impl Door {
+    /// Listens; replaces the socket that an earlier run left. Only its owner may connect.
+    ///
+    /// # Errors
+    /// The socket cannot be made; names it.
+    pub fn open(path: PathBuf) -> io::Result<Arc<Door>> {
+        let wrong =
+            |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()));
+        let made = make(&path).map_err(wrong)?;
+        Ok(Arc::new(Door { path, made: Mutex::new(made), again: Notify::new() }))
+    }
+
+    /// Makes the socket again if it is not at its path any more. `ask`: whether that may be done now, see
+    /// [`crate::agent::Repairs::ask`].
+    pub fn look(&self, mut ask: impl FnMut(&str, [&str; 2]) -> bool, findings: &mut Findings) {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(found) = made.file.replaced() else { return };
+        let (object, wanted) = (self.path.display().to_string(), "the socket that clients ask");
+        if !ask(&object, [found, wanted]) {
+            return;
+        }
+        match make(&self.path) {
+            Ok(again) => {
+                *made = again;
+                self.again.notify_one();
+            }
+            Err(error) => {
+                let finding = Finding::new(format!("{found}; it cannot be made again: {error}"), "make room for it");
+                findings.push((ProblemKind::File, object, finding.wanted(wanted)));
+            }
+        }
+    }
+
+    /// Removes the socket.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn close(&self) -> io::Result<()> {
+        crate::files::remove(&self.path)
+    }
+
+    /// The listening end, once after it was made.
+    fn listener(&self) -> Option<UnixListener> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).listener.take()
+    }
+}
+
+fn make(path: &Path) -> io::Result<Made> {
+    // The directory may have gone with the socket.
+    path.parent().map_or(Ok(()), std::fs::create_dir_all)?;
     crate::files::remove(path)?;
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    Ok(Made { file: OpenFile::at(path.to_owned())?, listener: Some(listener) })
 }
 
 /// Has every client answered by a task of its own, until the process stops. Must be called on a
 /// `LocalSet`.
-pub async fn serve<A>(listener: UnixListener, converse: impl Fn(UnixStream) -> A)
+pub async fn serve<A>(door: Arc<Door>, converse: impl Fn(UnixStream) -> A)
 where
     A: Future<Output = io::Result<()>> + 'static,
 {
+    let Some(mut listener) = door.listener() else { return };
     loop {
-        match listener.accept().await {
+        let client = tokio::select! {
+            client = listener.accept() => client,
+            () = door.again.notified() => {
+                listener = door.listener().unwrap_or(listener);
+                continue;
+            }
+        };
+        match client {
             Ok((stream, _)) => {
                 let conversation = converse(stream);
                 tokio::task::spawn_local(async move {
@@ -124,13 +196,46 @@ mod tests {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let answers = tokio::task::LocalSet::new().block_on(&runtime, async {
-            let listener = listen(&socket).unwrap();
+            let door = Door::open(socket).unwrap();
             tokio::select! {
-                () = serve(listener, converse) => unreachable!("it serves for ever"),
+                () = serve(door, converse) => unreachable!("it serves for ever"),
                 answers = tokio::task::spawn_blocking(client) => answers.unwrap(),
             }
         });
         let refused = "bad-request: the question is longer than 2 MiB";
         assert_eq!(answers, [refused, refused, "status", "status"]);
+    }
+    #[test]
+    fn a_socket_that_was_removed_or_replaced_is_made_again_and_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("state/socket");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let door = Door::open(socket.clone()).unwrap();
+            let served = tokio::task::spawn_local(serve(Arc::clone(&door), converse));
+            let (mut asked, mut findings) = (Vec::new(), Findings::new());
+            for damage in ["nothing", "removed", "replaced", "directory"] {
+                match damage {
+                    "removed" => std::fs::remove_file(&socket).unwrap(),
+                    "replaced" => {
+                        std::fs::remove_file(&socket).unwrap();
+                        std::fs::write(&socket, "").unwrap();
+                    }
+                    "directory" => std::fs::remove_dir_all(socket.parent().unwrap()).unwrap(),
+                    _ => {}
+                }
+                let ask = |_: &str, [found, _]: [&str; 2]| {
+                    asked.push(found.to_owned());
+                    true
+                };
+                door.look(ask, &mut findings);
+                let at = socket.clone();
+                let answer = tokio::task::spawn_blocking(move || super::tests::ask(&at, b"{\"method\":\"status\"}\n"));
+                assert_eq!(answer.await.unwrap(), "status", "{damage}");
+            }
+            let found = ["it was removed", "another file stands in its place", "it was removed"];
+            assert_eq!((asked, findings), (found.map(str::to_owned).to_vec(), Findings::new()));
+            served.abort();
+        });
     }
 }

@@ -59,9 +59,10 @@ use self::core::Core;
 use crate::api::{ConfigValue, StoreStatus};
 use crate::config::Loaded;
 use crate::exit::{Because, Failure, Result};
+use crate::listener::Door;
 
 pub use cleanup::cleanup;
-pub use drift::{EVERY as COMPARE_EVERY, Findings, Pace, Repairs, cpu_time, judge as judge_programs};
+pub use drift::{EVERY as COMPARE_EVERY, Findings, OpenFile, Pace, Repairs, cpu_time, judge as judge_programs};
 pub use problems::{Finding, Problems};
 pub use queries::counters_by_name;
 pub use services::{Reach, changed as changed_services};
@@ -157,10 +158,9 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     // First what was asked for while the agent was away: a new ADD may be for the same container.
     deletions::carry_out(&shared).await;
     let socket = config.socket();
-    let listener = crate::listener::listen(&socket)
-        .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
-        .because(Failure::Failed)?;
-    spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));
+    let door = Door::open(socket.clone()).because(Failure::Failed)?;
+    shared.core.lock().await.drift.door = Some(Arc::clone(&door));
+    spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&door))));
     spawn(Box::pin(deletions::follow(Arc::clone(&shared))));
     start::notify("READY=1");
     tracing::info!(socket = %socket.display(), "ready");
@@ -171,7 +171,7 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     }
     start::notify("STOPPING=1");
     crate::pinned::tell_end(lasting);
-    crate::files::remove(&socket).because(Failure::Failed)
+    door.close().because(Failure::Failed)
 }
 
 impl Shared {

@@ -7,14 +7,14 @@ use std::time::Instant;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 
 use super::{Shared, attach, check, dump, services, wait};
 use crate::api::{
     Answer, ApiError, BackendInfo, EndpointAdd, EndpointDelete, EndpointGet, MapDump, Observe, PolicyExplain,
     PolicyGet, Removed, ServiceGet, ServiceInfo, Wait,
 };
-use crate::listener;
+use crate::listener::{self, Door};
 
 /// The longest question. GC names every container of a node.
 const LONGEST: u64 = 16 << 20;
@@ -22,8 +22,8 @@ const LONGEST: u64 = 16 << 20;
 const BATCH: usize = 512;
 
 /// Answers until the agent stops.
-pub async fn serve(shared: Arc<Shared>, listener: UnixListener) {
-    listener::serve(listener, |stream| {
+pub async fn serve(shared: Arc<Shared>, door: Arc<Door>) {
+    listener::serve(door, |stream| {
         let shared = Arc::clone(&shared);
         async move { converse(&shared, stream).await }
     })

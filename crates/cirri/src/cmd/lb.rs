@@ -327,6 +327,11 @@ fn call<T: DeserializeOwned>(client: &ClientArgs, file: &File, method: &str, par
     const PATIENCE: Duration = Duration::from_secs(30);
     let socket = socket(client, file)?;
     client::call(&socket, method, &params, PATIENCE).map_err(|error| match error {
+        CallError::NoAgent { .. } if let Some(pid) = client::runs_without(&socket) => {
+            let what =
+                format!("the load balancer runs (pid {pid}), but somebody removed its socket {}", socket.display());
+            Error::new(Failure::NotReachable, what).hint(client::MADE_AGAIN)
+        }
         CallError::NoAgent { ref source, .. } => {
             let why = match source.kind() {
                 std::io::ErrorKind::PermissionDenied => "only root may ask",

@@ -11,6 +11,7 @@ use super::core::Core;
 use super::{Here, Shared};
 use crate::agent::{COMPARE_EVERY, Finding, Findings, Pace, Problems, Reach, Repairs, cpu_time, judge_programs};
 use crate::api::{Problem, ProblemKind};
+use crate::listener::Door;
 
 /// What is known about how the kernel drifts.
 #[derive(Debug, Default)]
@@ -20,6 +21,8 @@ pub struct Drift {
     maps: Pace,
     /// How often the maps were compared.
     compared: u32,
+    /// The socket, once there is one.
+    door: Option<Arc<Door>>,
 }
 
 /// Maps are compared whole once in so many times: that costs what they can hold, and an idle load balancer is to be idle.
@@ -29,6 +32,11 @@ impl Drift {
     /// What is not well.
     pub fn problems(&self) -> Vec<Problem> {
         self.problems.list()
+    }
+
+    /// This socket is looked after from now on.
+    pub fn watch(&mut self, door: Arc<Door>) {
+        self.door = Some(door);
     }
 
     /// Of this kind there are exactly these problems, by object. The new ones are said in the log.
@@ -64,7 +72,10 @@ pub async fn watch(shared: Arc<Shared>) {
 /// What cannot be compared keeps nothing else from it.
 async fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()> {
     let mut findings = Findings::new();
-    let mut kinds = vec![ProblemKind::Setting, ProblemKind::Program, ProblemKind::Pin];
+    let mut kinds = vec![ProblemKind::Setting, ProblemKind::Program, ProblemKind::Pin, ProblemKind::File];
+    if let Some(door) = &here.drift.door {
+        door.look(|object, texts| here.drift.repairs.ask(ProblemKind::File, object, texts, "", now), &mut findings);
+    }
     let programs = compare_programs(here, core, now, &mut findings).await;
     let mut outcome = compare_settings(here, now, &mut findings).and(programs);
     // Rows that the kernel refused are tried again by others.

@@ -50,6 +50,7 @@ use self::watch::Watch;
 use crate::agent::notify;
 use crate::config::Acceleration;
 use crate::exit::{Because, Error, Failure, Result};
+use crate::listener::Door;
 use crate::settings::Settings;
 
 pub use self::config::STATE_DIR;
@@ -155,10 +156,9 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
         spawn(Box::pin(follow_drops(Arc::clone(&shared), events)));
     }
     let socket = socket(&shared.core.lock().await.plan.state_dir);
-    let listener = crate::listener::listen(&socket)
-        .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
-        .because(Failure::Failed)?;
-    spawn(Box::pin(server::serve(Arc::clone(&shared), listener)));
+    let door = Door::open(socket.clone()).because(Failure::Failed)?;
+    shared.machine.lock().await.drift.watch(Arc::clone(&door));
+    spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&door))));
     notify("READY=1");
     tracing::info!(socket = %socket.display(), "ready");
 
@@ -168,7 +168,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     }
     notify("STOPPING=1");
     crate::pinned::tell_end(lasting);
-    crate::files::remove(&socket).because(Failure::Failed)
+    door.close().because(Failure::Failed)
 }
 
 /// Makes sure that this is root, and that no other load balancer uses the state directory as long as

@@ -6,19 +6,19 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 
 use super::api::{Drain, Drained, Pools};
 use super::{Shared, report};
 use crate::api::{Answer, ApiError, Request};
-use crate::listener;
+use crate::listener::{self, Door};
 
 /// The longest question.
 const LONGEST: u64 = 1 << 20;
 
 /// Answers until the process stops.
-pub async fn serve(shared: Arc<Shared>, listener: UnixListener) {
-    listener::serve(listener, |stream| {
+pub async fn serve(shared: Arc<Shared>, door: Arc<Door>) {
+    listener::serve(door, |stream| {
         let shared = Arc::clone(&shared);
         async move { converse(&shared, stream).await }
     })

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use super::Findings;
 use crate::agent::core::Core;
@@ -27,7 +28,7 @@ impl OpenFile {
     }
 
     /// What is at its path instead; nothing if that is the file.
-    fn replaced(&self) -> Option<&'static str> {
+    pub fn replaced(&self) -> Option<&'static str> {
         match inode(&self.path) {
             Ok(inode) if inode == self.inode => None,
             Ok(_) => Some("another file stands in its place"),
@@ -42,8 +43,15 @@ fn inode(path: &PathBuf) -> io::Result<(u64, u64)> {
 }
 
 impl Core {
-    /// Files that are not at their places any more are named: nobody but the next start could open them again.
-    pub(super) fn compare_files(&self, findings: &mut Findings) {
+    /// Files that are not at their places any more are named: nobody but the next start could open them again. The
+    /// socket is made again.
+    pub(super) fn compare_files(&mut self, now: Instant, findings: &mut Findings) {
+        if let Some(door) = self.drift.door.clone() {
+            door.look(
+                |object, [found, wanted]| self.drift.repair(ProblemKind::File, object, found, wanted, now),
+                findings,
+            );
+        }
         for file in &self.drift.files {
             if let Some(found) = file.replaced() {
                 let remedy = "restart the agent while manifests and store are right: until then all goes on, but what the \

@@ -29,6 +29,7 @@ use super::Shared;
 use super::core::Core;
 use super::problems::Finding;
 use crate::api::ProblemKind;
+use crate::listener::Door;
 
 pub use files::OpenFile;
 pub use programs::judge;
@@ -71,6 +72,8 @@ pub struct Drift {
     pub stored: bool,
     /// Files that are kept open.
     pub files: Vec<OpenFile>,
+    /// The socket, once there is one.
+    pub door: Option<Arc<Door>>,
     /// Networks of others' routes inside networks of ours.
     strangers: Strangers,
     /// Since when workloads have no device any more.
@@ -209,12 +212,12 @@ impl Core {
     fn compare_rest(&mut self, now: Instant) -> anyhow::Result<()> {
         let mut findings = Findings::new();
         let mut outcome = self.compare_settings(now, &mut findings);
-        let mut kinds = vec![ProblemKind::Setting];
+        self.compare_files(now, &mut findings);
+        let mut kinds = vec![ProblemKind::Setting, ProblemKind::File];
         if self.filled {
             outcome = outcome.and(self.compare_programs(now, &mut findings));
             self.compare_kept(now);
-            self.compare_files(&mut findings);
-            kinds.extend([ProblemKind::Program, ProblemKind::Pin, ProblemKind::File]);
+            kinds.extend([ProblemKind::Program, ProblemKind::Pin]);
             if self.drift.maps.is_due(now) {
                 let began = cpu_time();
                 outcome = outcome.and(self.compare_tables(now));
