@@ -401,8 +401,16 @@ fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_
         machine.assert_state(&running, "one that could not start");
     }
     one.stop();
+    // What a process leaves that is killed while it writes.
+    let left = [
+        machine.path("state-one/drained.json.4194303.tmp"),
+        format!("/run/cirri-settings/{}.json.4194303.tmp", machine.name).into(),
+    ];
+    left.iter().for_each(|path| fs::write(path, "{").unwrap());
     machine.well(&["lb", "down", "--config", &first]);
     machine.assert_state(&before, "both are gone");
+    assert!(!left.iter().any(|path| path.exists()), "of {left:?} something stays");
+    assert!(!machine.path("state-one").exists());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use rustix::fs::{Access, FlockOperation, access, flock, statvfs};
 /// is set aside.
 ///
 /// # Errors
-/// The file system's. Nothing is left behind then.
+/// The file system's. Nothing is left behind then. What a process leaves that is killed in the middle, [`sweep`] finds.
 pub fn write_atomic(path: &Path, text: &[u8]) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     fs::create_dir_all(directory)?;
@@ -26,20 +26,36 @@ pub fn write_atomic(path: &Path, text: &[u8]) -> io::Result<()> {
         aside.push(format!(".{}.aside", std::process::id()));
         fs::rename(path, aside)?;
     }
-    let written = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)
-        .and_then(|mut file| file.write_all(text).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&temporary, path));
+    // As long as it is locked somebody writes it.
+    let written = locked(&temporary, FlockOperation::LockExclusive).and_then(|mut file| {
+        file.set_len(0)?;
+        file.write_all(text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    });
     if let Err(error) = written {
-        // The first error is the one that matters; a leftover is passed over by `read_all`.
+        // The first error is the one that matters; a leftover is swept.
         let _ = fs::remove_file(&temporary);
         return Err(error);
     }
     File::open(directory)?.sync_all()
+}
+
+/// Removes what [`write_atomic`] left in a directory whose process was killed in the middle. A file that somebody still
+/// writes is locked; numbers of processes say less: they are given again, and another container's are not seen.
+pub fn sweep(directory: &Path) {
+    let is_temporary = |path: &Path| {
+        let number = path.file_stem().map(Path::new).and_then(Path::extension);
+        path.extension().is_some_and(|it| it == "tmp")
+            && number.and_then(|number| number.to_str()).is_some_and(|number| number.parse::<u32>().is_ok())
+    };
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()).filter(|path| is_temporary(path)) {
+        // What cannot be removed disturbs nobody.
+        if let Ok(Some(_nobodys)) = lock(&path) {
+            let _ = fs::remove_file(&path);
+        }
+    }
 }
 
 /// Makes sure that a file could be made in a directory, which need not be there yet. It writes nothing, so that it can be
@@ -72,6 +88,7 @@ pub fn read_all(directory: &Path) -> io::Result<Vec<(PathBuf, Vec<u8>)>> {
 /// # Errors
 /// The directory cannot be read.
 pub fn read_each(directory: &Path) -> io::Result<Vec<(PathBuf, io::Result<Vec<u8>>)>> {
+    sweep(directory);
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,
@@ -104,26 +121,30 @@ pub fn remove(path: &Path) -> io::Result<()> {
 /// # Errors
 /// The file system's.
 pub fn lock(path: &Path) -> io::Result<Option<File>> {
+    match locked(path, FlockOperation::NonBlockingLockExclusive) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+fn locked(path: &Path, how: FlockOperation) -> io::Result<File> {
     loop {
         let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(path)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        }
+        flock(&file, how)?;
         // Whoever had it may have removed it meanwhile.
         let ours = file.metadata()?.ino();
         if fs::metadata(path).is_ok_and(|now| now.ino() == ours) {
-            return Ok(Some(file));
+            return Ok(file);
         }
     }
 }
 
-/// Removes a directory if it is there and empty.
+/// Removes a directory if it is there and, but for what [`sweep`] removes, empty.
 ///
 /// # Errors
 /// The file system's, but not that it is gone or has something in it.
 pub fn remove_empty(directory: &Path) -> io::Result<()> {
+    sweep(directory);
     match fs::remove_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
@@ -153,16 +174,35 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("cirri-files-{}", std::process::id()));
         write_atomic(&dir.join("a.json"), b"1").unwrap();
         write_atomic(&dir.join("a.json"), b"2").unwrap();
-        fs::write(dir.join("b.json.7.tmp"), b"half").unwrap();
+        fs::write(dir.join("b.json.tmp"), b"somebody's").unwrap();
         assert_eq!(read_all(&dir).unwrap(), [(dir.join("a.json"), b"2".to_vec())]);
         remove(&dir.join("a.json")).unwrap();
         remove(&dir.join("a.json")).unwrap();
         assert!(read_all(&dir).unwrap().is_empty());
         remove_empty(&dir).unwrap();
-        assert!(dir.exists(), "half of b is still in it");
+        assert!(dir.exists(), "b is still in it");
         fs::remove_dir_all(&dir).unwrap();
         assert!(read_all(&dir).unwrap().is_empty());
         remove_empty(&dir).unwrap();
+    }
+
+    #[test]
+    fn what_a_writer_left_that_was_killed_is_removed_and_what_somebody_writes_is_not() {
+        let dir = std::env::temp_dir().join(format!("cirri-sweep-{}", std::process::id()));
+        write_atomic(&dir.join("a.json"), b"1").unwrap();
+        let left = ["a.json.7.tmp".to_owned(), format!("b.json.{}.tmp", std::process::id())].map(|name| dir.join(name));
+        left.iter().for_each(|path| fs::write(path, b"half").unwrap());
+        let busy = dir.join("c.json.8.tmp");
+        let writer = lock(&busy).unwrap().expect("nobody has it");
+        let there = |()| left.iter().map(|path| path.exists()).chain([busy.exists()]).collect::<Vec<_>>();
+        assert_eq!(read_all(&dir).unwrap().len(), 1);
+        assert_eq!(there(()), [false, false, true]);
+        remove(&dir.join("a.json")).unwrap();
+        remove_empty(&dir).unwrap();
+        assert!(dir.exists(), "somebody writes c");
+        drop(writer);
+        remove_empty(&dir).unwrap();
+        assert!(!dir.exists());
     }
 
     #[test]

@@ -57,7 +57,10 @@ pub fn lock(config: &Config) -> Result<File> {
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("agent.lock")).map_err(wrong).because(Failure::Failed)? {
-        Some(lock) => Ok(lock),
+        Some(lock) => {
+            crate::files::sweep(state_dir);
+            Ok(lock)
+        }
         None => Err(Error::new(Failure::Failed, format!("another agent uses {}", state_dir.display()))
             .hint("stop it first, or give this one its own stateDir and bpf.instance")),
     }

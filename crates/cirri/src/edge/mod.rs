@@ -182,7 +182,10 @@ fn lock(state_dir: &Path) -> Result<File> {
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("lb.lock")).map_err(wrong).because(Failure::Failed)? {
-        Some(lock) => Ok(lock),
+        Some(lock) => {
+            crate::files::sweep(state_dir);
+            Ok(lock)
+        }
         None => Err(Error::new(Failure::Failed, format!("a load balancer runs with {}", state_dir.display()))
             .hint("stop it first, or give this one its own stateDir and bpf.instance")),
     }

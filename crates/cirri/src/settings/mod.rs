@@ -374,8 +374,7 @@ impl Settings {
         if record.is_empty() {
             crate::files::remove(&self.file).map_err(|error| self.failed(error))?;
             // Not if others have files in it.
-            let _ = fs::remove_dir(&self.directory);
-            return Ok(());
+            return crate::files::remove_empty(&self.directory).map_err(|error| self.failed(error));
         }
         let text = serde_json::to_vec_pretty(record).map_err(|error| self.failed(error.into()))?;
         crate::files::write_atomic(&self.file, &text).map_err(|error| self.failed(error))
@@ -390,6 +389,7 @@ impl Settings {
             // Somebody may have removed it while we waited.
             let same = |now: fs::Metadata| directory.metadata().is_ok_and(|ours| ours.ino() == now.ino());
             if fs::metadata(&self.directory).is_ok_and(same) {
+                crate::files::sweep(&self.directory);
                 return Ok(directory);
             }
         }
@@ -411,8 +411,7 @@ pub fn forget(owners: &str) -> io::Result<()> {
             crate::files::remove(&path)?;
         }
     }
-    let _ = fs::remove_dir(DIRECTORY);
-    Ok(())
+    crate::files::remove_empty(Path::new(DIRECTORY))
 }
 
 /// What a follower becomes when its setting gets this value.
