@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{self, Lab, binary, eventually, printed};
+use cirri_e2e::pinned::Pinned;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -450,11 +451,47 @@ fn a_second_lb_backend_that_fails_or_leaves_takes_nothing_from_the_first() {
     machine.well(&vip);
     machine.well(&[&vip[..], &["--remove"]].concat());
     machine.assert_state(&running, "the second has left");
+    what_is_not_as_made_is_said(&machine, &one);
+    machine.assert_state(&running, "made right again");
     let whole = ["lb", "backend", "--device", "eth0", "--vip", "203.0.113.10", "--vip", "203.0.113.9", "--remove"];
     machine.well(&[&whole[..], &["--instance", &one]].concat());
     machine.assert_state(&with_address, "both are gone");
     machine.ip("addr del 203.0.113.9/32 dev lo");
     machine.assert_state(&before, "as it began");
+}
+
+/// `cirri lb backend --check` with each thing taken away or altered, and after the set-up was run again.
+fn what_is_not_as_made_is_said(machine: &Machine, instance: &str) {
+    let set_up = ["lb", "backend", "--device", "eth0", "--vip", "203.0.113.10", "--vip", "203.0.113.9"];
+    let check = |more: &[&str]| {
+        let output = machine.cirri(&[&["lb", "backend", "--check", "--instance", instance], more].concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let well = (Some(0), "eth0: well\n".to_owned());
+    let pins = Pinned(PathBuf::from("/sys/fs/bpf/cirri").join(instance));
+    let number: Value = serde_json::from_str(&machine.ip("-j link show eth0")).unwrap();
+    let cases: [(&str, &dyn Fn()); 5] = [
+        ("203.0.113.10/32: gone; wanted: on lo", &|| drop(machine.ip("addr del 203.0.113.10/32 dev lo"))),
+        ("unwrap: the program was taken off", &|| pins.detach(&format!("unwrap-{}", number[0]["ifindex"]))),
+        ("unwrap: the program was taken off", &|| fs::remove_dir_all(&pins.0).unwrap()),
+        ("arp_ignore: 0; wanted: 1", &|| machine.set("ipv4/conf/eth0/arp_ignore", "0")),
+        ("others than the program knows", &|| drop(machine.ip("addr add 203.0.113.99/32 dev lo"))),
+    ];
+    for (said, damage) in cases {
+        assert_eq!(check(&[]), well, "before {said}");
+        damage();
+        let (code, text) = check(&[]);
+        assert!(code == Some(1) && text.contains(said), "{code:?}, not {said}: {text}");
+        // Only one of them has added it.
+        let _ = machine
+            .net
+            .namespace
+            .run(|| Command::new("ip").args(["addr", "del", "203.0.113.99/32", "dev", "lo"]).output());
+        machine.well(&[&set_up[..], &["--instance", instance]].concat());
+    }
+    assert_eq!(check(&["--device", "eth0"]), well);
+    assert_eq!(check(&["--device", "eth1"]).0, Some(1), "nothing was set up there");
+    assert_eq!(machine.cirri(&["lb", "backend", "--check", "--instance", "nobodys"]).status.code(), Some(1));
 }
 
 #[test]

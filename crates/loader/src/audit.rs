@@ -24,7 +24,7 @@ use crate::{
     edge,
     error::{LoadError, MapError},
     features::Hooking,
-    pins::{at, create},
+    pins::{Pins, at, create},
     socket_hooks, sys,
 };
 
@@ -157,6 +157,35 @@ impl Datapath {
             }
         }
         misplaced
+    }
+
+    /// What is found instead of the programs that some process of an instance attached in the calling thread's namespace,
+    /// as far as their links tell whoever asks; `None`: they are there. Changes nothing.
+    ///
+    /// # Errors
+    /// The pins cannot be read.
+    pub fn instead_of(pin_root: &Path, instance: &str, place: Place) -> Result<Option<Found>, LoadError> {
+        let pins = Pins::at(pin_root, instance);
+        for attachment in place.attachments() {
+            let (ifindex, direction) = (attachment.ifindex, attach::direction_of(&attachment.program));
+            let link =
+                pins.as_ref().map_or(Ok(None), |pins| attach::pinned(&pins.link(&attachment.program, ifindex)))?;
+            let found = match link.filter(|(_, info)| info.ifindex() == ifindex) {
+                // The number alone does not name a device: another namespace may have it too.
+                Some((_, info)) => match sys::chain(ifindex, direction) {
+                    Ok(chain) if chain.iter().any(|it| it.link == info.id) => {
+                        chain::before(&attachment.program, ifindex, direction, &chain, info.id).map(Found::Behind)
+                    }
+                    _ => Some(Found::Nothing),
+                },
+                // Kernels without tcx pin no link.
+                None => attach::filter(&attachment).ok().flatten().map_or(Some(Found::Nothing), |_| None),
+            };
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
     }
 
     /// What is found instead of a program, which has this number; `None`: the program.

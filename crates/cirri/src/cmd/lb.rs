@@ -113,7 +113,7 @@ to it, then remove it from the file.")]
     #[command(after_long_help = BACKEND_HELP)]
     Backend {
         /// Device that wrapped packets come in by; may be given several times
-        #[arg(long = "device", required = true, value_name = "DEVICE")]
+        #[arg(long = "device", required_unless_present = "check", value_name = "DEVICE")]
         devices: Vec<String>,
         /// Give this address of a service to the host's loopback device; may be given several times
         #[arg(long = "vip", value_name = "ADDRESS")]
@@ -121,6 +121,9 @@ to it, then remove it from the file.")]
         /// Take it away again: the programs of these devices, and what was set and added for them
         #[arg(long)]
         remove: bool,
+        /// Say what is not as it was made (program, addresses, settings), of these devices or of all; exit 1 if anything is
+        #[arg(long, conflicts_with = "remove")]
+        check: bool,
         /// Directory of a BPF file system that the program is pinned under
         #[arg(long, default_value = "/sys/fs/bpf/cirri", value_name = "PATH")]
         pin_root: PathBuf,
@@ -184,11 +187,13 @@ of the service. The backend needs that address, and something that unwraps (the 
 where there is one). The answer goes to the client itself, so the load balancer sees half of the traffic.
 
   cirri lb backend --device eth0 --vip 203.0.113.10
+  cirri lb backend --check                       is it all as it was made? exit 1 if not
   cirri lb backend --device eth0 --vip 203.0.113.10 --remove
 
 Without --vip the address is the administrator's business: it must be there before, on `lo`, and devices should
 not answer ARP for it (sysctls arp_ignore=1, arp_announce=2), which --vip sees to. The program stays until --remove or a
-reboot; no process runs. MTU: a wrapped packet is 20 bytes longer (IPv6: 40).";
+reboot; no process runs, so nobody puts back what others take away: let a timer run --check, and where it exits 1, the
+command that set it up once more. MTU: a wrapped packet is 20 bytes longer (IPv6: 40).";
 
 /// Runs it.
 pub fn run(client: &ClientArgs, args: &LbArgs) -> Result<()> {
@@ -239,11 +244,13 @@ pub fn run(client: &ClientArgs, args: &LbArgs) -> Result<()> {
             output::progress(&format!("removed what load balancer {} made", plan.bpf.instance));
             Ok(())
         }
-        LbCommand::Backend { devices, vips, remove, pin_root, instance } => {
+        LbCommand::Backend { devices, vips, remove, check, pin_root, instance } => {
             let (pin_root, instance) = (pin_root.clone(), instance.clone());
             let host = BackendHost { devices: devices.clone(), vips: vips.clone(), pin_root, instance };
             let devices = devices.join(", ");
-            if *remove {
+            if *check {
+                block_on(check_backend(&host))?;
+            } else if *remove {
                 block_on(host.remove())?;
                 output::progress(&format!("{devices}: packets stay wrapped"));
             } else {
@@ -253,6 +260,20 @@ pub fn run(client: &ClientArgs, args: &LbArgs) -> Result<()> {
             Ok(())
         }
     }
+}
+
+async fn check_backend(host: &BackendHost) -> Result<()> {
+    let all = host.look().await?;
+    let of = |(device, flaws): &(String, Vec<String>)| match flaws.as_slice() {
+        [] => format!("{device}: well\n"),
+        flaws => flaws.iter().map(|flaw| format!("{device}: {flaw}\n")).collect(),
+    };
+    output::write_out(&all.iter().map(of).collect::<String>())?;
+    if all.iter().all(|(_, flaws)| flaws.is_empty()) {
+        return Ok(());
+    }
+    let hint = "bring up what is down, then run the command again that set it up: it makes right what differs";
+    Err(Error::new(Failure::Failed, "not everything is well").hint(hint))
 }
 
 fn serve(file: &std::path::Path) -> Result<()> {

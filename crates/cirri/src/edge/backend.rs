@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use cirri_abi::map;
 use cirri_loader::net::{Address, Net, NetError};
-use cirri_loader::{Attachment, Datapath, LoadOptions};
+use cirri_loader::{Attachment, Datapath, LoadOptions, Place, Tables};
 
 use super::devices;
 use crate::exit::{Because, Error, Failure, Result};
@@ -15,7 +15,7 @@ use crate::settings::Settings;
 /// What to do on a host that serves.
 #[derive(Clone, Debug)]
 pub struct BackendHost {
-    /// Devices that wrapped packets come in by.
+    /// Devices that wrapped packets come in by; to look at, none: all that were set up.
     pub devices: Vec<String>,
     /// Addresses of services that the host shall have, on its loopback device.
     pub vips: Vec<IpAddr>,
@@ -76,6 +76,76 @@ impl BackendHost {
         self.take_away(&net, &devices).await
     }
 
+    /// Says by device what is not as [`BackendHost::set_up`] left it, of these devices or else of all that it was told
+    /// of. Changes nothing.
+    ///
+    /// # Errors
+    /// Nothing was set up, or the kernel does not tell.
+    pub async fn look(&self) -> Result<Vec<(String, Vec<String>)>> {
+        let net = Net::here().because(Failure::Failed)?;
+        self.check()?;
+        let known = self.settings(&net, "")?.owners().because(Failure::Failed)?;
+        let known = known.iter().filter_map(|owner| owner.strip_prefix(&self.owner("")));
+        let devices: Vec<String> = match self.devices.as_slice() {
+            [] => known.map(str::to_owned).collect(),
+            named => named.to_vec(),
+        };
+        if devices.is_empty() {
+            return Err(Error::new(Failure::Failed, format!("nothing was set up here for instance {}", self.instance))
+                .hint("set it up with `cirri lb backend --device DEVICE --vip ADDRESS`, or name its --instance"));
+        }
+        let told = self.is_told(&net).await;
+        let mut all = Vec::new();
+        for device in devices {
+            let mut flaws = self.flaws(&net, &device).await?;
+            flaws.extend(told.clone());
+            all.push((device, flaws));
+        }
+        Ok(all)
+    }
+
+    /// What is wrong with one device, and with what was made for it.
+    async fn flaws(&self, net: &Net, device: &str) -> Result<Vec<String>> {
+        let settings = self.settings(net, device)?;
+        let mut flaws = Vec::new();
+        if !settings.is_known().because(Failure::Failed)? {
+            flaws.push("nothing was set up for it".to_owned());
+        }
+        match net.find_link(device).await.because(Failure::Failed)? {
+            None => flaws.push("the device is gone".to_owned()),
+            Some(link) => {
+                if !link.up || !link.carrier {
+                    flaws.push(if link.up { "the device has no carrier" } else { "the device is down" }.to_owned());
+                }
+                let place = Place::Unwrap(link.index);
+                let found = Datapath::instead_of(&self.pin_root, &self.instance, place).because(Failure::Failed)?;
+                flaws.extend(found.map(|found| format!("{UNWRAP}: {found}; wanted: {}", found.wanted())));
+            }
+        }
+        let differing = settings.differing().await.because(Failure::Failed)?;
+        flaws.extend(differing.into_iter().map(|it| format!("{}: {}; wanted: {}", it.name, it.found, it.wanted)));
+        let there = net.addresses().await.because(Failure::Failed)?;
+        let missing = self.vips.iter().filter(|vip| !there.iter().any(|address| address.ip == **vip));
+        let missing = missing.filter(|vip| !flaws.iter().any(|flaw| flaw.starts_with(&format!("{vip}/"))));
+        let missing: Vec<String> = missing.map(|vip| format!("{vip}: no device has it")).collect();
+        flaws.extend(missing);
+        Ok(flaws)
+    }
+
+    /// What is wrong with what the program knows.
+    async fn is_told(&self, net: &Net) -> Option<String> {
+        let known = async {
+            let (own, served) = self.addresses(net).await?;
+            let tables = Tables::open(&self.pin_root, &self.instance)?;
+            anyhow::Ok(devices::is_told(&tables, &own, &served)?)
+        };
+        match known.await {
+            Ok(true) => None,
+            Ok(false) => Some("the host's addresses are others than the program knows".to_owned()),
+            Err(error) => Some(format!("its tables cannot be read: {error}")),
+        }
+    }
+
     async fn bring(&self, net: &Net) -> Result<()> {
         for device in &self.devices {
             self.add(net, device).await?;
@@ -118,7 +188,12 @@ impl BackendHost {
 
     /// What was changed for the sake of one device.
     fn settings(&self, net: &Net, device: &str) -> Result<Settings> {
-        Settings::of(net, format!("lb-backend {} {device}", self.instance)).because(Failure::Failed)
+        Settings::of(net, self.owner(device)).because(Failure::Failed)
+    }
+
+    /// The name that it is recorded under.
+    fn owner(&self, device: &str) -> String {
+        format!("lb-backend {} {device}", self.instance)
     }
 
     fn check(&self) -> Result<()> {

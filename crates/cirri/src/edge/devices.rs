@@ -251,6 +251,19 @@ pub fn tell_served(tables: &Tables, addresses: &[IpAddr]) -> Result<(), MapError
     Ok(())
 }
 
+/// Whether the packet path of a host that unwraps knows its addresses: all, and those of services.
+///
+/// # Errors
+/// The kernel's.
+pub fn is_told(tables: &Tables, own: &[IpAddr], served: &[IpAddr]) -> Result<bool, MapError> {
+    let all = |addresses: &[IpAddr]| -> HashSet<Addr> {
+        addresses.iter().filter(|ip| is_global(ip)).map(|ip| Addr::from(*ip)).collect()
+    };
+    let (hosts, services) = (tables.ipcache.entries()?, tables.services.entries()?);
+    Ok(all(own) == hosts.iter().map(|(key, _)| key.addr).collect()
+        && all(served) == services.iter().map(|(key, _)| key.addr).collect())
+}
+
 /// Makes the address cache hold exactly these rows; whether anything changed.
 fn put_places(tables: &Tables, wanted: &HashMap<IpcacheKey, Ipcache>) -> Result<bool, MapError> {
     let found: HashMap<IpcacheKey, Ipcache> = tables.ipcache.entries()?.into_iter().collect();

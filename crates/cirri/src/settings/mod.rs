@@ -8,7 +8,7 @@
 mod ports;
 mod record;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -18,7 +18,7 @@ use cirri_loader::net::{Address, Net, NetError, OpenSettings};
 use rustix::fs::{FlockOperation, flock};
 
 use self::ports::Ports;
-use self::record::{Changed, Record};
+use self::record::{Added, Changed, Record};
 use crate::config::PortRange;
 
 /// Where the files are. What stands in them is void after a reboot.
@@ -114,7 +114,6 @@ impl Settings {
     /// # Errors
     /// The record cannot be read.
     pub fn is_anothers(&self, what: &str) -> Result<bool, SettingsError> {
-        let _lock = self.lock()?;
         Ok(self.read()?.claims.get(what).is_some_and(|by| *by != self.owner))
     }
 
@@ -123,8 +122,43 @@ impl Settings {
     /// # Errors
     /// The record cannot be read.
     pub fn is_known(&self) -> Result<bool, SettingsError> {
-        let _lock = self.lock()?;
         Ok(self.read()?.has(&self.owner))
+    }
+
+    /// Everybody who has something here.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn owners(&self) -> Result<BTreeSet<String>, SettingsError> {
+        Ok(self.read()?.owners())
+    }
+
+    /// What is not as the record says that this owner made it, whichever process that was.
+    ///
+    /// # Errors
+    /// The record cannot be read, or the kernel does not tell.
+    pub async fn differing(&self) -> Result<Vec<Drifted>, SettingsError> {
+        let part = self.read()?.of(&self.owner);
+        let mut differing = Vec::new();
+        let mut note = |name: String, found: &str, wanted: String| {
+            differing.push(Drifted { name, found: found.to_owned(), wanted });
+        };
+        for (name, changed) in part.settings {
+            let now = self.net.sysctls([name.as_str()])?.pop().flatten().unwrap_or_default();
+            if now != changed.set {
+                note(name, &now, changed.set);
+            } else if self.name_now(&name, changed.device)?.is_none_or(|now| now != name) {
+                note(name, "of a device that was made anew", "of the one that was set up".to_owned());
+            }
+        }
+        let there = self.net.addresses().await?;
+        for Added { ip, prefix, device, .. } in part.addresses {
+            if !there.contains(&Address { ip, prefix, device }) {
+                let device = self.net.device_name(device)?.unwrap_or_else(|| format!("device {device}"));
+                note(format!("{ip}/{prefix}"), "gone", format!("on {device}"));
+            }
+        }
+        Ok(differing)
     }
 
     /// Gives a setting below `/proc/sys/net` this value.
