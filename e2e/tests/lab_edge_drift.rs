@@ -1,10 +1,10 @@
 //! What a load balancer made in the kernel is taken away or altered by hand: it is made right, and counted. Needs root.
 
 use std::fs;
-use std::process::Command;
+use std::process::{Child, Command, Output, Stdio};
 
 use cirri_e2e::edge::{self, EdgeLab, PATIENCE, VIP, run};
-use cirri_e2e::lab::eventually;
+use cirri_e2e::lab::{self, eventually};
 use cirri_e2e::pinned::Pinned;
 use serde_json::Value;
 
@@ -196,4 +196,109 @@ fn devices_and_addresses_that_go_are_named_and_taken_up_when_they_return() {
     lab.stop();
     assert!(lab.command(&["down", "--config", &file]).status.success());
     assert_eq!(forwarding(&lab), "0", "the setting of the device that returned is put back");
+}
+
+/// A pod network's agent beside the load balancer. Dropping it takes away what it made.
+struct Agent<'a> {
+    child: Child,
+    lab: &'a EdgeLab,
+    directory: tempfile::TempDir,
+    instance: String,
+}
+
+impl<'a> Agent<'a> {
+    /// On the load balancer's node and device, with these manifests.
+    fn start(lab: &'a EdgeLab, manifests: &str) -> Agent<'a> {
+        let directory = tempfile::tempdir().unwrap();
+        let instance = format!("{}-agent", lab.pins().file_name().unwrap().to_string_lossy());
+        let at = |name: &str| directory.path().join(name).display().to_string();
+        fs::create_dir(at("manifests")).unwrap();
+        fs::write(at("manifests/all.yaml"), manifests).unwrap();
+        let text = format!(
+            "node: {{name: n, devices: [eth0]}}\nstore: {{kind: folder, folder: {}}}\nstateDir: {}\nmasquerade: {{ports: \
+             49152-57343}}\nbpf: {{instance: {instance}, maps: {{flows: 16384, pending: 16384}}}}\nservices: {{socket: \
+             {{mode: off}}}}",
+            at("manifests"),
+            at("state"),
+        );
+        fs::write(at("agent.yaml"), text).unwrap();
+        let log = fs::File::create(at("log")).unwrap();
+        let mut command = Command::new(lab::binary().unwrap());
+        command.args(["agent", "--config", &at("agent.yaml")]).stdin(Stdio::null()).stdout(log.try_clone().unwrap());
+        let child = lab.lb.namespace.run(|| command.stderr(log).spawn()).unwrap().unwrap();
+        let agent = Agent { child, lab, directory, instance };
+        eventually("the agent answers", 3 * PATIENCE, || agent.ask(&["status"]).status.success());
+        agent
+    }
+
+    fn ask(&self, question: &[&str]) -> Output {
+        let socket = self.directory.path().join("state/agent.sock").display().to_string();
+        lab::output([&["--socket", &socket], question, &["-o", "json"]].concat()).unwrap()
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_slice(&self.ask(&["status"]).stdout).unwrap()
+    }
+
+    fn pins(&self) -> Pinned {
+        Pinned(self.lab.pins().with_file_name(&self.instance))
+    }
+}
+
+impl Drop for Agent<'_> {
+    fn drop(&mut self) {
+        // Ended already, perhaps.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let file = self.directory.path().join("agent.yaml");
+        let mut command = Command::new(lab::binary().unwrap());
+        command.args(["agent", "--cleanup", "--config"]).arg(file);
+        let cleaned = self.lab.lb.namespace.run(|| command.output()).unwrap().unwrap();
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        let said = String::from_utf8_lossy(&cleaned.stderr).into_owned();
+        assert!(cleaned.status.success() || std::thread::panicking(), "{said}");
+        if std::thread::panicking() {
+            eprintln!("what the agent said:\n{log}{said}");
+        }
+    }
+}
+
+#[test]
+fn a_load_balancer_and_an_agent_on_one_device_both_serve_and_neither_takes_the_other_for_drift() {
+    let mut lab = EdgeLab::new(2);
+    let _servers = lab.serve(8080);
+    lab.write(&format!(
+        "acceleration: off\nsnatPorts: 57344-65535\nservices: [{{name: web, address: {VIP}, port: 80, backends: \
+         [{{address: 10.77.0.11, port: 8080}}, {{address: 10.77.0.12, port: 8080}}]}}]"
+    ));
+    lab.start();
+    let first = lab.connect_many(&format!("{VIP}:80"), 10);
+    let agent = Agent::start(
+        &lab,
+        "{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {externalIPs: [203.0.113.11], \
+         ports: [{name: web, port: 80, targetPort: 8080}]}}\n---\n{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, \
+         metadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}, addressType: IPv4, \
+         endpoints: [{addresses: [10.77.0.11]}, {addresses: [10.77.0.12]}], ports: [{name: web, port: 8080}]}\n",
+    );
+    eventually("the agent serves", PATIENCE, || lab.connect("203.0.113.11:80").is_ok());
+    let both_serve = |mut talks: Vec<edge::Talk>| {
+        talks.extend(lab.connect_many(&format!("{VIP}:80"), 10));
+        talks.extend(lab.connect_many("203.0.113.11:80", 10));
+        talks.iter_mut().for_each(edge::Talk::goes_on);
+    };
+    both_serve(first);
+    // Each makes right what is its own, once, and is content with its place beside the other.
+    let link: Value = serde_json::from_str(&run(&lab.lb, "ip -j link show eth0")).unwrap();
+    let pin = format!("from_network-{}", link[0]["ifindex"]);
+    let repaired = |()| [lab.ask::<Value>(&["status"]), agent.status()].map(|status| status["repaired"].clone());
+    let (none, one) = (serde_json::json!({}), serde_json::json!({"program": 1}));
+    assert_eq!(repaired(()), [none.clone(), none.clone()]);
+    Pinned(lab.pins()).detach(&pin);
+    eventually("the load balancer's is put back", PATIENCE, || repaired(()) == [one.clone(), none.clone()]);
+    both_serve(Vec::new());
+    agent.pins().detach(&pin);
+    eventually("the agent's is put back", PATIENCE, || repaired(()) == [one.clone(), one.clone()]);
+    both_serve(Vec::new());
+    drop(agent);
+    lab.connect_many(&format!("{VIP}:80"), 10).iter_mut().for_each(edge::Talk::goes_on);
 }
