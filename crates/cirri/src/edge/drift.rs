@@ -77,7 +77,7 @@ async fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Resu
         door.look(|object, texts| here.drift.repairs.ask(ProblemKind::File, object, texts, "", now), &mut findings);
     }
     let programs = compare_programs(here, core, now, &mut findings).await;
-    let mut outcome = compare_settings(here, now, &mut findings).and(programs);
+    let mut outcome = compare_settings(here, core, now, &mut findings).await.and(programs);
     // Rows that the kernel refused are tried again by others.
     if core.behind.is_none() && here.drift.maps.is_due(now) {
         let began = cpu_time();
@@ -94,14 +94,20 @@ async fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Resu
     outcome
 }
 
-fn compare_settings(here: &mut Here, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
+async fn compare_settings(here: &mut Here, core: &Core, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
     if let Some(record) = here.settings.lost_record()? {
         let texts = ["what was before this one's changes does not stand there any more", "as recorded"];
         if here.drift.repairs.ask(ProblemKind::Setting, &record.display().to_string(), texts, "", now) {
             here.settings.record_again()?;
         }
     }
-    for drifted in here.settings.drifted(&[])? {
+    let mut drifted = here.settings.drifted(&[])?;
+    if !drifted.is_empty() {
+        // The settings of a device that was made anew are fresh, and its news may be on the way still.
+        here.look(core).await;
+        drifted = here.settings.drifted(&[])?;
+    }
+    for drifted in drifted {
         let texts = [drifted.found.as_str(), drifted.wanted.as_str()];
         if !here.drift.repairs.ask(ProblemKind::Setting, &drifted.name, texts, "", now) {
             continue;
