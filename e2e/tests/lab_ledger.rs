@@ -70,6 +70,7 @@ fn pods_whose_files_and_copies_are_all_lost_keep_their_network_their_rules_and_t
             ["endpoints", "endpoints.copy"].iter().for_each(|it| fs::remove_dir_all(state_dir(&lab).join(it)).unwrap());
         }),
     ];
+    let mut left: Vec<Value> = Vec::new();
     for (how, spoil) in spoil {
         let before = endpoints(&lab);
         lab.kill_agent("node1").unwrap();
@@ -81,7 +82,9 @@ fn pods_whose_files_and_copies_are_all_lost_keep_their_network_their_rules_and_t
         assert_eq!(mine.call("CHECK", json!({"prevResult": added})), Ok(Value::Null), "{how}");
         assert_eq!(mine.call("ADD", json!({})).unwrap()["ips"], added["ips"], "{how}: asked again, it is the same");
         // Nobody else gets an address that is in use.
-        other.call("ADD", json!({})).unwrap();
+        let ips = other.call("ADD", json!({})).unwrap()["ips"].clone();
+        assert!(!left.contains(&ips), "{how}: {ips} are of one that has just left");
+        left.push(ips);
         let addresses: Vec<Value> = endpoints(&lab).iter().map(|it| it["addresses"].clone()).collect();
         let unique = addresses.iter().filter(|it| addresses.iter().filter(|other| other == it).count() == 1);
         assert_eq!(unique.count(), PODS + 2, "{how}: {addresses:?}");

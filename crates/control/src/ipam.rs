@@ -2,7 +2,7 @@
 
 use crate::hash::fnv64;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// The cluster's pool of one family, cut into ranges of equal size.
@@ -68,8 +68,9 @@ impl ClusterPool {
 /// The addresses of one node's range.
 ///
 /// The network's own address is never given out, nor IPv4's last (broadcast). Addresses go round:
-/// one that was released is given out again only when the rest of the range had its turn, so that
-/// late packets to its former owner do not reach a stranger.
+/// one that was released is given out again only when the rest of the range had its turn, the one that was released
+/// first before the others, so that late packets to its former owner do not reach a stranger, and a node that has not
+/// heard of the change does not take the one for the other. [`Turn`] carries that over a restart.
 #[derive(Clone, Debug)]
 pub struct Pool {
     cidr: IpNet,
@@ -77,7 +78,26 @@ pub struct Pool {
     last: u128,
     used: BTreeSet<u128>,
     next: u128,
+    /// Whether that is known from turns, and not guessed.
+    is_turn_known: bool,
+    /// Released, with a number that grows.
+    released: BTreeMap<u128, u64>,
+    releases: u64,
 }
+
+/// Whose turn it is in a range.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Turn {
+    /// The range.
+    pub cidr: IpNet,
+    /// The address after the one that was given out last.
+    pub next: IpAddr,
+    /// Addresses that were released, in this order.
+    pub released: Vec<IpAddr>,
+}
+
+/// As many released addresses are remembered: of more, those come back when they have their turn.
+const REMEMBERED: usize = 1024;
 
 impl Pool {
     /// All of `cidr` free.
@@ -88,7 +108,26 @@ impl Pool {
         if high == low || first > last {
             return Err(IpamError::TooSmall { cidr });
         }
-        Ok(Pool { cidr: cidr.trunc(), first, last, used: BTreeSet::new(), next: first })
+        let (used, released) = (BTreeSet::new(), BTreeMap::new());
+        Ok(Pool { cidr: cidr.trunc(), first, last, used, next: first, is_turn_known: false, released, releases: 0 })
+    }
+
+    /// Whose turn it is.
+    pub fn turn(&self) -> Turn {
+        let mut released: Vec<(u64, u128)> = self.released.iter().map(|(number, when)| (*when, *number)).collect();
+        released.sort_unstable();
+        let released = released.into_iter().map(|(_, number)| self.address(number)).collect();
+        Turn { cidr: self.cidr, next: self.address(self.next), released }
+    }
+
+    /// Goes on where an earlier run was. What it says of another range is left.
+    pub fn resume(&mut self, turn: &Turn) {
+        if turn.cidr != self.cidr {
+            return;
+        }
+        self.next = self.number(turn.next).unwrap_or(self.first);
+        self.is_turn_known = true;
+        turn.released.iter().for_each(|address| self.note_release(*address));
     }
 
     /// The range.
@@ -106,33 +145,60 @@ impl Pool {
         u64::try_from(self.last - self.first + 1).unwrap_or(u64::MAX)
     }
 
-    /// The next free address.
+    /// The next free address that was not released lately or, if all were, the one that was released first.
     pub fn allocate(&mut self) -> Result<IpAddr, IpamError> {
-        let free = self.free_from(self.next, self.last).or_else(|| self.free_from(self.first, self.last));
-        let Some(number) = free else {
+        let fresh = self.free_from(self.next, self.last).or_else(|| self.free_from(self.first, self.last));
+        let oldest = || self.released.iter().min_by_key(|(_, when)| **when).map(|(number, _)| *number);
+        let Some(number) = fresh.or_else(oldest) else {
             return Err(IpamError::Exhausted { cidr: self.cidr, used: self.used.len() });
         };
-        self.used.insert(number);
-        self.next = if number == self.last { self.first } else { number + 1 };
+        self.take(number);
+        self.next = self.after(number);
+        self.is_turn_known = true;
         Ok(self.address(number))
     }
 
-    /// Takes one particular address, as when a restart finds it in use.
+    /// Takes one particular address.
     pub fn reserve(&mut self, address: IpAddr) -> Result<(), IpamError> {
         let number = self.number(address).ok_or(IpamError::Outside { address, cidr: self.cidr })?;
-        if !self.used.insert(number) {
+        if self.used.contains(&number) {
             return Err(IpamError::InUse { address });
         }
-        // What comes next comes after the highest known, so that a restart does not hurry reuse.
-        if number >= self.next {
-            self.next = if number == self.last { self.first } else { number + 1 };
-        }
+        self.take(number);
         Ok(())
+    }
+
+    /// An earlier run gave this address out: unless more is known of its turn, what comes next comes after the highest
+    /// such.
+    pub fn note_given(&mut self, address: IpAddr) {
+        if let Some(number) = self.number(address).filter(|number| !self.is_turn_known && *number >= self.next) {
+            self.next = self.after(number);
+        }
     }
 
     /// Gives an address back. Answers false if it was not given out.
     pub fn release(&mut self, address: IpAddr) -> bool {
-        self.number(address).is_some_and(|number| self.used.remove(&number))
+        let was_used = self.number(address).is_some_and(|number| self.used.remove(&number));
+        if was_used {
+            self.note_release(address);
+        }
+        was_used
+    }
+
+    fn take(&mut self, number: u128) {
+        self.used.insert(number);
+        self.released.remove(&number);
+    }
+
+    fn note_release(&mut self, address: IpAddr) {
+        let Some(number) = self.number(address).filter(|number| !self.used.contains(number)) else { return };
+        self.releases += 1;
+        self.released.insert(number, self.releases);
+        if self.released.len() > REMEMBERED
+            && let Some(oldest) = self.released.iter().min_by_key(|(_, when)| **when).map(|(number, _)| *number)
+        {
+            self.released.remove(&oldest);
+        }
     }
 
     /// Whether the address is given out.
@@ -140,15 +206,15 @@ impl Pool {
         self.number(address).is_some_and(|number| self.used.contains(&number))
     }
 
+    fn after(&self, number: u128) -> u128 {
+        if number == self.last { self.first } else { number + 1 }
+    }
+
     fn free_from(&self, from: u128, to: u128) -> Option<u128> {
-        let mut candidate = from;
-        for &taken in self.used.range(from..=to) {
-            if taken != candidate {
-                break;
-            }
-            candidate = taken.checked_add(1)?;
-        }
-        (candidate <= to).then_some(candidate)
+        let is_free = |number: &u128| !self.used.contains(number) && !self.released.contains_key(number);
+        // As many are not free at the most.
+        let most = (self.used.len() + self.released.len()) as u128;
+        (from..=to.min(from.saturating_add(most))).find(is_free)
     }
 
     fn number(&self, address: IpAddr) -> Option<u128> {
@@ -261,9 +327,38 @@ mod tests {
     }
 
     #[test]
+    fn what_was_released_first_comes_first_when_nothing_else_is_left_and_a_restart_changes_nothing() {
+        for restart in [false, true] {
+            let mut pool = Pool::new(net("10.0.0.0/29")).unwrap();
+            let address = |last: u8| IpAddr::from([10, 0, 0, last]);
+            // Somebody asks for the one that comes next but one, and leaves again.
+            pool.reserve(address(2)).unwrap();
+            assert!(pool.release(address(2)));
+            assert_eq!([pool.allocate(), pool.allocate(), pool.allocate()], [1, 3, 4].map(|last| Ok(address(last))));
+            for last in [4, 1] {
+                assert!(pool.release(address(last)));
+            }
+            if restart {
+                let turn = serde_json::to_string(&pool.turn()).unwrap();
+                pool = Pool::new(net("10.0.0.0/29")).unwrap();
+                pool.resume(&serde_json::from_str(&turn).unwrap());
+                pool.reserve(address(3)).unwrap();
+                // Known already, and no news of the turn.
+                pool.note_given(address(6));
+            }
+            let got: Vec<IpAddr> = std::iter::from_fn(|| pool.allocate().ok()).collect();
+            assert_eq!(got, [5, 6, 2, 4, 1].map(address), "restart: {restart}");
+        }
+        let mut other = Pool::new(net("10.0.1.0/29")).unwrap();
+        other.resume(&Pool::new(net("10.0.0.0/29")).unwrap().turn());
+        assert_eq!(other.allocate().unwrap().to_string(), "10.0.1.1");
+    }
+
+    #[test]
     fn a_restart_reserves_what_is_in_use_and_goes_on_after_it() {
         let mut pool = Pool::new(net("10.0.0.0/24")).unwrap();
         pool.reserve("10.0.0.7".parse().unwrap()).unwrap();
+        pool.note_given("10.0.0.7".parse().unwrap());
         assert!(matches!(pool.reserve("10.0.0.7".parse().unwrap()), Err(IpamError::InUse { .. })));
         for outside in ["10.0.1.1", "10.0.0.0", "10.0.0.255", "fd00::1"] {
             assert!(matches!(pool.reserve(outside.parse().unwrap()), Err(IpamError::Outside { .. })), "{outside}");

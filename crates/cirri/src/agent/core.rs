@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use cirri_abi::{Identity, epoch_slot};
 use cirri_control::cut::cut;
-use cirri_control::ipam::{IpamError, Pool};
+use cirri_control::ipam::Pool;
 use cirri_control::labels::{IdentityLabels, LabelFilter};
 use cirri_control::policy::{self, Cluster, PolicyId};
 use cirri_control::resource::{Namespace, Pod};
@@ -480,25 +480,6 @@ impl Core {
         }
     }
 
-    /// The node's ranges are known: reserves in them what its workloads have.
-    ///
-    /// # Errors
-    /// A range has no addresses to give.
-    pub fn set_ranges(&mut self, ranges: &[IpNet]) -> Result<(), IpamError> {
-        let mut pools = ranges.iter().map(|range| Pool::new(*range)).collect::<Result<Vec<_>, _>>()?;
-        for endpoint in self.endpoints.values() {
-            for ip in endpoint.addresses() {
-                let family = pools.iter_mut().find(|pool| pool.cidr().addr().is_ipv6() == ip.is_ipv6());
-                if let Some(Err(error)) = family.map(|pool| pool.reserve(ip)) {
-                    tracing::warn!(endpoint = endpoint.id, %error, "kept, although the node's range does not have it");
-                }
-            }
-        }
-        self.pools = pools;
-        self.touch();
-        Ok(())
-    }
-
     /// The store was seen whole again: what this agent published and is not there (any more), or
     /// was left there by an earlier run, is put right.
     pub fn compare_published(&mut self) {
@@ -509,6 +490,7 @@ impl Core {
                 self.rows.published.suspect(&key);
             }
         }
+        self.note_given();
         let prefix = records::ip_prefix(&self.node.name);
         for key in self.view.below(&prefix) {
             let key = key.to_owned();
@@ -534,15 +516,6 @@ impl Core {
         // An earlier version did not ask for the network.
         let unnamed = || self.endpoint_ids.get(&Attachment { network: String::new(), ..attachment.clone() });
         self.endpoints.get(&self.endpoint_ids.get(attachment).or_else(unnamed)?)
-    }
-
-    /// Gives addresses back to the node's ranges.
-    pub fn release(&mut self, addresses: &[IpAddr]) {
-        for ip in addresses {
-            for pool in &mut self.pools {
-                pool.release(*ip);
-            }
-        }
     }
 }
 

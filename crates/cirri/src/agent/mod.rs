@@ -23,6 +23,7 @@ mod ledger;
 mod mirror;
 mod node;
 mod policies;
+mod pools;
 mod problems;
 mod queries;
 mod ready;

@@ -21,7 +21,7 @@ use super::drift::OpenFile;
 use super::endpoint::Endpoint;
 use super::ledger::Found;
 use super::problems::Finding;
-use super::{Shared, attach, devices, flows, mirror, node};
+use super::{Shared, attach, devices, flows, mirror, node, pools};
 use crate::api::{ProblemKind, StoreStatus};
 use crate::config::{Acceleration, Config, Loaded, RoutingMode, SocketMode, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
@@ -40,7 +40,7 @@ pub struct Started {
 /// What an agent keeps in its state directory.
 const STATE_DIRECTORIES: [&str; 3] = ["endpoints", "endpoints.copy", "deletions"];
 /// The lock last: until then nobody else begins.
-const STATE_FILES: [&str; 4] = ["store.redb", "seen.redb", "agent.sock", "agent.lock"];
+const STATE_FILES: [&str; 5] = ["store.redb", "seen.redb", pools::FILE, "agent.sock", "agent.lock"];
 /// What is on every workload's device.
 const WORKLOAD_PROGRAM: &str = "from_workload";
 /// Events that a monitor may be behind.

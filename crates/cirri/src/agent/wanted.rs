@@ -166,6 +166,7 @@ impl Wanted {
                 }
             }
         }
+        core.save_turns();
         Ok(taken)
     }
 
