@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use cirri_e2e::lab::{self, eventually};
 use serde_json::Value;
-use vault::{Kind, Store, Vault, deny, others, pod};
+use vault::{Kind, Process, Store, Vault, deny, others, pod};
 
 /// How long a change may take until it is in force.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -188,7 +188,37 @@ fn what_the_store_spoils_stays_in_force_over_restarts_until_it_is_readable_or_go
     assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids");
     store.delete(Kind::Policy, "deny-vault");
     eventually("datagrams pass when the policy is deleted", PATIENCE, || vault.received() > 0);
+    let _etcd = an_etcd_that_lost_its_data_opens_nothing(&store, &vault);
     vault.del().unwrap();
+}
+
+fn an_etcd_that_lost_its_data_opens_nothing(store: &Store, vault: &Vault<'_>) -> Process {
+    store.put(&[deny("vault"), pod("vault", "vault")]);
+    store.settle();
+    vault.received();
+    let etcd = store.lose_data();
+    let missing = |object: &str| {
+        let problems = store.lab.ask::<Value>("node1", &["status"]).unwrap()["problems"].clone();
+        let named = problems.as_array().unwrap().iter().find(|it| it["object"] == "another store").cloned();
+        named.filter(|it| it["found"].as_str().unwrap().contains(object))
+    };
+    eventually("it is named", PATIENCE, || missing("NetworkPolicy shop/deny-vault").is_some());
+    store.lab.restart("node1", &["--kill"]).unwrap();
+    store.settle();
+    let problem = missing("Pod shop/vault").expect("it is named after a restart");
+    assert_eq!(vault.received(), 0, "datagrams passed although nobody deleted the policy");
+    // It is filled again, the policy last.
+    store.put(&[pod("vault", "vault")]);
+    store.settle();
+    assert!(missing("NetworkPolicy shop/deny-vault").is_some() && missing("Pod shop/vault").is_none());
+    assert_eq!(vault.received(), 0, "datagrams passed although nobody deleted the policy");
+    // Nobody wants it any more: as the remedy says.
+    let remedy = problem["remedy"].as_str().unwrap();
+    let (_, id) = remedy.trim_end_matches('`').rsplit_once(' ').unwrap();
+    store.put_id(id);
+    eventually("datagrams pass when the deletion is confirmed", PATIENCE, || vault.received() > 0);
+    assert_eq!(missing(""), None);
+    etcd
 }
 
 #[test]

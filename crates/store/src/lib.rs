@@ -27,6 +27,11 @@ use futures::stream::BoxStream;
 /// All keys of this version of Cirri start with this.
 pub const PREFIX: &str = "cirri/v1/";
 
+/// The key of the store's own id, which agents write where there is none: data with another id, or without one, are not
+/// those of before. etcd's number of a cluster does not tell that: it follows from the members' addresses, and is the same
+/// after their data were lost.
+pub const STORE_ID: &str = "cirri/v1/store-id";
+
 /// One key as it was at one revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -70,6 +75,8 @@ pub struct Health {
     pub backend: String,
     /// The store's newest revision.
     pub revision: u64,
+    /// What it holds under [`STORE_ID`].
+    pub id: Option<Vec<u8>>,
     /// How long the answer took.
     pub latency: Duration,
     /// What an operator should know although the store answers.

@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use cirri_store::{Etcd, EtcdOptions, Event, Store, StoreError};
+use cirri_store::{Etcd, EtcdOptions, Event, STORE_ID, Store, StoreError};
 use support::{Cable, Server, connect, next, next_change};
 
 #[tokio::test]
@@ -321,6 +321,32 @@ async fn a_store_with_other_data_comes_as_a_snapshot() {
     // The second endpoint is another cluster, and behind: as after a restore from a backup.
     cable.cut();
     assert!(matches!(next_change(&mut watch).await, Event::Snapshot(entries, _) if entries.is_empty()));
+}
+
+#[tokio::test]
+async fn data_that_were_lost_and_written_anew_come_as_a_snapshot_however_many_there_are_by_then() {
+    let mut server = Server::start().await;
+    let cable = Cable::to(server.port()).await;
+    let far = connect([cable.endpoint().as_str()]);
+    let near = server.client();
+    near.put(STORE_ID, b"one", false).await.expect("put");
+    let seen = near.put("t/old", b"", false).await.expect("put");
+    let mut watch = far.watch("t/");
+    assert!(matches!(next(&mut watch).await, Event::Snapshot(entries, _) if entries.len() == 1));
+
+    cable.cut();
+    server.kill();
+    server.lose_data();
+    server.restart().await;
+    // etcd gives the cluster the number that it had.
+    near.put(STORE_ID, b"two", false).await.expect("put");
+    while near.put("t/new", b"", false).await.expect("put") <= seen + 1 {}
+    cable.mend();
+    let Event::Snapshot(entries, _) = next_change(&mut watch).await else {
+        panic!("what went with the data is missed");
+    };
+    assert_eq!(entries.iter().map(|entry| entry.key.as_str()).collect::<Vec<_>>(), ["t/new"]);
+    assert_eq!(near.health().await.expect("health").id.as_deref(), Some(&b"two"[..]));
 }
 
 #[tokio::test]

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -15,7 +15,7 @@ use cirri_control::resource::parse_documents;
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{self, Lab, eventually};
 use cirri_loader::net::Namespace;
-use cirri_store::{Etcd, EtcdOptions, PREFIX, Store as _};
+use cirri_store::{Etcd, EtcdOptions, PREFIX, STORE_ID, Store as _};
 use serde_json::{Value, json};
 
 use super::PATIENCE;
@@ -112,6 +112,32 @@ impl Store {
         }
     }
 
+    /// etcd loses its data and begins again at the same place, as what it was at first. It ends with the answer.
+    pub fn lose_data(&self) -> Process {
+        let directory = PathBuf::from(format!("/run/cirri/lab/{}", self.lab.name()));
+        let pid = fs::read_to_string(directory.join("etcd.pid")).unwrap();
+        let line = fs::read_to_string(format!("/proc/{}/cmdline", pid.trim())).unwrap();
+        let words: Vec<&str> = line.split_terminator('\0').collect();
+        assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+        let namespace = self.etcd.as_ref().expect("a lab with etcd");
+        let places =
+            || words.iter().filter(|word| word.starts_with("--listen")).filter_map(|word| word.split("//").nth(1));
+        let is_free = || namespace.run(|| places().all(|place| TcpListener::bind(place).is_ok())).unwrap();
+        eventually("etcd ends", PATIENCE, is_free);
+        fs::remove_dir_all(directory.join("etcd")).unwrap();
+        let mut etcd = Command::new(words[0]);
+        let log = fs::File::create(directory.join("etcd.log")).unwrap();
+        etcd.args(&words[1..]).stdout(Stdio::null()).stderr(log);
+        Process(namespace.run(|| etcd.spawn().unwrap()).unwrap())
+    }
+
+    /// Writes the store's own id.
+    pub fn put_id(&self, id: &str) {
+        self.in_etcd(async |store| {
+            store.put(STORE_ID, id.as_bytes(), false).await.unwrap();
+        });
+    }
+
     fn file(&self, key: &str) -> PathBuf {
         let folder = format!("/run/cirri/lab/{}/nodes/node1/manifests", self.lab.name());
         PathBuf::from(folder).join(format!("{}.json", key.replace('/', "-")))
@@ -128,6 +154,16 @@ impl Store {
                 });
             })
             .unwrap();
+    }
+}
+
+/// Ends when it is dropped.
+pub struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -26,7 +26,10 @@ pub enum Unknown {
 /// # Errors
 /// See [`Unknown`].
 pub async fn caught_up(shared: &Shared) -> Result<u64, Unknown> {
-    let mut revision = newest(shared).await?;
+    let then = Seen::now(shared).await;
+    let Newest { mut revision, id } = newest(shared).await?;
+    // Another store than the one that was seen so far, or the same with older data: its numbers say nothing about that.
+    let is_another = revision < then.revision || id != then.id;
     if shared.core.lock().await.view.revision < revision && shared.catch_up.is_none() {
         // etcd counts others' writes too, and tells of them only now and then: a write of our own
         // comes with all that was before it.
@@ -34,19 +37,52 @@ pub async fn caught_up(shared: &Shared) -> Result<u64, Unknown> {
         revision = shared.store.put(&key, b"", true).await?;
     }
     let mut seen = shared.seen.subscribe();
-    seen.wait_for(|seen| *seen >= revision).await.map_err(|_| Unknown::Stopping)?;
-    Ok(revision)
+    loop {
+        let reached = *seen.borrow_and_update() >= revision;
+        if reached && !(is_another && Seen::now(shared).await.is_of_same_store(&then)) {
+            return Ok(revision);
+        }
+        seen.changed().await.map_err(|_| Unknown::Stopping)?;
+    }
 }
 
-/// The revision that holds everything that was in the source when this was called.
+/// What the agent has seen.
+struct Seen {
+    revision: u64,
+    id: Option<Vec<u8>>,
+    snapshots: u64,
+}
+
+impl Seen {
+    async fn now(shared: &Shared) -> Seen {
+        let view = &shared.core.lock().await.view;
+        let (id, snapshots) = view.store();
+        Seen { revision: view.revision, id: id.map(<[u8]>::to_vec), snapshots }
+    }
+
+    fn is_of_same_store(&self, then: &Seen) -> bool {
+        self.snapshots == then.snapshots && self.id == then.id
+    }
+}
+
+/// What the source said last of itself.
+pub struct Newest {
+    /// The revision that holds everything that was in the source when it was asked.
+    pub revision: u64,
+    /// Which store said so.
+    pub id: Option<Vec<u8>>,
+}
+
+/// Asks the source.
 ///
 /// # Errors
 /// See [`Unknown`].
-pub async fn newest(shared: &Shared) -> Result<u64, Unknown> {
+pub async fn newest(shared: &Shared) -> Result<Newest, Unknown> {
     if let Some(folder) = &shared.catch_up {
         let question = folder.ask();
         let mut mirrored = shared.mirrored.subscribe();
         mirrored.wait_for(|answered| *answered >= question).await.map_err(|_| Unknown::Stopping)?;
     }
-    Ok(shared.store.health().await?.revision)
+    let health = shared.store.health().await?;
+    Ok(Newest { revision: health.revision, id: health.id })
 }

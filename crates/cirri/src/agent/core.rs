@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cirri_abi::{Identity, epoch_slot};
 use cirri_control::cut::cut;
@@ -98,6 +98,8 @@ pub struct Core {
     pub drift: Drift,
     /// Records in the store, without a lease, that are to be written anew.
     pub mends: Vec<Mend>,
+    /// Until when what agents wrote into a former store is held.
+    pub held_until: Option<Instant>,
     /// Newest revision that a write of this node had.
     pub written: u64,
     /// How long changes take.
@@ -164,6 +166,7 @@ impl Core {
             problems: Problems::default(),
             drift: Drift::default(),
             mends: Vec::new(),
+            held_until: None,
             written: 0,
             latency: Latency::default(),
             unsaved: None,
@@ -208,6 +211,22 @@ impl Core {
             let changed = self.retry_policies();
             self.note(changed);
         }
+    }
+
+    /// What agents wrote into a former store lives as long as their leases would have there: who is still at work has
+    /// written it anew by then. Whether anything ended.
+    pub fn end_held_records(&mut self, now: Instant) -> bool {
+        if !self.view.holds_records() {
+            self.held_until = None;
+            return false;
+        }
+        let lease = Duration::from_secs(self.config.store.etcd.lease_seconds);
+        let ends = *self.held_until.get_or_insert(now + lease) <= now;
+        if ends {
+            let changes = self.view.end_records();
+            self.take(changes);
+        }
+        ends
     }
 
     fn take(&mut self, changes: Vec<Change>) {

@@ -7,9 +7,14 @@
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use cirri_control::cut::cut;
+use cirri_store::STORE_ID;
+
 use super::core::Core;
 use super::policies::refused;
+use super::view::Missing;
 use crate::api::{Problem, ProblemKind, StoreStatus};
+use crate::config::StoreKind;
 
 /// Every problem that is known now.
 #[derive(Debug, Default)]
@@ -106,6 +111,16 @@ impl Core {
         for (path, found) in &self.spoilt_files {
             let finding = Finding::new(found.clone(), "find out what spoilt it; this goes with the next start");
             note(ProblemKind::StoredObject, path, finding);
+        }
+        if let Some(Missing { objects, id }) = self.view.missing() {
+            let confirm = match self.config.store.kind {
+                StoreKind::Etcd => format!("`etcdctl put {STORE_ID} {}`", cut(&id)),
+                StoreKind::Folder => "stop the agent, remove seen.redb in its stateDir, and start it".to_owned(),
+            };
+            let found = format!("it is another one than before, and lacks {objects}; what was enforced stays enforced");
+            let remedy =
+                format!("bring the former one back, or write them into this one; if they are to go: {confirm}");
+            note(ProblemKind::Store, "another store", Finding::new(found, remedy).wanted("what was in force"));
         }
         if let Some(why) = &self.unsaved {
             let finding = Finding::new(why.clone(), "it is tried again; until then a restart may not know the newest");

@@ -53,6 +53,10 @@ pub async fn watch(shared: Arc<Shared>) {
                 if whole {
                     // A store that was replaced may have begun again from a small number.
                     core.written = 0;
+                    if core.view.revision < core.enforced_revision {
+                        core.enforced_revision = 0;
+                        shared.enforced.send_if_modified(|enforced| enforced.replace(0).is_some());
+                    }
                     core.compare_published();
                 }
             }
@@ -310,6 +314,9 @@ pub async fn health(shared: Arc<Shared>) {
             }
             Ok(Err(error)) => note_failure(&shared, &error.to_string()),
             Err(_) => note_failure(&shared, &format!("no answer for {} s", HEALTH_PATIENCE.as_secs())),
+        }
+        if shared.core.lock().await.end_held_records(Instant::now()) {
+            shared.changed().await;
         }
         save(&shared).await;
     }

@@ -1,5 +1,7 @@
 //! The cluster's state as the store tells it: everything seen so far, parsed.
 
+mod former;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hasher};
 use std::net::IpAddr;
@@ -9,10 +11,13 @@ use cirri_control::cut::cut_message;
 use cirri_control::identity::Identities;
 use cirri_control::labels::IdentityLabels;
 use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource, STAND_IN, read_documents};
-use cirri_store::{Entry, Event};
+use cirri_store::{Entry, Event, STORE_ID};
 use serde::de::DeserializeOwned;
 
 use super::records::{EnforcedRecord, IdentityRecord, IpRecord, NodeRecord};
+use former::Former;
+
+pub use former::Missing;
 
 /// Namespace and name.
 pub type Named = (String, String);
@@ -28,6 +33,8 @@ pub struct View {
     good: BTreeSet<String>,
     /// Good content that is not saved yet, by key; `None` for what is gone.
     unsaved: BTreeMap<String, Option<Vec<u8>>>,
+    /// What is held of a store that another one replaced.
+    former: Former,
     /// Namespaces by name.
     pub namespaces: BTreeMap<String, Namespace>,
     /// Pods.
@@ -52,6 +59,8 @@ pub struct View {
     pub revision: u64,
     /// Whether everything was seen at least once.
     pub synced: bool,
+    /// How often everything was seen.
+    snapshots: u64,
 }
 
 /// A value, as far as it is kept. Resources are many and large, and kept as what they mean: of their text only
@@ -119,20 +128,14 @@ impl View {
             Event::Delete { key, .. } => self.delete(&key, &mut changes),
             Event::Progress(revision) => self.revision = self.revision.max(revision),
             Event::Snapshot(entries, revision) => {
-                let kept: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
-                let gone: Vec<String> =
-                    self.entries.keys().filter(|key| !kept.contains(key.as_str())).cloned().collect();
-                for key in gone {
-                    self.delete(&key, &mut changes);
-                }
-                for entry in entries {
-                    self.put(entry, &mut changes);
-                }
+                self.replace(entries, &mut changes);
                 // A store that was replaced may have begun again from a small number.
                 self.revision = revision;
                 self.synced = true;
+                self.snapshots += 1;
             }
         }
+        self.settle(&mut changes);
         changes
     }
 
@@ -140,6 +143,10 @@ impl View {
     /// says something readable, or that the key is gone.
     pub fn restore(&mut self, key: String, value: Vec<u8>) -> Vec<Change> {
         let mut changes = Vec::new();
+        if key == STORE_ID {
+            self.former.restore(value);
+            return changes;
+        }
         let entry = Entry { key, value, revision: 0 };
         match self.read(&entry, &mut changes) {
             Ok(()) => {
@@ -215,6 +222,11 @@ impl View {
         self.workloads.get(workload).into_iter().flatten().filter_map(|ip| self.ips.get(ip))
     }
 
+    /// The id of the store that was seen last, and how often it was seen whole: differs from before once another one is seen.
+    pub fn store(&self) -> (Option<&[u8]>, u64) {
+        (self.value(STORE_ID), self.snapshots)
+    }
+
     /// The value of a whole key that is no resource's.
     pub fn value(&self, key: &str) -> Option<&[u8]> {
         match self.entries.get(key)? {
@@ -228,6 +240,7 @@ impl View {
         if self.entries.get(&entry.key) == Some(&kept) {
             return self.written_again(&entry, changes);
         }
+        self.former.let_go(&entry.key);
         self.entries.insert(entry.key.clone(), kept);
         match self.read(&entry, changes).map_err(|why| cut_message(&why).into_owned()) {
             Ok(()) => {
@@ -259,7 +272,7 @@ impl View {
     /// It was read, and is to be saved; a policy once it is in force: see [`View::save_policy`].
     fn keep(&mut self, entry: Entry) {
         self.good.insert(entry.key.clone());
-        if policy_of(&entry.key).is_none() {
+        if policy_of(&entry.key).is_none() && entry.key != STORE_ID {
             self.unsaved.insert(entry.key, Some(entry.value));
         }
     }
@@ -339,7 +352,9 @@ impl View {
     }
 
     fn delete(&mut self, key: &str, changes: &mut Vec<Change>) {
-        if self.entries.remove(key).is_none() {
+        let was_held = self.former.let_go(key);
+        // The id is saved when it counts: see [`View::settle`].
+        if (self.entries.remove(key).is_none() && !was_held) || key == STORE_ID {
             return;
         }
         self.problems.remove(key);

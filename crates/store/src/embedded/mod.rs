@@ -17,7 +17,7 @@ use std::{
 use futures::stream;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, broadcast};
 
-use crate::{Entry, Event, EventStream, Health, Store, StoreError};
+use crate::{Entry, Event, EventStream, Health, STORE_ID, Store, StoreError};
 use file::StateFile;
 
 /// A store in one file.
@@ -169,6 +169,7 @@ impl Store for Embedded {
         Ok(Health {
             backend: self.inner.path.display().to_string(),
             revision: memory.revision,
+            id: memory.get(STORE_ID).map(|entry| entry.value),
             latency: asked.elapsed(),
             warning,
         })

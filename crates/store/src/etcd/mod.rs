@@ -12,7 +12,7 @@ use prost::Message;
 use tokio::time::{Instant, timeout};
 use tonic::Code;
 
-use crate::{Entry, EventStream, Health, Store, StoreError};
+use crate::{Entry, EventStream, Health, STORE_ID, Store, StoreError};
 use connection::{CallError, Connection};
 use lease::Lease;
 use watch::Watch;
@@ -239,8 +239,7 @@ impl Store for Etcd {
         let Inner { connection, lease } = &*self.inner;
         let asked = Instant::now();
         // A read through the leader: it works only if the cluster does.
-        let question = RangeRequest { count_only: true, ..one_key(crate::PREFIX) };
-        let call = self.call("a read", wire::RANGE, question);
+        let call = self.call("a read", wire::RANGE, one_key(STORE_ID));
         let limit = HEALTH_TIMEOUT.min(connection.timeout());
         let answer: RangeResponse = timeout(limit, call).await.unwrap_or_else(|_| {
             Err(StoreError::Unreachable {
@@ -257,6 +256,7 @@ impl Store for Etcd {
         Ok(Health {
             backend: connection.name(&connection.current()).to_owned(),
             revision: revision(answer.header.as_ref()),
+            id: answer.kvs.into_iter().next().map(|kv| kv.value),
             latency,
             warning,
         })

@@ -7,10 +7,10 @@ use tonic::Streaming;
 
 use super::{
     connection::{Backoff, Connection, Current, describe},
-    entry,
-    wire::{self, EVENT_DELETE, Header, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest, WatchResponse},
+    entry, one_key, revision,
+    wire::{self, EVENT_DELETE, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest, WatchResponse},
 };
-use crate::{Event, StoreError};
+use crate::{Event, STORE_ID, StoreError};
 
 pub(super) struct Watch {
     connection: Connection,
@@ -22,11 +22,19 @@ pub(super) struct Watch {
     backoff: Backoff,
 }
 
-/// Everything up to `revision` of `cluster` was handed out.
-#[derive(Clone, Copy)]
+/// Everything up to `revision` of the store was handed out.
 struct Position {
-    cluster: u64,
+    store: Name,
     revision: u64,
+}
+
+/// What a store is known by.
+#[derive(PartialEq, Eq)]
+struct Name {
+    /// etcd's number of the cluster. Data that were lost leave it as it is.
+    cluster: u64,
+    /// What stands under [`STORE_ID`].
+    id: Option<Vec<u8>>,
 }
 
 struct Stream {
@@ -84,34 +92,41 @@ impl Watch {
     /// Finds out where the store is, and opens the stream at the place where this watch is.
     async fn start(&mut self) -> Result<(), StoreError> {
         // Also for a watch that only goes on: a stream that starts beyond the newest revision just
-        // stays silent, so a store that was restored from a backup must be noticed here. The read
-        // goes through the leader, so a member that lags behind cannot be mistaken for that.
-        let (key, range_end) = wire::below(&self.prefix);
-        let question = RangeRequest { key, range_end, count_only: self.position.is_some() };
-        let (answer, _): (RangeResponse, _) =
-            self.connection.call(wire::RANGE, question).await.map_err(|error| error.into_store_error("a listing"))?;
-        let now = Position::of(answer.header.as_ref());
-        let position = match self.position {
+        // stays silent, and one of other data goes on as if nothing was missing, so a store whose data were lost or
+        // restored must be noticed here. The read goes through the leader, so a member that lags behind cannot be
+        // mistaken for that.
+        let answer = self.read(one_key(STORE_ID)).await?;
+        let now = Name::of(&answer);
+        let found = revision(answer.header.as_ref());
+        let from = match &self.position {
             None => {
+                let (key, range_end) = wire::below(&self.prefix);
+                let answer = self.read(RangeRequest { key, range_end, count_only: false }).await?;
+                let revision = revision(answer.header.as_ref());
                 let entries = answer.kvs.into_iter().filter_map(entry).collect();
-                self.ready.push_back(Event::Snapshot(entries, now.revision));
-                self.position = Some(now);
-                now
+                self.ready.push_back(Event::Snapshot(entries, revision));
+                self.position = Some(Position { store: now, revision });
+                revision
             }
-            Some(then) if then.cluster != now.cluster || then.revision > now.revision => {
+            Some(then) if then.store != now || then.revision > found => {
                 tracing::warn!(
                     prefix = self.prefix,
                     seen = then.revision,
-                    found = now.revision,
+                    found,
                     "etcd's data was replaced by older or other data; all of it is read again"
                 );
                 self.position = None;
                 return Ok(());
             }
-            Some(then) => then,
+            Some(then) => then.revision,
         };
-        self.stream = Some(self.open(position.revision + 1).await?);
+        self.stream = Some(self.open(from + 1).await?);
         Ok(())
+    }
+
+    async fn read(&self, question: RangeRequest) -> Result<RangeResponse, StoreError> {
+        let answered = self.connection.call(wire::RANGE, question).await;
+        answered.map(|(answer, _)| answer).map_err(|error| error.into_store_error("a listing"))
     }
 
     async fn open(&self, from: u64) -> Result<Stream, StoreError> {
@@ -162,7 +177,7 @@ impl Watch {
         }
         if answer.events.is_empty() {
             // Sent only while nothing is under way to this watch, so its revision is proof.
-            position.revision = position.revision.max(Position::of(answer.header.as_ref()).revision);
+            position.revision = position.revision.max(revision(answer.header.as_ref()));
         }
         for event in answer.events {
             let Some(kv) = event.kv else { continue };
@@ -170,6 +185,9 @@ impl Watch {
             let Some(entry) = entry(kv) else { continue };
             // The header may be ahead of the events while the watch catches up: only they count.
             position.revision = position.revision.max(entry.revision);
+            if entry.key == STORE_ID {
+                position.store.id = (!deleted).then(|| entry.value.clone());
+            }
             self.ready.push_back(if deleted {
                 Event::Delete { key: entry.key, revision: entry.revision }
             } else {
@@ -182,11 +200,12 @@ impl Watch {
     }
 }
 
-impl Position {
-    fn of(header: Option<&Header>) -> Self {
-        Position {
-            cluster: header.map_or(0, |header| header.cluster_id),
-            revision: header.map_or(0, |header| header.revision.unsigned_abs()),
+impl Name {
+    /// That of the store that answered the question for its id.
+    fn of(answer: &RangeResponse) -> Self {
+        Name {
+            cluster: answer.header.as_ref().map_or(0, |header| header.cluster_id),
+            id: answer.kvs.first().map(|kv| kv.value.clone()),
         }
     }
 }

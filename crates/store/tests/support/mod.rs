@@ -71,6 +71,11 @@ impl Server {
         }
     }
 
+    /// Its data directory is gone; it must not run.
+    pub fn lose_data(&self) {
+        std::fs::remove_dir_all(self.dir.path().join("data")).expect("data");
+    }
+
     /// On the same data, and until it answers.
     pub async fn restart(&mut self) {
         self.spawn();

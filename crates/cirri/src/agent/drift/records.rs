@@ -11,6 +11,8 @@ use cirri_abi::Identity;
 use cirri_control::identity::labels_key;
 use cirri_control::labels::IdentityLabels;
 
+use cirri_store::STORE_ID;
+
 use super::Findings;
 use crate::agent::core::Core;
 use crate::agent::problems::Finding;
@@ -37,6 +39,7 @@ impl Core {
                 .is_some_and(|rest| rest.starts_with("identities/") || rest.starts_with("pools/"))
         };
         self.rows.published.desired(&key.to_owned()).is_some()
+            || key == STORE_ID
             || key.starts_with(&records::ip_prefix(&self.node.name))
             || shared()
     }
@@ -91,6 +94,13 @@ impl Core {
                 findings.push((ProblemKind::Record, short(&key), finding.wanted(said(Some(&value)))));
             } else if ask(&mut self.drift, &key, found, "as it was allocated", now) {
                 mends.push(Mend { gone: found.is_none(), key, value });
+            }
+        }
+        // A new one each time: with the one that is known the store would say that it goes on as that.
+        if self.view.value(STORE_ID).is_none() {
+            match std::fs::read_to_string("/proc/sys/kernel/random/uuid") {
+                Ok(id) => mends.push(Mend { key: STORE_ID.to_owned(), value: id.trim().into(), gone: true }),
+                Err(error) => tracing::warn!(%error, "the store gets no id"),
             }
         }
         self.mends = mends;

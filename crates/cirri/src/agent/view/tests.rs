@@ -220,3 +220,79 @@ fn reserved_numbers_cannot_be_given_away() {
     let mut view = View::default();
     assert!(view.apply(Event::Put(entry("identities/id/1", "k8s:app=x", 1))).is_empty());
 }
+
+fn with_id(id: &str, entries: &[Entry]) -> Vec<Entry> {
+    entries.iter().cloned().chain([entry("store-id", id, 1)]).collect()
+}
+
+fn restarted(file: &BTreeMap<String, Vec<u8>>) -> View {
+    let mut view = View::default();
+    for (key, value) in file.clone() {
+        view.restore(key, value);
+    }
+    view
+}
+
+#[test]
+fn what_another_store_lacks_stays_over_restarts_until_it_is_written_or_said_to_be_deleted() {
+    let good = ALL.map(|(key, value)| entry(key, value, 7));
+    let mut seen = BTreeMap::new();
+    saved(&mut View::default(), [Event::Snapshot(with_id("one", &good), 7)], &mut seen);
+
+    // Its data are lost while agents run, or while they are away; nobody or somebody gave it an id by then.
+    for empty in [Vec::new(), with_id("two", &[])] {
+        let mut file = seen.clone();
+        let mut view = restarted(&file);
+        for _ in 0..2 {
+            saved(&mut view, [Event::Snapshot(empty.clone(), 2)], &mut file);
+            assert_eq!(known(&view), [1; 6]);
+            assert!(view.missing().is_some_and(|it| {
+                it.objects.starts_with("3 of the objects in force (Namespace shop, ") && it.id == "one"
+            }));
+            assert!(view.policies.values().all(|(_, revision)| *revision == 0) && view.identity_revisions.is_empty());
+            assert_eq!(view.value(&good[4].key), None, "its node has to write it again");
+            saved(&mut view, [Event::Put(entry("store-id", "two", 3))], &mut file);
+            view = restarted(&file);
+        }
+        // It is filled again: what was written is held no more, and can be deleted.
+        saved(&mut view, [Event::Snapshot(empty, 3), Event::Put(entry("store-id", "two", 3))], &mut file);
+        let gone = Event::Delete { key: good[0].key.clone(), revision: 5 };
+        saved(&mut view, [Event::Put(entry(ALL[0].0, ALL[0].1, 4)), gone], &mut file);
+        assert_eq!(known(&view), [0, 1, 1, 1, 1, 1]);
+        // Who does not write anew is gone when its lease would have ended.
+        assert!(view.holds_records());
+        view.end_records();
+        assert_eq!(known(&view), [0, 1, 1, 0, 0, 0]);
+
+        let mut filled = view;
+        let mut other = file.clone();
+        saved(&mut filled, good[..3].iter().cloned().map(Event::Put), &mut other);
+        assert_eq!(filled.missing(), None);
+        let mut view = restarted(&other);
+        saved(&mut view, [Event::Snapshot(with_id("two", &[]), 9)], &mut other);
+        assert_eq!(known(&view), [0; 6], "a deletion in the store that is known");
+
+        // Or somebody says that nothing else was meant to be there.
+        let mut view = restarted(&file);
+        saved(&mut view, [Event::Snapshot(with_id("two", &[]), 6)], &mut file);
+        assert_eq!(known(&view)[..3], [0, 1, 1]);
+        saved(&mut view, [Event::Put(entry("store-id", "one", 7))], &mut file);
+        assert_eq!((known(&view), file.len()), ([0; 6], 1));
+    }
+}
+
+#[test]
+fn the_same_store_with_older_data_is_followed_and_one_without_an_id_as_before() {
+    let good = ALL.map(|(key, value)| entry(key, value, 7));
+    for id in [Some("one"), None] {
+        let of = |entries: &[Entry]| id.map_or_else(|| entries.to_vec(), |id| with_id(id, entries));
+        let mut file = BTreeMap::new();
+        let mut view = View::default();
+        saved(&mut view, [Event::Snapshot(of(&good), 9), Event::Snapshot(of(&good[..2]), 3)], &mut file);
+        assert_eq!((known(&view), view.revision), ([1, 1, 0, 0, 0, 0], 3));
+        assert_eq!(view.missing(), None);
+        let mut view = restarted(&file);
+        saved(&mut view, [Event::Snapshot(of(&[]), 2)], &mut file);
+        assert_eq!((known(&view), view.missing()), ([0; 6], None));
+    }
+}
