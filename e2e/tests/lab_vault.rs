@@ -349,6 +349,8 @@ fn a_refused_policy_closes(store: &Store, vault: &Vault<'_>) {
     let said = state(store, "huge");
     assert_eq!(vault.received(), 0, "datagrams passed that no version of the policy allows: {said}");
     assert!(said.starts_with("refused: ") && said.ends_with("; what it selects is closed"), "{said}");
+    let problems = store.lab.ask::<Value>("node1", &["status"]).unwrap()["problems"].to_string();
+    assert!(problems.contains("/manifests/resources-NetworkPolicy-shop-huge.json"), "no file is named: {problems}");
     store.delete(Kind::Policy, "huge");
     store.settle();
 }

@@ -50,7 +50,7 @@ pub async fn run(shared: Arc<Shared>, Mirror { mut changes, store }: Mirror) {
 }
 
 /// Where it stands what a run knew of the files of its folder.
-fn files_prefix() -> String {
+pub fn files_prefix() -> String {
     format!("{PREFIX}folder/")
 }
 

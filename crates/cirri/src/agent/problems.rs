@@ -5,12 +5,15 @@
 //! of the core is derived in [`Core::note_problems`].
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use cirri_control::cut::cut;
-use cirri_store::STORE_ID;
+use cirri_control::policy::PolicyId;
+use cirri_store::{STORE_ID, folder};
 
 use super::core::Core;
+use super::mirror;
 use super::policies::refused;
 use super::view::Missing;
 use crate::api::{Problem, ProblemKind, StoreStatus};
@@ -132,7 +135,9 @@ impl Core {
         }
         for (id, refusal) in self.cluster.refused() {
             let object = format!("{}/{}", id.namespace, id.name);
-            note(ProblemKind::Policy, &object, Finding::new(refused(&refusal), "correct the policy"));
+            let file = self.file_of(id).map(|file| format!(" in {}", file.display())).unwrap_or_default();
+            let remedy = format!("correct the policy{file}");
+            note(ProblemKind::Policy, &object, Finding::new(refused(&refusal), remedy));
         }
         for (identity, flaws) in &self.flawed {
             let found: Vec<String> = flaws.iter().map(ToString::to_string).collect();
@@ -171,6 +176,19 @@ impl Core {
             let of = found.iter().filter(|(kind, ..)| kind == what);
             self.problems.replace(*what, of.map(|(_, object, finding)| (object.clone(), finding.clone())));
         }
+    }
+}
+
+impl Core {
+    /// The file of the folder that a policy stands in, if there is one.
+    fn file_of(&self, id: &PolicyId) -> Option<PathBuf> {
+        let key = format!("resources/NetworkPolicy/{}/{}", id.namespace, id.name);
+        let prefix = mirror::files_prefix();
+        let defines = |file: &&str| {
+            let text = self.view.value(file).and_then(|text| std::str::from_utf8(text).ok());
+            text.is_some_and(|text| folder::defines(text, &key))
+        };
+        Some(self.config.store.folder.join(&self.view.below(&prefix).find(defines)?[prefix.len()..]))
     }
 }
 

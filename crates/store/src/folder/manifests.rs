@@ -11,6 +11,8 @@
 mod file;
 mod record;
 
+pub use record::defines;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -10,6 +10,7 @@
 mod manifests;
 mod read;
 
+pub use manifests::defines;
 pub use read::{Writers, read_bounded, read_file};
 
 use std::{

@@ -95,6 +95,13 @@ pub(super) fn write(file: &File, settled: bool, owns: impl Fn(&str) -> bool, in_
     (!is_plain).then(|| serde_json::to_string(&record).unwrap_or_default())
 }
 
+/// Whether a file of which this is known ([`Change::files`](crate::folder::Change::files)) defines an object as it is in
+/// force.
+pub fn defines(text: &str, key: &str) -> bool {
+    let owns = |record: Record| record.objects.get(key).is_some_and(|object| object.owner);
+    text.contains(key) && serde_json::from_str(text).is_ok_and(owns)
+}
+
 /// What an earlier run knew of a file, and which of its objects were in force; `None` if this version cannot tell.
 pub(super) fn read(text: &str, in_force: &InForce) -> Option<(File, Vec<String>)> {
     let record: Record = serde_json::from_str(text).ok()?;
