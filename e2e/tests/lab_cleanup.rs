@@ -99,10 +99,11 @@ impl Machine {
         let file = self.path(&format!("{instance}.yaml"));
         let text = format!(
             "node: {{name: n, devices: [eth0]}}\nstore: {{kind: folder, folder: {}}}\nstateDir: {}\n\
-             bpf: {{instance: {instance}, maps: {{flows: 16384, pending: 16384}}}}\n\
+             bpf: {{instance: {instance}, pinRoot: /sys/fs/bpf/{}/pins, maps: {{flows: 16384, pending: 16384}}}}\n\
              services: {{socket: {{mode: off}}}}\n{more}",
             self.path("manifests").display(),
-            self.path(&format!("state-{instance}")).display(),
+            self.path(&format!("var/cirri/state-{instance}")).display(),
+            self.name,
         );
         fs::write(&file, text).unwrap();
         file.display().to_string()
@@ -119,7 +120,7 @@ impl Machine {
     fn agent(&self, instance: &str) -> Running {
         let file = self.agent_file(instance, "");
         let running = self.spawn(&["agent", "--config", &file], instance);
-        let socket = self.path(&format!("state-{instance}/agent.sock"));
+        let socket = self.path(&format!("var/cirri/state-{instance}/agent.sock"));
         eventually("the agent is ready", PATIENCE, || socket.exists());
         running
     }
@@ -149,7 +150,7 @@ impl Machine {
 
     /// The same, with this name of the device in it.
     fn add(&self, instance: &str, device: &str) {
-        let socket = self.path(&format!("state-{instance}/agent.sock"));
+        let socket = self.path(&format!("var/cirri/state-{instance}/agent.sock"));
         let configuration = format!(
             r#"{{"cniVersion": "1.1.0", "name": "cirri", "type": "cirri-cni", "socket": "{}"}}"#,
             socket.display()
@@ -281,7 +282,7 @@ fn the_machine_after_cleanup_is_as_before_the_agent_also_when_killed_and_when_it
     let agent = machine.agent(&instance);
     machine.add_pod(&instance);
     drop(agent);
-    fs::remove_dir_all(machine.path(&format!("state-{instance}"))).unwrap();
+    fs::remove_dir_all(machine.path(&format!("var/cirri/state-{instance}"))).unwrap();
     cleanup(());
     machine.assert_state(&before, "killed, and its state lost");
 }
@@ -337,7 +338,7 @@ fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
     // The same instance with another state directory, too.
     let output = machine.cirri(&["agent", "--config", &machine.stolen_file(&instance), "--cleanup"]);
     assert!(!output.status.success(), "the pins of a running agent were removed by another's cleanup");
-    fs::remove_dir_all(machine.path("state-stolen")).unwrap();
+    fs::remove_dir_all(machine.path("var/cirri/state-stolen")).unwrap();
     machine.assert_state(&running, "a cleanup of the same instance from another state directory");
     agent.stop();
     machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
@@ -350,13 +351,13 @@ fn a_running_agent_keeps_its_instance_also_when_its_pins_were_removed() {
     let agent = machine.agent(&instance);
     machine.add_pod(&instance);
     let running = machine.state();
-    fs::remove_dir_all(Path::new("/sys/fs/bpf/cirri").join(&instance)).unwrap();
+    fs::remove_dir_all(Path::new("/sys/fs/bpf").join(&machine.name).join("pins").join(&instance)).unwrap();
     eventually("the pins are back", PATIENCE, || machine.state()["pins"] == running["pins"]);
     let file = machine.stolen_file(&instance);
     for arguments in [&["agent", "--config", &file, "--cleanup"][..], &["agent", "--config", &file]] {
         let output = machine.cirri(arguments);
         assert!(!output.status.success(), "{arguments:?} beside the running agent");
-        fs::remove_dir_all(machine.path("state-stolen")).unwrap();
+        fs::remove_dir_all(machine.path("var/cirri/state-stolen")).unwrap();
         machine.assert_state(&running, "another of the same instance was refused");
     }
     agent.stop();
@@ -505,7 +506,7 @@ fn an_agent_whose_pins_will_not_last_says_so_at_the_start_and_at_the_end() {
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &script]).stdin(Stdio::null()).stderr(log.try_clone().unwrap()).stdout(log);
     let agent = Running(machine.net.namespace.run(|| command.spawn()).unwrap().unwrap());
-    let socket = machine.path(&format!("state-{instance}/agent.sock"));
+    let socket = machine.path(&format!("var/cirri/state-{instance}/agent.sock"));
     eventually("the agent is ready", PATIENCE, || socket.exists());
     agent.stop();
     let said = fs::read_to_string(machine.path("agent.log")).unwrap();

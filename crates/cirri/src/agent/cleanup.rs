@@ -44,6 +44,7 @@ pub async fn cleanup(config: &Config) -> Result<()> {
         crate::output::progress(&format!("put back: {setting}"));
     }
     start::forget(config).because(Failure::Failed)?;
+    settings.remove_directories().because(Failure::Failed)?;
     crate::output::progress(&format!(
         "removed what instance {instance} made; its state was in {}",
         state_dir.display()

@@ -55,6 +55,9 @@ pub fn lock(config: &Config) -> Result<File> {
     }
     let state_dir = &config.state_dir.0;
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
+    let net = Net::here().because(Failure::Failed)?;
+    let mut settings = Settings::of(&net, owner(config)).because(Failure::Failed)?;
+    settings.need_directories(&[state_dir, &config.bpf.pin_root]).because(Failure::Failed)?;
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("agent.lock")).map_err(wrong).because(Failure::Failed)? {
         Some(lock) => {

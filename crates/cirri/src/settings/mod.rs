@@ -251,7 +251,37 @@ impl Settings {
         }
     }
 
-    /// This owner leaves: puts back what nobody else needs and nobody changed since. Answers what was put back.
+    /// This owner will make these directories, and those that they lie in, as far as they are not there.
+    ///
+    /// # Errors
+    /// They cannot be recorded.
+    pub fn need_directories(&mut self, directories: &[&Path]) -> Result<(), SettingsError> {
+        let owner = self.owner.clone();
+        self.change(|record| {
+            directories.iter().for_each(|directory| record.need_directory(&owner, directory, Path::exists));
+            Ok(())
+        })
+    }
+
+    /// Removes directories that were made for this owner and that nobody else needs, if nothing is in them.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    pub fn remove_directories(&mut self) -> Result<(), SettingsError> {
+        let mut left = Vec::new();
+        let owner = self.owner.clone();
+        self.change(|record| {
+            left = record.leave_directories(&owner);
+            Ok(())
+        })?;
+        for directory in left {
+            // What cannot be removed is not worth an error: it is empty, or somebody else's by now.
+            let _ = fs::remove_dir(directory);
+        }
+        Ok(())
+    }
+
+    /// This owner leaves all but directories: puts back what nobody else needs and nobody changed since. Answers what was put back.
     ///
     /// # Errors
     /// What cannot be put back stays recorded.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 
 use cirri_loader::net::Address;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,8 @@ pub struct Record {
     pub addresses: Vec<Added>,
     /// What there can be one owner of.
     pub claims: BTreeMap<String, String>,
+    /// Directories that were made, and who needs them.
+    pub directories: BTreeMap<PathBuf, BTreeSet<String>>,
 }
 
 /// A setting that was changed.
@@ -123,7 +126,30 @@ impl Record {
         }
     }
 
-    /// An owner leaves. Answers what is to be put back, because he was the last.
+    /// An owner needs a directory; `is_there` tells of the directories that it lies in.
+    pub fn need_directory(&mut self, owner: &str, directory: &Path, is_there: impl Fn(&Path) -> bool) {
+        for one in directory.ancestors() {
+            if self.directories.contains_key(one) || !is_there(one) {
+                self.directories.entry(one.to_owned()).or_default().insert(owner.to_owned());
+            }
+        }
+    }
+
+    /// An owner needs none any more. Answers those that nobody needs, what lies in another before that.
+    pub fn leave_directories(&mut self, owner: &str) -> Vec<PathBuf> {
+        let mut left = Vec::new();
+        self.directories.retain(|directory, owners| {
+            let last = owners.remove(owner) && owners.is_empty();
+            if last {
+                left.push(directory.clone());
+            }
+            !last
+        });
+        left.reverse();
+        left
+    }
+
+    /// An owner leaves all but directories. Answers what is to be put back, because he was the last.
     pub fn leave(&mut self, owner: &str) -> Left {
         let mut left = Left::default();
         self.claims.retain(|_, by| by != owner);
@@ -158,12 +184,14 @@ impl Record {
         let range = self.ports.owners.get_key_value(owner).map(|(owner, range)| (owner.clone(), *range));
         let addresses = self.addresses.iter().filter(|added| added.owners.contains(owner));
         let claims = self.claims.iter().filter(|(_, by)| *by == owner);
+        let directories = self.directories.iter().filter(|(_, owners)| owners.contains(owner));
         Record {
             boot: self.boot.clone(),
             settings: settings.collect(),
             ports: Reserved { before: self.ports.before.clone(), owners: range.into_iter().collect() },
             addresses: addresses.map(|it| Added { owners: only.clone(), ..it.clone() }).collect(),
             claims: claims.map(|(what, by)| (what.clone(), by.clone())).collect(),
+            directories: directories.map(|(directory, _)| (directory.clone(), only.clone())).collect(),
         }
     }
 
@@ -190,19 +218,24 @@ impl Record {
         for (what, by) in &part.claims {
             self.claims.entry(what.clone()).or_insert_with(|| by.clone());
         }
+        for (directory, owners) in &part.directories {
+            self.directories.entry(directory.clone()).or_default().extend(owners.iter().cloned());
+        }
         *self != before
     }
 
-    /// Whether an owner has anything.
+    /// Whether an owner has anything but directories.
     pub fn has(&self, owner: &str) -> bool {
-        self.owners().contains(owner)
+        Record { directories: BTreeMap::new(), ..self.of(owner) }.owners().contains(owner)
     }
 
     /// Everybody.
     pub fn owners(&self) -> BTreeSet<String> {
         let settings = self.settings.values().flat_map(|changed| &changed.owners);
         let addresses = self.addresses.iter().flat_map(|added| &added.owners);
-        settings.chain(addresses).chain(self.ports.owners.keys()).chain(self.claims.values()).cloned().collect()
+        let directories = self.directories.values().flatten();
+        let taken = settings.chain(addresses).chain(directories);
+        taken.chain(self.ports.owners.keys()).chain(self.claims.values()).cloned().collect()
     }
 
     /// Whether nobody has anything.
@@ -276,6 +309,20 @@ mod tests {
         stolen.claims.insert("node".to_owned(), "c".to_owned());
         stolen.add(&a);
         assert_eq!(stolen.claims["node"], "c", "nobody takes what another claimed meanwhile");
+    }
+
+    #[test]
+    fn directories_that_were_made_go_with_the_last_who_needs_them_and_no_others() {
+        let mut record = Record::default();
+        let there = |path: &Path| path == Path::new("/") || path == Path::new("/run");
+        record.need_directory("a", Path::new("/run/x/y"), there);
+        assert!(!record.has("a") && !record.is_empty() && record.of("a") == record);
+        // Those are there by now.
+        record.need_directory("a", Path::new("/run/x/y"), |_| true);
+        record.need_directory("b", Path::new("/run/x/z"), |path| path != Path::new("/run/x/z"));
+        assert_eq!(record.leave_directories("a"), [Path::new("/run/x/y")]);
+        assert_eq!(record.leave_directories("b"), [Path::new("/run/x/z"), Path::new("/run/x")]);
+        assert!(record.is_empty());
     }
 
     #[test]
