@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 
-use crate::agent::{Finding, Findings, OpenFile};
+use crate::agent::{Finding, Findings, Instead, OpenFile};
 use crate::api::{ApiError, ProblemKind, Request};
 
 /// A socket at the path where clients look for it. Whoever removes it there locks all of them out, so it is looked at
@@ -46,7 +46,7 @@ impl Door {
     /// [`crate::agent::Repairs::ask`].
     pub fn look(&self, mut ask: impl FnMut(&str, [&str; 2]) -> bool, findings: &mut Findings) {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(found) = made.file.replaced() else { return };
+        let Some(found) = made.file.replaced().map(Instead::words) else { return };
         let (object, wanted) = (self.path.display().to_string(), "the socket that clients ask");
         if !ask(&object, [found, wanted]) {
             return;

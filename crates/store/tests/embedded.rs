@@ -19,6 +19,24 @@ async fn next(watch: &mut EventStream) -> Event {
 }
 
 #[tokio::test]
+async fn a_file_that_was_removed_is_written_anew_with_all_that_was_in_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store");
+    let store = Embedded::open(&path).await.expect("open");
+    store.put("t/a", b"1", false).await.expect("put");
+    let revision = store.put("t/b", b"2", false).await.expect("put");
+    std::fs::remove_file(&path).expect("remove");
+    store.write_anew().await.expect("written anew");
+    store.put("t/c", b"3", false).await.expect("put");
+    drop(store);
+    let store = Embedded::open(&path).await.expect("open");
+    let (entries, now) = store.list("t/").await.expect("list");
+    assert_eq!((now, store.set_aside()), (revision + 1, None));
+    let found: Vec<_> = entries.iter().map(|it| (it.key.as_str(), it.value.as_slice(), it.revision)).collect();
+    assert_eq!(found, [("t/a", &b"1"[..], 1), ("t/b", b"2", 2), ("t/c", b"3", 3)]);
+}
+
+#[tokio::test]
 async fn state_and_revisions_outlive_the_process_and_leased_keys_do_not() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("store.redb");

@@ -412,13 +412,17 @@ pub const CASES: &[Case] = &[
         }),
     },
     Case {
-        name: "the file of what was seen in the store moved away",
-        damage: |w| fs::rename(w.state("seen.redb"), w.state("aside")).unwrap(),
-        comes: Named(
-            "file",
-            |_| "seen.redb".to_owned(),
-            |w| fs::rename(w.state("aside"), w.state("seen.redb")).unwrap(),
-        ),
+        name: "the file of what was seen in the store removed",
+        damage: |w| fs::remove_file(w.state("seen.redb")).unwrap(),
+        comes: Repaired(|w| w.state("seen.redb").exists().to_string()),
+    },
+    Case {
+        name: "another file in the place of what was seen in the store",
+        damage: |w| {
+            fs::remove_file(w.state("seen.redb")).unwrap();
+            fs::write(w.state("seen.redb"), "another").unwrap();
+        },
+        comes: Named("file", |_| "seen.redb".to_owned(), |w| fs::remove_file(w.state("seen.redb")).unwrap()),
     },
     Case {
         name: "the record of settings removed",

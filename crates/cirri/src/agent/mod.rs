@@ -63,7 +63,9 @@ use crate::exit::{Because, Failure, Result};
 use crate::listener::Door;
 
 pub use cleanup::cleanup;
-pub use drift::{EVERY as COMPARE_EVERY, Findings, OpenFile, Pace, Repairs, cpu_time, judge as judge_programs};
+pub use drift::{
+    EVERY as COMPARE_EVERY, Findings, Instead, OpenFile, Pace, Repairs, cpu_time, judge as judge_programs,
+};
 pub use problems::{Finding, Problems};
 pub use queries::counters_by_name;
 pub use services::{Reach, changed as changed_services};
@@ -77,6 +79,8 @@ pub struct Shared {
     store: Arc<dyn Store>,
     /// The last good content of what the store holds.
     saved: Embedded,
+    /// The store, if it is this agent's own.
+    mirror: Option<Embedded>,
     config_values: Vec<ConfigValue>,
     started: Instant,
     /// Kernel tables have rows to work on.

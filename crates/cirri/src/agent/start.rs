@@ -75,6 +75,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     // What may be wrong with the configuration first, before anything is changed.
     let Sources { store, folder, saved, spoilt } = open_store(&config).await?;
     let (folder, catch_up) = folder.unzip();
+    let mirror = folder.as_ref().map(|mirror: &mirror::Mirror| mirror.store.clone());
     Datapath::check_kernel().because(Failure::Failed)?;
     let instance = Datapath::claim(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
@@ -130,6 +131,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         core: Mutex::new(core),
         store,
         saved,
+        mirror,
         config_values: values,
         started: Instant::now(),
         wake: Notify::new(),

@@ -78,6 +78,12 @@ impl StateFile {
         }
     }
 
+    /// Leaves the file that is open to itself, and writes what is at its path by now.
+    pub(super) fn write_anew(&mut self, memory: &Memory) -> Result<(), StoreError> {
+        self.database = None;
+        self.commit(memory.revision, &[], Some(memory))
+    }
+
     fn drop_leases(&mut self, mut memory: Memory) -> Result<Memory, StoreError> {
         let leased = memory.entries.iter().filter(|(_, value)| value.leased);
         let changes: Vec<Change> = leased.map(|(key, _)| Change::Delete(key.clone())).collect();

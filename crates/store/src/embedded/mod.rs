@@ -68,6 +68,11 @@ impl Embedded {
         self.inner.set_aside.as_ref()
     }
 
+    /// Where its file is.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
     /// Writes keys, and removes those without a value, in one revision; answers the revision.
     ///
     /// # Errors
@@ -80,6 +85,22 @@ impl Embedded {
         let changes = entries.iter().map(one).collect();
         let (revision, ()) = self.write(|_| (changes, ())).await?;
         Ok(revision)
+    }
+
+    /// Writes the file anew, with all that is known. For one that somebody removed: what is written into it is lost with
+    /// its end.
+    ///
+    /// # Errors
+    /// As for [`Store::put`]; the next write tries again.
+    pub async fn write_anew(&self) -> Result<(), StoreError> {
+        let mut file = Arc::clone(&self.inner.file).lock_owned().await;
+        let inner = Arc::clone(&self.inner);
+        blocking(move || {
+            // Only the holder of the file changes the memory.
+            let memory = inner.memory().clone();
+            file.write_anew(&memory)
+        })
+        .await
     }
 
     /// Makes the changes that `plan` chooses by the present state one new revision. No change, no

@@ -6,7 +6,10 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use cirri_store::Embedded;
+
 use super::Findings;
+use crate::agent::Shared;
 use crate::agent::core::Core;
 use crate::agent::problems::Finding;
 use crate::api::ProblemKind;
@@ -16,6 +19,25 @@ use crate::api::ProblemKind;
 pub struct OpenFile {
     path: PathBuf,
     inode: (u64, u64),
+}
+
+/// What is at the path of a file instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Instead {
+    /// Nothing is.
+    Nothing,
+    /// Another file is.
+    Another,
+}
+
+impl Instead {
+    /// What is said of it.
+    pub fn words(self) -> &'static str {
+        match self {
+            Instead::Nothing => "it was removed",
+            Instead::Another => "another file stands in its place",
+        }
+    }
 }
 
 impl OpenFile {
@@ -28,11 +50,11 @@ impl OpenFile {
     }
 
     /// What is at its path instead; nothing if that is the file.
-    pub fn replaced(&self) -> Option<&'static str> {
+    pub fn replaced(&self) -> Option<Instead> {
         match inode(&self.path) {
             Ok(inode) if inode == self.inode => None,
-            Ok(_) => Some("another file stands in its place"),
-            Err(_) => Some("it was removed"),
+            Ok(_) => Some(Instead::Another),
+            Err(_) => Some(Instead::Nothing),
         }
     }
 }
@@ -43,8 +65,8 @@ fn inode(path: &PathBuf) -> io::Result<(u64, u64)> {
 }
 
 impl Core {
-    /// Files that are not at their places any more are named: nobody but the next start could open them again. The
-    /// socket is made again.
+    /// Files that are not at their places any more. The socket is made again, and one that was removed is to be written
+    /// anew; another that stands in its place is somebody's, and named.
     pub(super) fn compare_files(&mut self, now: Instant, findings: &mut Findings) {
         if let Some(door) = self.drift.door.clone() {
             door.look(
@@ -53,13 +75,42 @@ impl Core {
             );
         }
         for file in &self.drift.files {
-            if let Some(found) = file.replaced() {
-                let remedy = "restart the agent while manifests and store are right: until then all goes on, but what the \
-                              agent remembers of objects that are refused now is lost at its next start";
-                let finding = Finding::new(found, remedy).wanted("the file that the agent writes");
-                findings.push((ProblemKind::File, file.path.display().to_string(), finding));
+            let Some(instead) = file.replaced() else { continue };
+            let path = file.path.display().to_string();
+            let wanted = "the file that the agent writes";
+            if instead == Instead::Nothing {
+                if self.drift.repairs.ask(ProblemKind::File, &path, [instead.words(), wanted], "", now) {
+                    self.drift.removed.push(file.path.clone());
+                }
+                continue;
             }
+            let remedy = "remove it, and the agent writes its own anew; else the next start begins with this one, and what \
+                          the agent remembers of objects that are refused now is lost";
+            let finding = Finding::new(instead.words(), remedy).wanted(wanted);
+            findings.push((ProblemKind::File, path, finding));
         }
+    }
+}
+
+impl Shared {
+    /// Writes anew what was found removed. What is not done is found again.
+    pub(super) async fn write_removed(&self) {
+        let removed = std::mem::take(&mut self.core.lock().await.drift.removed);
+        for path in removed {
+            let Some(file) = self.files().find(|file| file.path() == path) else { continue };
+            if let Err(error) = file.write_anew().await {
+                tracing::error!(file = %path.display(), %error, "not written anew; it is tried again");
+                continue;
+            }
+            let mut core = self.core.lock().await;
+            core.drift.files.retain(|known| known.path != path);
+            core.drift.files.extend(OpenFile::at(path));
+        }
+    }
+
+    /// The stores of this agent that are files.
+    fn files(&self) -> impl Iterator<Item = &Embedded> {
+        [Some(&self.saved), self.mirror.as_ref()].into_iter().flatten()
     }
 }
 
@@ -76,8 +127,8 @@ mod tests {
         fs::write(&path, "b").unwrap();
         assert_eq!(file.replaced(), None);
         fs::rename(&path, directory.path().join("aside")).unwrap();
-        assert_eq!(file.replaced(), Some("it was removed"));
+        assert_eq!(file.replaced(), Some(Instead::Nothing));
         fs::write(&path, "b").unwrap();
-        assert_eq!(file.replaced(), Some("another file stands in its place"));
+        assert_eq!(file.replaced(), Some(Instead::Another));
     }
 }

@@ -19,6 +19,7 @@ mod tables;
 mod workloads;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,7 @@ use super::problems::Finding;
 use crate::api::ProblemKind;
 use crate::listener::Door;
 
-pub use files::OpenFile;
+pub use files::{Instead, OpenFile};
 pub use programs::judge;
 pub use records::Mend;
 pub use repairs::Repairs;
@@ -72,6 +73,8 @@ pub struct Drift {
     pub stored: bool,
     /// Files that are kept open.
     pub files: Vec<OpenFile>,
+    /// Those of them that were removed.
+    removed: Vec<PathBuf>,
     /// The socket, once there is one.
     pub door: Option<Arc<Door>>,
     /// Networks of others' routes inside networks of ours.
@@ -175,6 +178,7 @@ impl Shared {
         }
         let work = !core.rows.is_done() || !core.serving.is_done() || !core.mends.is_empty();
         drop(core);
+        self.write_removed().await;
         if work {
             self.desired();
         }
