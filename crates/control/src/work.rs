@@ -1,4 +1,4 @@
-//! Steps of work that grows with what comes in, counted in tests: they must not ask a clock.
+//! Steps of work that grows with what comes in, counted in tests: they must not ask what time it is.
 
 /// One step was done.
 #[inline(always)]
@@ -18,4 +18,17 @@ pub(crate) fn steps_of<T>(work: impl FnOnce() -> T) -> (usize, T) {
     let before = STEPS.get();
     let done = work();
     (STEPS.get() - before, done)
+}
+
+/// What something took of a processor. For the ratio of two sizes in one run: what others do on the machine is not in it,
+/// but how quick the machine is is.
+#[cfg(test)]
+pub(crate) fn cost_of<T>(work: impl FnOnce() -> T) -> (std::time::Duration, T) {
+    let now = || {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        std::time::Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+    };
+    let before = now();
+    let done = work();
+    (now() - before, done)
 }

@@ -1,8 +1,9 @@
 //! Changes come to the same as a fresh start, and cost what they touch.
 
 use super::*;
+use crate::work::cost_of;
 use proptest::prelude::*;
-use std::time::Instant;
+use std::time::Duration;
 
 #[test]
 fn only_what_a_change_touches_is_answered() {
@@ -95,36 +96,42 @@ fn large(services: usize, pods: usize) -> Vec<Resource> {
     out
 }
 
-#[test]
-fn ten_thousand_services_load_quickly_and_a_change_costs_what_it_touches() {
-    let resources = large(10_000, 10);
+/// What a number of services with ten pods each costs, and one change among them.
+fn costs(count: usize) -> [Duration; 2] {
+    let resources = large(count, 10);
     let mut services = Services::new(settings());
     let mut tables = Tables::new(Capacity::default());
-    let start = Instant::now();
-    for resource in &resources {
-        services.upsert(resource);
-    }
-    let changes = services.changes();
-    assert_eq!(changes.len(), 10_000);
-    for (_, port) in changes {
-        tables.set(&port.unwrap()).unwrap();
-    }
-    let all = start.elapsed();
-    let pods: Vec<&Resource> =
-        resources.iter().filter(|resource| resource.kind() == "Pod").step_by(97).take(1000).collect();
-    let start = Instant::now();
-    for pod in &pods {
-        services.remove("Pod", pod.namespace(), pod.name());
-        let changes = services.changes();
-        assert_eq!(changes.len(), 1);
-        for (_, port) in changes {
-            assert!(!tables.set(&port.unwrap()).unwrap().is_empty());
+    let (all, ()) = cost_of(|| {
+        for resource in &resources {
+            services.upsert(resource);
         }
-    }
-    let one = start.elapsed() / pods.len() as u32;
-    println!("10,000 services x 10 pods: {all:?}; one change: {one:?}");
-    // Far above what it takes, unoptimized and on a busy machine; a scan of all would be far above this.
-    assert!(all.as_secs() < 60 && one.as_millis() < 10, "{all:?} {one:?}");
+        let changes = services.changes();
+        assert_eq!(changes.len(), count);
+        for (_, port) in changes {
+            tables.set(&port.unwrap()).unwrap();
+        }
+    });
+    let pods = resources.iter().filter(|resource| resource.kind() == "Pod").step_by(count / 100);
+    let pods: Vec<&Resource> = pods.take(1000).collect();
+    let (some, ()) = cost_of(|| {
+        for pod in &pods {
+            services.remove("Pod", pod.namespace(), pod.name());
+            let changes = services.changes();
+            assert_eq!(changes.len(), 1);
+            for (_, port) in changes {
+                assert!(!tables.set(&port.unwrap()).unwrap().is_empty());
+            }
+        }
+    });
+    [all, some / pods.len() as u32]
+}
+
+#[test]
+fn ten_times_as_many_services_cost_ten_times_as_much_and_a_change_costs_what_it_touches() {
+    let ([few, of_few], [many, of_many]) = (costs(1_000), costs(10_000));
+    println!("1,000 services x 10 pods: {few:?}, one change {of_few:?}; 10,000: {many:?}, {of_many:?}");
+    // Each held against each other would be a hundred times as much, and a scan of all at a change ten times.
+    assert!(many < few * 40 && of_many < of_few * 5);
 }
 
 /// Something small enough that resources meet.
