@@ -12,6 +12,8 @@ fn check_finds_everything_that_changed_since_add() {
     let lab = Lab::up("cnichk", 1, &[]).unwrap();
     let node = lab.netns("node:node1").unwrap();
     let (place, elsewhere) = (TestNamespace::new(), TestNamespace::new());
+    // Devices that are made anew have no IPv6 there, as some administrators have it.
+    printed(&node, &["sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1"]);
     let container = Attachment::new(&lab, "checked", place.namespace.path());
     let second = container.of("blue", "net1");
     let result = container.call("ADD", json!({})).unwrap();
@@ -85,6 +87,21 @@ fn check_finds_everything_that_changed_since_add() {
             lab.kill_agent("node1").unwrap();
             lab.restart("node1", &[]).unwrap();
         }
+        assert_eq!(container.call("CHECK", previous.clone()), Ok(Value::Null), "{undoing}");
+    }
+
+    // Routes as they were made, but for something; rules and narrower routes before them.
+    let (own, all) = (v4.trim_end_matches("/32"), "default via 169.254.1.1 dev eth0 onlink");
+    for (doing, undoing) in [
+        (format!("ip route replace {all} mtu lock 600"), format!("ip route replace {all}")),
+        (format!("ip route replace {all} src {own}"), format!("ip route replace {all}")),
+        ("ip route add blackhole 0.0.0.0/1".to_owned(), "ip route del blackhole 0.0.0.0/1".to_owned()),
+        ("ip -6 route add unreachable 8000::/1".to_owned(), "ip -6 route del unreachable 8000::/1".to_owned()),
+        ("ip rule add pref 1 blackhole".to_owned(), "ip rule del pref 1".to_owned()),
+    ] {
+        sh(&place.namespace, &doing);
+        assert_eq!(container.code("CHECK", previous.clone()), 101, "{doing}");
+        sh(&place.namespace, &undoing);
         assert_eq!(container.call("CHECK", previous.clone()), Ok(Value::Null), "{undoing}");
     }
 

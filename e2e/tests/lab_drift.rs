@@ -32,7 +32,7 @@ fn every_kind_of_drift_is_made_right_or_named_and_then_all_is_well() {
         let _ = fs::remove_file(&socket);
         let asked = output(["--socket", &socket, "status"]).unwrap();
         let said = String::from_utf8_lossy(&asked.stderr).into_owned();
-        asked.status.code() == Some(3) && said.contains("somebody removed its socket") && said.contains("ask again")
+        asked.status.code() == Some(3) && said.contains("somebody removed the socket") && said.contains("ask again")
     });
     eventually("the socket is made again and all is well", PATIENCE, || {
         output(["--socket", &socket, "status", "--check"]).unwrap().status.success()

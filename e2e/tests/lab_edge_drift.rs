@@ -63,7 +63,7 @@ fn what_is_taken_from_a_load_balancer_is_put_back() {
         let _ = fs::remove_file(&socket);
         let asked = lab.command(&["status", "--config", &file]);
         let said = String::from_utf8_lossy(&asked.stderr).into_owned();
-        asked.status.code() == Some(3) && said.contains("somebody removed its socket") && said.contains("ask again")
+        asked.status.code() == Some(3) && said.contains("somebody removed the socket") && said.contains("ask again")
     });
     eventually("the socket is made again", PATIENCE, || socket.exists());
     let status = lab.status_when("well", |status| status["problems"] == Value::Array(Vec::new()));

@@ -104,7 +104,7 @@ impl CallError {
             CallError::Stop(error) => error,
             CallError::NoAgent { .. } if let Some(pid) = runs_without(socket) => Error::new(
                 Failure::NotReachable,
-                format!("the agent runs (pid {pid}), but somebody removed its socket {}", socket.display()),
+                format!("the agent runs (pid {pid}), but its socket {} is not there", socket.display()),
             )
             .hint(MADE_AGAIN),
             CallError::NoAgent { ref source, .. } if source.kind() == ErrorKind::PermissionDenied => {
@@ -132,7 +132,7 @@ impl CallError {
 }
 
 /// What to do about a socket that its process lost.
-pub const MADE_AGAIN: &str = "it makes the socket again within seconds: ask again; if it does not, its log says why";
+pub const MADE_AGAIN: &str = "it starts or stops, or somebody removed the socket, which it makes again within seconds: ask again; its log says why if it does not";
 
 /// The process that has the lock beside a socket which is not there, as the kernel tells.
 pub fn runs_without(socket: &Path) -> Option<u32> {

@@ -41,13 +41,14 @@ pub fn write_atomic(path: &Path, text: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Removes what [`write_atomic`] left in a directory whose process was killed in the middle. A file that somebody still
-/// writes is locked; numbers of processes say less: they are given again, and another container's are not seen.
-pub fn sweep(directory: &Path) {
+/// Removes what [`write_atomic`] left in a directory whose process was killed in the middle, of files of these names: a
+/// directory may be others' too. A file that somebody still writes is locked; numbers of processes say less: they are
+/// given again, and another container's are not seen.
+pub fn sweep(directory: &Path, is_ours: impl Fn(&str) -> bool) {
     let is_temporary = |path: &Path| {
-        let number = path.file_stem().map(Path::new).and_then(Path::extension);
-        path.extension().is_some_and(|it| it == "tmp")
-            && number.and_then(|number| number.to_str()).is_some_and(|number| number.parse::<u32>().is_ok())
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".tmp"));
+        let parts = name.and_then(|name| name.rsplit_once('.'));
+        parts.is_some_and(|(name, number)| number.parse::<u32>().is_ok() && is_ours(name))
     };
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     for path in entries.map(|entry| entry.path()).filter(|path| is_temporary(path)) {
@@ -88,7 +89,7 @@ pub fn read_all(directory: &Path) -> io::Result<Vec<(PathBuf, Vec<u8>)>> {
 /// # Errors
 /// The directory cannot be read.
 pub fn read_each(directory: &Path) -> io::Result<Vec<(PathBuf, io::Result<Vec<u8>>)>> {
-    sweep(directory);
+    sweep(directory, |name| name.ends_with(".json"));
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other?,
@@ -139,12 +140,11 @@ fn locked(path: &Path, how: FlockOperation) -> io::Result<File> {
     }
 }
 
-/// Removes a directory if it is there and, but for what [`sweep`] removes, empty.
+/// Removes a directory if it is there and empty.
 ///
 /// # Errors
 /// The file system's, but not that it is gone or has something in it.
 pub fn remove_empty(directory: &Path) -> io::Result<()> {
-    sweep(directory);
     match fs::remove_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
@@ -192,15 +192,22 @@ mod tests {
         write_atomic(&dir.join("a.json"), b"1").unwrap();
         let left = ["a.json.7.tmp".to_owned(), format!("b.json.{}.tmp", std::process::id())].map(|name| dir.join(name));
         left.iter().for_each(|path| fs::write(path, b"half").unwrap());
+        let others = dir.join("x.9.tmp");
+        fs::write(&others, b"somebody's").unwrap();
         let busy = dir.join("c.json.8.tmp");
         let writer = lock(&busy).unwrap().expect("nobody has it");
         let there = |()| left.iter().map(|path| path.exists()).chain([busy.exists()]).collect::<Vec<_>>();
         assert_eq!(read_all(&dir).unwrap().len(), 1);
         assert_eq!(there(()), [false, false, true]);
         remove(&dir.join("a.json")).unwrap();
-        remove_empty(&dir).unwrap();
-        assert!(dir.exists(), "somebody writes c");
+        sweep(&dir, |name| name == "c.json");
+        assert!(busy.exists(), "somebody writes it");
         drop(writer);
+        sweep(&dir, |name| name != "c.json" && name != "x");
+        assert!(busy.exists(), "it is not ours");
+        sweep(&dir, |name| name == "c.json");
+        assert!(!busy.exists() && others.exists());
+        remove(&others).unwrap();
         remove_empty(&dir).unwrap();
         assert!(!dir.exists());
     }

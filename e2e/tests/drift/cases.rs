@@ -254,6 +254,24 @@ pub const CASES: &[Case] = &[
         comes: Repaired(|w| w.link(&w.device)),
     },
     Case {
+        name: "a workload's device without IPv6",
+        damage: |w| w.write_sysctl(&format!("ipv6/conf/{}/disable_ipv6", w.device), "1"),
+        comes: Repaired(|w| w.sysctl(&format!("ipv6/conf/{}/disable_ipv6", w.device)) + &w.routes()),
+    },
+    Case {
+        name: "the container's end of a workload's device down",
+        damage: |w| w.inside_near("ip link set eth0 down"),
+        comes: Named(
+            "device",
+            |w| w.device.clone(),
+            |w| {
+                let again = format!("ip link set eth0 up; ip addr add {}/128 dev eth0 nodad", w.v6);
+                let routes = "ip route add 169.254.1.1 dev eth0; ip route add default via 169.254.1.1 dev eth0 onlink";
+                w.inside_near(&format!("{again}; {routes}; ip -6 route add default via fe80::1 dev eth0"));
+            },
+        ),
+    },
+    Case {
         name: "the device to the network down",
         damage: |w| drop(w.ip("link set eth0 down")),
         comes: Named("device", |_| "eth0".to_owned(), World::bring_eth0_back),

@@ -81,6 +81,11 @@ impl World {
         printed(&self.node, &argv)
     }
 
+    /// Runs a shell's commands in the container of `near`.
+    pub fn inside_near(&self, script: &str) {
+        drop(printed(&self.lab.netns("shop/near").unwrap(), &["sh", "-ec", script]));
+    }
+
     pub fn json(&self, arguments: &str) -> Vec<Value> {
         let text = self.ip(&format!("-j {arguments}"));
         if text.trim().is_empty() { Vec::new() } else { serde_json::from_str(&text).unwrap() }

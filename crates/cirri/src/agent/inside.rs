@@ -1,9 +1,11 @@
 //! The container's side of an attachment: made by ADD, compared by CHECK.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cirri_abi::{GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6};
-use cirri_loader::net::{self, Link, MAIN_TABLE, Namespace, Net, NetError, Route, SourceRoute};
+use cirri_loader::net::{
+    self, Asked, Link, ListedRoute, Lookup, MAIN_TABLE, Namespace, Net, NetError, Route, SourceRoute, lookup,
+};
 use ipnet::IpNet;
 
 use super::endpoint::Endpoint;
@@ -154,7 +156,7 @@ async fn of_routes(endpoint: &Endpoint, told: &Told, net: &Net, device: u32) -> 
         for ToldRoute { to, via } in more {
             let net = |ip, prefix| IpNet::new(ip, prefix).map(|net| net.trunc());
             let is_it = |route: &Route| route.via == Some(via) && net(route.to, route.prefix) == net(to.ip, to.prefix);
-            if !routes.iter().any(|(_, route)| is_it(route)) {
+            if !routes.iter().any(|(_, listed)| is_it(&listed.route)) {
                 found.push(format!("there is no route to {}/{} via {via}", to.ip, to.prefix));
             }
         }
@@ -170,14 +172,42 @@ async fn of_routes(endpoint: &Endpoint, told: &Told, net: &Net, device: u32) -> 
         }
         let led_to = net.tables_from(ip).await?;
         for wanted in default_routes(ip, device) {
-            let is_it = |(table, route): &(u32, Route)| {
-                (*table == MAIN_TABLE || led_to.contains(table))
-                    && (route.to, route.prefix, route.via, route.device)
-                        == (wanted.to, wanted.prefix, wanted.via, wanted.device)
+            let is_it = |(table, ListedRoute { route, plain }): &(u32, ListedRoute)| {
+                (*table == MAIN_TABLE || led_to.contains(table)) && *plain && unasked(*route) == unasked(wanted)
             };
             if !routes.iter().any(is_it) {
-                found.push(format!("there is no route to {}/{} by {name}", wanted.to, wanted.prefix));
+                found.push(format!("there is no route to {}/{} by {name} as it was made", wanted.to, wanted.prefix));
             }
+        }
+        found.extend(of_way(told, net, ip, Lookup::Leaves { device, via: Some(gateway(ip)) })?);
+    }
+    Ok(found)
+}
+
+/// The same route; whether its router is asked for makes no difference.
+fn unasked(route: Route) -> Route {
+    Route { onlink: false, ..route }
+}
+
+/// Packets from an address that do not go the way of the default route, whatever rule or narrower route takes them from
+/// it. The kernel is asked for one far address in each half of the family, but for what the runtime was told of.
+fn of_way(told: &Told, net: &Net, from: IpAddr, wanted: Lookup) -> Result<Vec<String>, NetError> {
+    let far: [IpAddr; 2] = match from {
+        IpAddr::V4(_) => [Ipv4Addr::new(8, 0, 0, 1).into(), Ipv4Addr::new(192, 0, 2, 1).into()],
+        IpAddr::V6(_) => {
+            let first = |word| Ipv6Addr::new(word, 0xdb8, 0, 0, 0, 0, 0, 1).into();
+            [first(0x2001), first(0xc001)]
+        }
+    };
+    let leads = |route: &ToldRoute, to: &IpAddr| {
+        route.to.prefix > 0 && IpNet::new(route.to.ip, route.to.prefix).is_ok_and(|net| net.contains(to))
+    };
+    let mut found = Vec::new();
+    for to in far.into_iter().filter(|to| !told.routes.iter().any(|route| leads(route, to))) {
+        let asked = Asked { to, from: Some(from), by: None };
+        let way = net.namespace().run(|| lookup(asked))?;
+        if way.is_ok_and(|way| way != wanted) {
+            found.push(format!("packets from {from} to {to} do not leave as they did"));
         }
     }
     Ok(found)

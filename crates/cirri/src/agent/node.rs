@@ -117,10 +117,15 @@ pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
     quiet_settings(device, has_ipv6(net)).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
 }
 
-/// Settings of a device of ours, in a namespace with IPv6 or without: those of [`device_settings`], no address of its
-/// own by router, no wait before an address is used.
+/// Settings of a device of ours, in a namespace with IPv6 or without: IPv6 as the namespace has it, those of
+/// [`device_settings`], no address of its own by router, no wait before an address is used.
 pub fn quiet_settings(device: &str, v6: bool) -> Vec<(String, &'static str)> {
-    let mut settings = device_settings(device, v6);
+    let mut settings = Vec::new();
+    if v6 {
+        // First: it takes the others' effect. Devices that are made anew may come without IPv6.
+        settings.push((format!("ipv6/conf/{device}/disable_ipv6"), "0"));
+    }
+    settings.extend(device_settings(device, v6));
     if v6 {
         settings.push((format!("ipv6/conf/{device}/accept_dad"), "0"));
         settings.push((format!("ipv6/conf/{device}/accept_ra"), "0"));

@@ -61,7 +61,7 @@ pub fn lock(config: &Config) -> Result<File> {
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("agent.lock")).map_err(wrong).because(Failure::Failed)? {
         Some(lock) => {
-            crate::files::sweep(state_dir);
+            crate::files::sweep(state_dir, |name| STATE_FILES.contains(&name));
             Ok(lock)
         }
         None => Err(Error::new(Failure::Failed, format!("another agent uses {}", state_dir.display()))
@@ -110,9 +110,8 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     core.spoilt_files.extend(spoilt);
     let (seen, _) = saved.list(PREFIX).await.because(Failure::Failed)?;
     core.restore(seen);
-    for file in STATE_FILES.iter().filter(|file| file.ends_with(".redb")) {
-        // Without a folder there is no store of its own.
-        core.drift.files.extend(OpenFile::at(core.config.state_dir.0.join(file)));
+    for file in [Some(&saved), mirror.as_ref()].into_iter().flatten() {
+        core.drift.files.extend(OpenFile::at(file.path().to_owned()));
     }
     restore(&mut core).await?;
     core.adopt()

@@ -349,8 +349,7 @@ fn call<T: DeserializeOwned>(client: &ClientArgs, file: &File, method: &str, par
     let socket = socket(client, file)?;
     client::call(&socket, method, &params, PATIENCE).map_err(|error| match error {
         CallError::NoAgent { .. } if let Some(pid) = client::runs_without(&socket) => {
-            let what =
-                format!("the load balancer runs (pid {pid}), but somebody removed its socket {}", socket.display());
+            let what = format!("the load balancer runs (pid {pid}), but its socket {} is not there", socket.display());
             Error::new(Failure::NotReachable, what).hint(client::MADE_AGAIN)
         }
         CallError::NoAgent { ref source, .. } => {

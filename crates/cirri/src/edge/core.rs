@@ -58,7 +58,7 @@ pub enum ApplyError {
 }
 
 /// The file of drained backends in the state directory.
-const DRAINED: &str = "drained.json";
+pub const DRAINED: &str = "drained.json";
 
 impl Core {
     /// With what an earlier process left. Nothing is in force but that, until [`Core::apply`].

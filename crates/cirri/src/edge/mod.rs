@@ -96,6 +96,9 @@ const OUTCOMES: usize = 1024;
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
 const SWEEP_BUDGET: usize = 32_768;
 
+/// What a load balancer keeps in its state directory, the lock last.
+const STATE_FILES: [&str; 3] = ["lb.sock", core::DRAINED, "lb.lock"];
+
 /// The socket of the load balancer with this state directory.
 pub fn socket(state_dir: &Path) -> PathBuf {
     state_dir.join("lb.sock")
@@ -110,7 +113,7 @@ pub async fn run(file: PathBuf, plan: Plan) -> Result<()> {
 pub async fn remove(plan: &Plan) -> Result<()> {
     let _lock = lock(&plan.state_dir)?;
     discard(plan, &Net::here().because(Failure::Failed)?).await?;
-    for name in ["lb.sock", "drained.json", "lb.lock"] {
+    for name in STATE_FILES {
         crate::files::remove(&plan.state_dir.join(name)).because(Failure::Failed)?;
     }
     crate::files::remove_empty(&plan.state_dir).because(Failure::Failed)
@@ -183,7 +186,7 @@ fn lock(state_dir: &Path) -> Result<File> {
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("lb.lock")).map_err(wrong).because(Failure::Failed)? {
         Some(lock) => {
-            crate::files::sweep(state_dir);
+            crate::files::sweep(state_dir, |name| STATE_FILES.contains(&name));
             Ok(lock)
         }
         None => Err(Error::new(Failure::Failed, format!("a load balancer runs with {}", state_dir.display()))

@@ -453,7 +453,7 @@ impl Settings {
             // Somebody may have removed it while we waited.
             let same = |now: fs::Metadata| directory.metadata().is_ok_and(|ours| ours.ino() == now.ino());
             if fs::metadata(&self.directory).is_ok_and(same) {
-                crate::files::sweep(&self.directory);
+                crate::files::sweep(&self.directory, |name| name.ends_with(".json"));
                 return Ok(directory);
             }
         }

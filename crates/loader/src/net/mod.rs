@@ -28,7 +28,7 @@ pub use lookup::{Asked, Lookup, Rules, Selector, lookup, rules};
 pub use namespace::{Namespace, in_netns};
 pub use netconf::DeviceSettings;
 pub use news::{Changed, NetworkChange, NetworkNews, Watched};
-pub use route::{Address, MAIN_TABLE, Neighbour, OwnRoute, ROUTE_PROTOCOL, Route};
+pub use route::{Address, ListedRoute, MAIN_TABLE, Neighbour, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
 pub use settings::OpenSettings;
 pub use watch::{DeviceNews, ForeignRoutes, NeighbourChange, Neighbours};

@@ -50,9 +50,9 @@ pub struct Route {
     pub onlink: bool,
 }
 
-/// A route with Cirri's protocol number, as the kernel lists it.
+/// A route as the kernel lists it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct OwnRoute {
+pub struct ListedRoute {
     /// The route.
     pub route: Route,
     /// Whether this is all: Cirri's routes have no other type than these fields say, and no metrics.
@@ -169,7 +169,7 @@ impl Net {
 
     /// Cirri's own routes ([`ROUTE_PROTOCOL`]) of both families. The kernel picks them out: others may have a hundred
     /// thousand.
-    pub async fn routes(&self) -> Result<Vec<OwnRoute>, NetError> {
+    pub async fn routes(&self) -> Result<Vec<ListedRoute>, NetError> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
@@ -178,8 +178,7 @@ impl Net {
             request.header.table = RouteHeader::RT_TABLE_MAIN;
             all.extend(self.route_list(request, wire::Scope::Picked)?);
         }
-        let one = |message: &RouteMessage| Some(OwnRoute { route: described(message)?, plain: is_plain(message) });
-        Ok(all.iter().filter_map(one).collect())
+        Ok(all.iter().filter_map(listed).collect())
     }
 
     /// Networks inside these that routes of others in the main tables lead to.
@@ -259,9 +258,9 @@ impl Net {
 
     /// All routes of all tables, whoever made them, as far as they lead somewhere or are unreachable, each with the
     /// number of its table.
-    pub async fn table_routes(&self) -> Result<Vec<(u32, Route)>, NetError> {
+    pub async fn table_routes(&self) -> Result<Vec<(u32, ListedRoute)>, NetError> {
         let all = self.all_route_messages().await?;
-        Ok(all.iter().filter_map(|message| Some((table(message), described(message)?))).collect())
+        Ok(all.iter().filter_map(|message| Some((table(message), listed(message)?))).collect())
     }
 
     async fn route_messages(&self) -> Result<Vec<RouteMessage>, NetError> {
@@ -344,6 +343,10 @@ fn first_bits(ip: IpAddr, bits: u8) -> (bool, u128) {
 }
 
 /// Whether a route is no more than [`described`] says.
+pub(super) fn listed(message: &RouteMessage) -> Option<ListedRoute> {
+    Some(ListedRoute { route: described(message)?, plain: is_plain(message) })
+}
+
 fn is_plain(message: &RouteMessage) -> bool {
     let more = message.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Metrics(_)));
     matches!(message.header.kind, RouteType::Unicast | RouteType::Unreachable) && !more

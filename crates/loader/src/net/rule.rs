@@ -8,7 +8,7 @@ use rtnetlink::packet_route::{
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 
-use super::{Net, NetError, ROUTE_PROTOCOL, Route, absent_is_false, host_bits, kernel, route, wire};
+use super::{ListedRoute, Net, NetError, ROUTE_PROTOCOL, Route, absent_is_false, host_bits, kernel, route, wire};
 
 /// Where the rules stand: after the one for the machine's own addresses (0), before the main table (32766).
 const PRIORITY: u32 = 19_300;
@@ -52,8 +52,9 @@ impl Net {
         }
         let in_table = |message: &&RouteMessage| route::table(message) == wanted.table;
         let routes = self.all_route_messages().await?;
-        Ok(routes.iter().filter(in_table).filter_map(route::described).any(|route| {
+        Ok(routes.iter().filter(in_table).filter_map(route::listed).any(|ListedRoute { route, plain }| {
             (route.prefix, route.via, route.device) == (0, Some(wanted.via), wanted.device)
+                && (plain, route.source) == (true, None)
                 && route.to.is_ipv4() == wanted.from.is_ipv4()
         }))
     }

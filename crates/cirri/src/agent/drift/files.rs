@@ -18,7 +18,8 @@ use crate::api::ProblemKind;
 #[derive(Debug)]
 pub struct OpenFile {
     path: PathBuf,
-    inode: (u64, u64),
+    /// `None`: it was removed, and what is there by now is half of it at the most.
+    inode: Option<(u64, u64)>,
 }
 
 /// What is at the path of a file instead.
@@ -46,15 +47,15 @@ impl OpenFile {
     /// # Errors
     /// It is not there.
     pub fn at(path: PathBuf) -> io::Result<OpenFile> {
-        Ok(OpenFile { inode: inode(&path)?, path })
+        Ok(OpenFile { inode: Some(inode(&path)?), path })
     }
 
     /// What is at its path instead; nothing if that is the file.
     pub fn replaced(&self) -> Option<Instead> {
-        match inode(&self.path) {
-            Ok(inode) if inode == self.inode => None,
-            Ok(_) => Some(Instead::Another),
-            Err(_) => Some(Instead::Nothing),
+        match (inode(&self.path), self.inode) {
+            (Ok(now), Some(then)) if now == then => None,
+            (Ok(_), Some(_)) => Some(Instead::Another),
+            _ => Some(Instead::Nothing),
         }
     }
 }
@@ -98,13 +99,13 @@ impl Shared {
         let removed = std::mem::take(&mut self.core.lock().await.drift.removed);
         for path in removed {
             let Some(file) = self.files().find(|file| file.path() == path) else { continue };
-            if let Err(error) = file.write_anew().await {
-                tracing::error!(file = %path.display(), %error, "not written anew; it is tried again");
-                continue;
-            }
+            let written = file.write_anew().await;
             let mut core = self.core.lock().await;
-            core.drift.files.retain(|known| known.path != path);
-            core.drift.files.extend(OpenFile::at(path));
+            let Some(known) = core.drift.files.iter_mut().find(|known| known.path == path) else { continue };
+            if let Err(error) = &written {
+                tracing::error!(file = %path.display(), %error, "not written anew; it is tried again");
+            }
+            known.inode = written.ok().and_then(|()| inode(&path).ok());
         }
     }
 
@@ -130,5 +131,7 @@ mod tests {
         assert_eq!(file.replaced(), Some(Instead::Nothing));
         fs::write(&path, "b").unwrap();
         assert_eq!(file.replaced(), Some(Instead::Another));
+        let half = OpenFile { inode: None, ..file };
+        assert_eq!(half.replaced(), Some(Instead::Nothing), "what a failed write left is no other's");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
-use cirri_loader::net::{Asked, Lookup, OwnRoute, Route, Rules, Selector, lookup, rules};
+use cirri_loader::net::{Asked, ListedRoute, Lookup, Route, Rules, Selector, lookup, rules};
 use ipnet::IpNet;
 
 use super::Findings;
@@ -157,7 +157,7 @@ impl Core {
     pub(in crate::agent) async fn routes_found(&self) -> anyhow::Result<BTreeMap<IpNet, RouteRow>> {
         let neighbours = self.net.neighbours().await?;
         let mut found: BTreeMap<IpNet, RouteRow> = BTreeMap::new();
-        for OwnRoute { route, plain } in self.net.routes().await? {
+        for ListedRoute { route, plain } in self.net.routes().await? {
             let Ok(net) = IpNet::new(route.to, route.prefix) else { continue };
             let neighbour = neighbours
                 .iter()

@@ -41,8 +41,14 @@ impl Core {
             // One that an earlier version attached has none noted: what it has at the first look counts.
             let first = *self.drift.mtus.entry(link.index).or_insert(link.mtu);
             let mtu = if endpoint.mtu == 0 { first } else { endpoint.mtu };
-            let Some(wrong) = wrong_with(link, endpoint, mtu) else { continue };
             let object = &endpoint.host_ifname;
+            if link.up && !link.carrier {
+                let remedy =
+                    format!("bring {} up in the container: nothing reaches it until then", endpoint.attachment.ifname);
+                let finding = Finding::new("its other end, in the container, is down", remedy).wanted("up");
+                findings.push((ProblemKind::Device, object.clone(), finding));
+            }
+            let Some(wrong) = wrong_with(link, endpoint, mtu) else { continue };
             let (found, wanted) = wrong.in_words(endpoint, link, mtu);
             if !self.drift.repair(ProblemKind::Device, object, &found, &wanted, now) {
                 continue;
