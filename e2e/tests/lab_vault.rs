@@ -6,6 +6,7 @@ mod vault;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use cirri_control::labels::IdentityLabels;
 use cirri_e2e::lab::{self, eventually};
 use serde_json::Value;
 use vault::{Kind, Process, Store, Vault, deny, others, pod};
@@ -162,6 +163,42 @@ fn another_pod_of_the_same_name_gives_a_container_nothing() {
     second.add().unwrap();
     assert!(labels(&store).contains("k8s:app=open"), "{}", labels(&store));
     second.del().unwrap();
+}
+
+#[test]
+fn a_pod_that_is_deleted_while_it_is_attached_and_gets_its_number_is_who_it_was() {
+    // Whoever asks for its number finds so many other labels first: time enough.
+    const OTHERS: u32 = 3000;
+    let store = Store::etcd("number");
+    store.put(&[deny("vault"), pod("vault", "open")]);
+    store.settle();
+    let vault = Vault::new(&store, "number");
+    vault.add().unwrap();
+    let closed = labels_with(&store, "vault");
+    vault.del().unwrap();
+    // What came while it was open.
+    vault.received();
+    store.put_numbers(&closed, OTHERS, r#"{"id": 300, "labels": "k8s:app=other"}"#);
+    store.put(&[pod("vault", "vault")]);
+    store.settle();
+    let asked = Instant::now();
+    std::thread::scope(|scope| {
+        let added = scope.spawn(|| vault.try_add());
+        std::thread::sleep(Duration::from_millis(300));
+        store.delete(Kind::Pod, "vault");
+        store.settle();
+        assert!(!added.is_finished(), "attached before the deletion was seen: {:?}", asked.elapsed());
+        added.join().unwrap().unwrap();
+    });
+    println!("attached {:?} after it was asked for", asked.elapsed());
+    assert!(labels(&store).contains("k8s:app=vault"), "{}", labels(&store));
+    store.lab.restart("node1", &["--kill"]).unwrap();
+    store.settle();
+    assert!(labels(&store).contains("k8s:app=vault"), "and the agent has started again: {}", labels(&store));
+    assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids");
+    store.delete(Kind::Policy, "deny-vault");
+    eventually("datagrams pass without a policy", PATIENCE, || vault.received() > 0);
+    vault.del().unwrap();
 }
 
 #[test]
@@ -432,6 +469,12 @@ fn entries(store: &Store) -> u64 {
 /// The labels of the vault.
 fn labels(store: &Store) -> String {
     endpoint(store)["labels"].to_string()
+}
+
+/// The labels of the vault, if it had this one.
+fn labels_with(store: &Store, app: &str) -> IdentityLabels {
+    let now: Vec<String> = serde_json::from_value(endpoint(store)["labels"].clone()).unwrap();
+    IdentityLabels::parse(&now.join(";").replace("k8s:app=open", &format!("k8s:app={app}"))).unwrap()
 }
 
 /// What the first node's agent knows of the vault; `null` if nothing.

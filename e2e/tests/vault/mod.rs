@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use cirri_control::identity::labels_key;
+use cirri_control::labels::IdentityLabels;
 use cirri_control::resource::parse_documents;
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{self, Lab, eventually};
@@ -138,6 +140,26 @@ impl Store {
         });
     }
 
+    /// Writes a text under the first keys where the number of labels is looked for.
+    pub fn put_numbers(&self, labels: &IdentityLabels, count: u32, text: &str) {
+        /// As many as a transaction takes.
+        const AT_ONCE: usize = 100;
+        let keys: Vec<String> = (0..count).map(|attempt| number_key(labels, attempt)).collect();
+        self.in_etcd(async |store| {
+            for keys in keys.chunks(AT_ONCE) {
+                let entries: Vec<(&str, &[u8])> = keys.iter().map(|key| (key.as_str(), text.as_bytes())).collect();
+                assert!(store.create_all(&entries).await.unwrap(), "{labels} had a number");
+            }
+        });
+    }
+
+    /// Removes the first of them.
+    pub fn delete_number(&self, labels: &IdentityLabels) {
+        self.in_etcd(async |store| {
+            store.delete(&number_key(labels, 0)).await.unwrap();
+        });
+    }
+
     fn file(&self, key: &str) -> PathBuf {
         let folder = format!("/run/cirri/lab/{}/nodes/node1/manifests", self.lab.name());
         PathBuf::from(folder).join(format!("{}.json", key.replace('/', "-")))
@@ -155,6 +177,10 @@ impl Store {
             })
             .unwrap();
     }
+}
+
+fn number_key(labels: &IdentityLabels, attempt: u32) -> String {
+    format!("{PREFIX}identities/labels/{}", labels_key(labels, attempt))
 }
 
 /// Ends when it is dropped.

@@ -42,13 +42,13 @@ pub async fn add(
     if let Some(answer) = attached(&mut *shared.core.lock().await, &wanted).await? {
         return Ok(answer);
     }
-    see(shared, asked, started).await?;
-    let (mut core, identity) = numbered(shared, asked).await?;
+    let mut seen = see(shared, asked, started).await?;
+    let (mut core, identity) = numbered(shared, asked, &mut seen).await?;
     if let Some(answer) = attached(&mut core, &wanted).await? {
         return Ok(answer);
     }
     let place = wanted.place(&core)?;
-    let mut endpoint = reserve(&mut core, &wanted, place.cookie, identity).await?;
+    let mut endpoint = reserve(&mut core, &wanted, place.cookie, identity, &seen).await?;
     let mut made = create(&mut core, &mut endpoint, &place.inside, started).await;
     if made.is_ok() && !is_heard() {
         // Its DEL may have come and gone while this waited.
@@ -147,8 +147,8 @@ pub async fn collect(shared: &Arc<Shared>, asked: &EndpointGc) -> Result<usize, 
 }
 
 /// Waits until the agent has seen what the store held when this was called, and the pod that the
-/// runtime names.
-async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Result<(), ApiError> {
+/// runtime names: who that is stays known, should its object go while it is attached.
+async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Result<Seen, ApiError> {
     let pods = {
         let core = shared.core.lock().await;
         if !core.is_ready() {
@@ -162,7 +162,7 @@ async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Res
     let caught_up = tokio::time::timeout_at(deadline, catch_up::caught_up(shared)).await;
     let (namespace, pod) = (&asked.namespace, &asked.pod);
     let why = match caught_up {
-        Ok(Ok(_)) if !asked.pod_named => return Ok(()),
+        Ok(Ok(_)) if !asked.pod_named => return Ok(shared.core.lock().await.seen(asked)),
         Ok(Ok(_)) => match tokio::time::timeout_at(deadline, pod_seen(shared, asked)).await {
             Ok(seen) => return seen,
             Err(_) => shared.core.lock().await.unseen(asked),
@@ -175,31 +175,36 @@ async fn see(shared: &Arc<Shared>, asked: &EndpointAdd, started: Instant) -> Res
             .hint("the runtime tries again; see `cirri status`, and `pods.unseen` in the configuration")),
         Unseen::Attach => {
             tracing::warn!(namespace, pod, why, "attached by what is known, as pods.unseen asks for");
-            Ok(())
+            Ok(shared.core.lock().await.seen(asked))
         }
     }
 }
 
 /// Returns when the store has shown the pod.
-async fn pod_seen(shared: &Arc<Shared>, asked: &EndpointAdd) -> Result<(), ApiError> {
-    let mut seen = shared.seen.subscribe();
+async fn pod_seen(shared: &Arc<Shared>, asked: &EndpointAdd) -> Result<Seen, ApiError> {
+    let mut news = shared.seen.subscribe();
     loop {
-        if shared.core.lock().await.meant(asked).is_some() {
-            return Ok(());
+        let seen = shared.core.lock().await.seen(asked);
+        if seen.pod.is_some() {
+            return Ok(seen);
         }
-        seen.changed().await.map_err(|_| ApiError::new("unavailable", "the agent is stopping"))?;
+        news.changed().await.map_err(|_| ApiError::new("unavailable", "the agent is stopping"))?;
     }
 }
 
-/// The identity of a pod's labels, allocated if need be, and the lock under which they are its labels.
+/// The identity of a pod's labels, allocated if need be, and the lock under which they are its labels. Its object may
+/// change meanwhile (`seen` follows), or go.
 async fn numbered<'a>(
     shared: &'a Arc<Shared>,
     asked: &EndpointAdd,
+    seen: &mut Seen,
 ) -> Result<(MutexGuard<'a, Core>, Identity), ApiError> {
     let (namespace, pod) = (&asked.namespace, &asked.pod);
     loop {
         let core = shared.core.lock().await;
-        let labels = core.labels_of(core.meant(asked), namespace, pod, &core.cluster.label_filter());
+        let now = core.seen(asked);
+        seen.update(now.pod.as_ref(), now.namespace.as_ref());
+        let labels = core.labels_of_seen(seen, namespace, pod, &core.cluster.label_filter());
         if let Some(identity) = core.view.identities.find(&labels) {
             return Ok((core, identity));
         }
@@ -221,6 +226,7 @@ async fn reserve(
     wanted: &Wanted,
     netns_cookie: u64,
     identity: Identity,
+    seen: &Seen,
 ) -> Result<Endpoint, ApiError> {
     let attachment = &wanted.attachment;
     let mac = wanted.choose_mac(core)?;
@@ -235,7 +241,7 @@ async fn reserve(
         return Err(ApiError::new("exhausted", format!("no {what} left on this node")));
     };
     let labels = core.view.identities.labels(identity).map(ToString::to_string).unwrap_or_default();
-    Ok(Endpoint {
+    let mut endpoint = Endpoint {
         id,
         attachment: attachment.clone(),
         netns: wanted.netns.clone(),
@@ -258,7 +264,9 @@ async fn reserve(
         ruleset,
         ready_ms: 0.0,
         seen: Seen::default(),
-    })
+    };
+    endpoint.remember(seen.pod.as_ref(), seen.namespace.as_ref());
+    Ok(endpoint)
 }
 
 /// Makes the device and puts the rules in force. The inside comes up last.

@@ -21,7 +21,7 @@ use cirri_store::{Entry, Event};
 use ipnet::IpNet;
 
 use super::drift::{Drift, Mend};
-use super::endpoint::{Endpoint, is_meant};
+use super::endpoint::{Endpoint, Seen, is_meant};
 use super::latency::Latency;
 use super::ledger::Ledger;
 use super::node::Node;
@@ -355,6 +355,11 @@ impl Core {
         self.endpoints.values().any(|endpoint| endpoint.identity == identity.id)
     }
 
+    /// Who a pod is by what was seen of it.
+    pub fn labels_of_seen(&self, seen: &Seen, namespace: &str, pod: &str, filter: &LabelFilter) -> IdentityLabels {
+        self.labels(seen.pod.as_ref(), seen.namespace.as_ref(), namespace, pod, filter)
+    }
+
     /// Who a pod is. One without a resource of its own (`known`) is known by its namespace alone.
     pub fn labels_of(&self, known: Option<&Pod>, namespace: &str, pod: &str, filter: &LabelFilter) -> IdentityLabels {
         self.labels(known, self.view.namespaces.get(namespace), namespace, pod, filter)
@@ -364,6 +369,13 @@ impl Core {
     pub fn meant(&self, asked: &EndpointAdd) -> Option<&Pod> {
         let named = self.view.pods.get(&(asked.namespace.clone(), asked.pod.clone()));
         named.filter(|pod| is_meant(pod, &asked.pod_uid, &self.node.name))
+    }
+
+    /// What the store shows of the pod that a runtime means, and of its namespace.
+    pub fn seen(&self, asked: &EndpointAdd) -> Seen {
+        let mut seen = Seen::default();
+        seen.update(self.meant(asked), self.view.namespaces.get(&asked.namespace));
+        seen
     }
 
     /// Why there is none, in words.
@@ -488,12 +500,9 @@ impl Core {
         for endpoint in self.endpoints.values_mut() {
             let named = (endpoint.namespace.clone(), endpoint.pod.clone());
             let pod = self.view.pods.get(&named).filter(|pod| endpoint.is_of(pod, &self.node.name));
-            let mut differs = endpoint.seen.update(pod, self.view.namespaces.get(&endpoint.namespace));
-            if let Some(uid) = pod.and_then(|pod| pod.metadata.uid.as_ref()).filter(|_| endpoint.pod_uid.is_empty()) {
-                endpoint.pod_uid.clone_from(uid);
-                differs = true;
-            }
-            if differs && let Err(error) = self.ledger.save(endpoint) {
+            if endpoint.remember(pod, self.view.namespaces.get(&endpoint.namespace))
+                && let Err(error) = self.ledger.save(endpoint)
+            {
                 tracing::warn!(endpoint = endpoint.id, %error, "its file is behind; a restart repairs it");
             }
         }

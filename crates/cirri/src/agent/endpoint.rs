@@ -192,6 +192,16 @@ impl Endpoint {
         is_meant(pod, &self.pod_uid, node)
     }
 
+    /// Takes in what the store says of its pod and namespace now: see [`Seen::update`]. Whether anything differs.
+    pub fn remember(&mut self, pod: Option<&Pod>, namespace: Option<&Namespace>) -> bool {
+        let mut differs = self.seen.update(pod, namespace);
+        if let Some(uid) = pod.and_then(|pod| pod.metadata.uid.as_ref()).filter(|_| self.pod_uid.is_empty()) {
+            self.pod_uid.clone_from(uid);
+            differs = true;
+        }
+        differs
+    }
+
     /// As the packet path knows it.
     pub fn row(&self) -> cirri_abi::Endpoint {
         cirri_abi::Endpoint {
