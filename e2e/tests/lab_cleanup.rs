@@ -288,6 +288,41 @@ fn the_machine_after_cleanup_is_as_before_the_agent_also_when_killed_and_when_it
 }
 
 #[test]
+fn a_device_that_left_the_configuration_is_as_before_once_the_agent_has_started_again() {
+    let machine = Machine::new("leaving");
+    machine.set("ipv4/conf/eth1/rp_filter", "2");
+    let before = machine.state();
+    let instance = machine.name.clone();
+    // At a device's edge, too.
+    let accelerated = "acceleration: generic, socket: {mode: off}";
+    let run = |devices: &str, count: u64| {
+        let file = machine.agent_file(&instance, "");
+        let text = fs::read_to_string(&file).unwrap().replace("devices: [eth0]", devices);
+        fs::write(&file, text.replace("socket: {mode: off}", accelerated)).unwrap();
+        let running = machine.spawn(&["agent", "--config", &file], &instance);
+        let socket = machine.path(&format!("var/cirri/state-{instance}/agent.sock")).display().to_string();
+        eventually("the devices have their programs", PATIENCE, || {
+            let answer = machine.cirri(&["status", "-o", "json", "--socket", &socket]).stdout;
+            let status: Value = serde_json::from_slice(&answer).unwrap_or_default();
+            let tables = status["tables"].as_array().map_or(&[][..], Vec::as_slice);
+            // The overlay's, too.
+            tables.iter().any(|it| it["name"] == "attachments" && it["done"] == count + 1 && it["pending"] == 0)
+        });
+        running.stop();
+        machine.state()
+    };
+    let alone = run("devices: [eth0]", 1);
+    let both = run("devices: [eth0, eth1]", 2);
+    for kind in ["links", "pins", "settings"] {
+        assert_ne!(alone[kind], both[kind], "{kind}: nothing was done to the second device");
+    }
+    run("devices: [eth0]", 1);
+    machine.assert_state(&alone, "the second device is not the node's any more");
+    machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+    machine.assert_state(&before, "cleaned");
+}
+
+#[test]
 fn a_container_that_lives_on_is_as_before_after_the_cleanup() {
     let machine = Machine::new("container");
     let instance = machine.name.clone();

@@ -1,6 +1,7 @@
 //! Programs on devices: attached, replaced by an upgrade, taken off.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     mem::ManuallyDrop,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -20,6 +21,7 @@ use crate::{
     features::Hooking,
     net::{filter_on, probe},
     pins::{Pins, at},
+    socket_hooks::CGROUP,
     sys::{self, Direction, LinkInfo},
 };
 
@@ -75,7 +77,7 @@ impl Datapath {
 
     /// Takes all programs off a device. Nothing happens if there are none, or if it is gone.
     pub fn detach(&mut self, ifindex: u32) -> Result<(), LoadError> {
-        if ifindex == 0 {
+        if ifindex == CGROUP {
             return Ok(());
         }
         for (path, _) in self.pins.links_now()? {
@@ -84,6 +86,7 @@ impl Datapath {
             }
         }
         self.held.retain(|attachment, _| attachment.ifindex != ifindex);
+        self.set_edge_device(ifindex, None)?;
         if self.hooking == Hooking::Clsact
             && let Ok(device) = device_name(ifindex)
         {
@@ -97,6 +100,18 @@ impl Datapath {
             }
         }
         Ok(())
+    }
+
+    /// Takes the programs off every device but these, as an earlier run with another configuration leaves some. A
+    /// workload's keeps them, known or not: it would be open. Answers the numbers of the devices.
+    pub fn leave_others(&mut self, stay: &BTreeSet<u32>) -> Result<BTreeSet<u32>, LoadError> {
+        let attached = self.attachments()?;
+        let of_workload = |it: &&Attachment| names(WORKLOAD).contains(&it.program.as_str());
+        let workloads: BTreeSet<u32> = attached.iter().filter(of_workload).map(|it| it.ifindex).collect();
+        let stays = |ifindex: &u32| *ifindex == CGROUP || stay.contains(ifindex) || workloads.contains(ifindex);
+        let others: BTreeSet<u32> = attached.iter().map(|it| it.ifindex).filter(|ifindex| !stays(ifindex)).collect();
+        others.iter().try_for_each(|ifindex| self.detach(*ifindex))?;
+        Ok(others)
     }
 
     /// Everything that is attached by a pinned link, device gone or not.

@@ -146,7 +146,7 @@ impl Datapath {
     }
 
     /// Says that a device takes frames before the stack, by its Ethernet address. Those past the table's end do not.
-    fn set_edge_device(&mut self, ifindex: u32, address: Option<[u8; 6]>) -> Result<(), MapError> {
+    pub(crate) fn set_edge_device(&mut self, ifindex: u32, address: Option<[u8; 6]>) -> Result<(), MapError> {
         let table = &self.tables().edge_devices;
         if ifindex < table.capacity() {
             let last = address.map_or(0, |mac| u32::from_ne_bytes([mac[2], mac[3], mac[4], mac[5]]));

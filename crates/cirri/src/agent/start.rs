@@ -20,6 +20,7 @@ use super::core::Core;
 use super::drift::OpenFile;
 use super::endpoint::Endpoint;
 use super::ledger::Found;
+use super::node::Node;
 use super::problems::Finding;
 use super::{Shared, attach, devices, flows, mirror, node, pools};
 use crate::api::{ProblemKind, StoreStatus};
@@ -114,6 +115,7 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
         core.drift.files.extend(OpenFile::at(file.path().to_owned()));
     }
     restore(&mut core).await?;
+    leave_devices(&mut core)?;
     core.adopt()
         .await
         .map_err(|error| format!("cannot read what an earlier run left: {error:#}"))
@@ -334,6 +336,21 @@ async fn restore(core: &mut Core) -> Result<()> {
         attach::leave(core, &endpoint, None).await;
     }
     note_strays(core).await
+}
+
+/// Takes the programs off devices that an earlier run served and that the configuration does not name any more, and puts
+/// back their settings. At once: what the administrator took away must not wait for a store.
+fn leave_devices(core: &mut Core) -> Result<()> {
+    let Node { devices, overlay, .. } = &core.node;
+    let stay = devices.iter().chain(overlay).map(|link| link.index);
+    let stay = stay.chain(core.endpoints.values().map(|endpoint| endpoint.ifindex)).collect();
+    let left = core.datapath.leave_others(&stay).because(Failure::Failed)?;
+    let names: Vec<&str> = devices.iter().map(|link| link.name.as_str()).collect();
+    let put_back = core.settings.leave_other_devices(&names).because(Failure::Failed)?;
+    if !left.is_empty() {
+        tracing::info!(devices = ?left, ?put_back, "not served any more");
+    }
+    Ok(())
 }
 
 /// Names workloads of which nothing but their devices is left. No table will have a row for them, so their packets

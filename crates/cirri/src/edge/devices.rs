@@ -293,18 +293,27 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Attaches what is missing and takes away what is too much.
+    /// Attaches what is missing and takes away what is too much, with what was set for its sake.
     ///
     /// # Errors
     /// The first device that refuses. The others are done.
-    pub fn follow(&mut self, plan: &Plan, machine: &Machine, datapath: &mut Datapath) -> Result<(), MachineError> {
+    pub fn follow(
+        &mut self,
+        plan: &Plan,
+        machine: &Machine,
+        datapath: &mut Datapath,
+        settings: &mut Settings,
+    ) -> Result<(), MachineError> {
         let attached = self.attach(plan, machine, datapath);
         let gone: Vec<String> = self.devices.keys().filter(|name| !plan.devices.contains(name)).cloned().collect();
         for name in gone {
             self.leave(&name, datapath)?;
             tracing::info!(device = name, "not served any more");
         }
-        self.leave_others(machine, datapath)?;
+        // What is attached to others is an earlier process's, or is left where it failed half-way.
+        let ours = machine.devices.values().flatten().map(|link| link.index);
+        datapath.leave_others(&ours.chain(self.devices.values().map(|(index, ..)| *index)).collect())?;
+        settings.leave_other_devices(&plan.devices.iter().map(String::as_str).collect::<Vec<_>>())?;
         attached
     }
 
@@ -313,14 +322,6 @@ impl Attached {
         let Some((index, ..)) = self.devices.remove(name) else { return Ok(()) };
         self.reached.remove(&index);
         datapath.detach(index)
-    }
-
-    /// Takes away what is attached to devices that are not the plan's: by an earlier process, or when it failed half-way.
-    fn leave_others(&self, machine: &Machine, datapath: &mut Datapath) -> Result<(), LoadError> {
-        let ours = machine.devices.values().flatten().map(|link| link.index);
-        let ours: BTreeSet<u32> = ours.chain(self.devices.values().map(|(index, ..)| *index)).collect();
-        let all: BTreeSet<u32> = datapath.attachments()?.iter().map(|it| it.ifindex).collect();
-        all.difference(&ours).try_for_each(|index| datapath.detach(*index))
     }
 
     /// Attaches what is missing; programs of an earlier process are replaced without a gap.

@@ -129,7 +129,7 @@ async fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: 
     if !audit.misplaced.is_empty() || here.attached.is_lacking(&here.machine) {
         here.look(core).await;
     }
-    let Here { datapath, machine, attached, drift, trouble, .. } = here;
+    let Here { settings, datapath, machine, attached, drift, trouble, .. } = here;
     let there: BTreeSet<Place> = attached.places().collect();
     audit.misplaced.retain(|it| there.contains(&it.place));
     let mut ask =
@@ -139,7 +139,7 @@ async fn compare_programs(here: &mut Here, core: &Core, now: Instant, findings: 
         attached.suspect(ifindex);
     }
     if !again.is_empty() {
-        *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+        *trouble = attached.follow(&core.plan, machine, datapath, settings).err().map(|error| error.to_string());
     }
     for (device, why) in attached.fallen() {
         let remedy = format!(

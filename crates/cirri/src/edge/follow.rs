@@ -65,7 +65,7 @@ impl Here {
             false => Ok(()),
         };
         let told = machine.tell(plan, &core.tables);
-        let attached = attached.follow(plan, machine, datapath);
+        let attached = attached.follow(plan, machine, datapath, settings);
         set?;
         told?;
         attached

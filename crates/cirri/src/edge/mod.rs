@@ -242,7 +242,7 @@ async fn start(file: PathBuf, plan: Plan, net: Net, mut settings: Settings) -> R
     let mut core = Core::resume(plan.clone(), tables, checks).because(Failure::Failed)?;
     core.apply(plan.clone()).because(Failure::BadInput)?;
     let mut attached = Attached::default();
-    attached.follow(&plan, &machine, &mut datapath).because(Failure::Failed)?;
+    attached.follow(&plan, &machine, &mut datapath, &mut settings).because(Failure::Failed)?;
     let retired = datapath.retire().because(Failure::Failed)?;
     tracing::info!(services = plan.services.len(), ?retired, "in force");
     let shared = Shared {
@@ -310,13 +310,13 @@ async fn load(shared: &Shared) -> std::result::Result<usize, String> {
         Err(error) => Err((false, error.to_string())),
     };
     if let Err((false, error)) = &applied {
-        *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+        *trouble = attached.follow(&core.plan, machine, datapath, settings).err().map(|error| error.to_string());
         return Err(error.clone());
     }
     *machine = seen;
     *stood = machine.pools_here(&core.plan);
     machine.tell(&core.plan, &core.tables).map_err(|error| error.to_string())?;
-    *trouble = attached.follow(&core.plan, machine, datapath).err().map(|error| error.to_string());
+    *trouble = attached.follow(&core.plan, machine, datapath, settings).err().map(|error| error.to_string());
     here.name_flaws(&core.plan);
     applied.map_err(|(_, error)| {
         shared.wake.notify_one();

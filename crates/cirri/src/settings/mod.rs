@@ -281,6 +281,26 @@ impl Settings {
         Ok(())
     }
 
+    /// This owner leaves the settings of devices that have none of these names, as [`Settings::release`] does all. Answers
+    /// what was put back.
+    ///
+    /// # Errors
+    /// What cannot be put back stays recorded.
+    pub fn leave_other_devices(&mut self, stay: &[&str]) -> Result<Vec<String>, SettingsError> {
+        let is_left = |name: &str| device_in(name).is_some_and(|device| !stay.contains(&device));
+        if !self.kept.settings.keys().any(|name| is_left(name)) {
+            return Ok(Vec::new());
+        }
+        let owner = self.owner.clone();
+        let _lock = self.lock()?;
+        let mut record = self.read()?;
+        let done = self.put_all_back(&record.leave_settings(&owner, is_left))?;
+        self.write(&record)?;
+        self.wanted.retain(|name, _| !is_left(name));
+        (self.kept, self.seen) = (record.of(&owner), self.stamp());
+        Ok(done)
+    }
+
     /// This owner leaves all but directories: puts back what nobody else needs and nobody changed since. Answers what was put back.
     ///
     /// # Errors
@@ -289,12 +309,7 @@ impl Settings {
         let _lock = self.lock()?;
         let mut record = self.read()?;
         let left = record.leave(&self.owner);
-        let mut done = Vec::new();
-        for (name, changed) in &left.settings {
-            if let Some(value) = self.put_back(name, changed)? {
-                done.push(format!("{name}={value}"));
-            }
-        }
+        let mut done = self.put_all_back(&left.settings)?;
         if let Some(ports) = &left.ports {
             let there = Ports::parse(&self.net.sysctl(RESERVED)?);
             let rest = there.without(ports);
@@ -314,6 +329,17 @@ impl Settings {
         self.write(&record)?;
         (self.wanted, self.ports) = (BTreeMap::new(), None);
         (self.kept, self.seen) = (Record::default(), None);
+        Ok(done)
+    }
+
+    /// Answers those that were written.
+    fn put_all_back(&self, left: &[(String, Changed)]) -> Result<Vec<String>, SettingsError> {
+        let mut done = Vec::new();
+        for (name, changed) in left {
+            if let Some(value) = self.put_back(name, changed)? {
+                done.push(format!("{name}={value}"));
+            }
+        }
         Ok(done)
     }
 

@@ -153,13 +153,7 @@ impl Record {
     pub fn leave(&mut self, owner: &str) -> Left {
         let mut left = Left::default();
         self.claims.retain(|_, by| by != owner);
-        self.settings.retain(|name, changed| {
-            let last = changed.owners.remove(owner) && changed.owners.is_empty();
-            if last {
-                left.settings.push((name.clone(), changed.clone()));
-            }
-            !last
-        });
+        left.settings = self.leave_settings(owner, |_| true);
         if let Some(range) = self.ports.owners.remove(owner) {
             left.ports = Some(Ports::parse("").with(range).without(&self.needed_ports()));
             if self.ports.owners.is_empty() {
@@ -170,6 +164,19 @@ impl Record {
             let last = added.owners.remove(owner) && added.owners.is_empty();
             if last && !added.before {
                 left.addresses.push((added.ip, added.prefix, added.device));
+            }
+            !last
+        });
+        left
+    }
+
+    /// An owner leaves the settings with such names. Answers those that are to be put back.
+    pub fn leave_settings(&mut self, owner: &str, is_left: impl Fn(&str) -> bool) -> Vec<(String, Changed)> {
+        let mut left = Vec::new();
+        self.settings.retain(|name, changed| {
+            let last = is_left(name) && changed.owners.remove(owner) && changed.owners.is_empty();
+            if last {
+                left.push((name.clone(), changed.clone()));
             }
             !last
         });
