@@ -98,8 +98,6 @@ pub struct Core {
     pub drift: Drift,
     /// Records in the store, without a lease, that are to be written anew.
     pub mends: Vec<Mend>,
-    /// Until when what agents wrote into a former store is held.
-    pub held_until: Option<Instant>,
     /// Newest revision that a write of this node had.
     pub written: u64,
     /// How long changes take.
@@ -166,7 +164,6 @@ impl Core {
             problems: Problems::default(),
             drift: Drift::default(),
             mends: Vec::new(),
-            held_until: None,
             written: 0,
             latency: Latency::default(),
             unsaved: None,
@@ -213,20 +210,13 @@ impl Core {
         }
     }
 
-    /// What agents wrote into a former store lives as long as their leases would have there: who is still at work has
-    /// written it anew by then. Whether anything ended.
-    pub fn end_held_records(&mut self, now: Instant) -> bool {
-        if !self.view.holds_records() {
-            self.held_until = None;
-            return false;
-        }
+    /// Forgets what agents wrote into a former store, when that has ended: see [`View::end_records`]. Whether anything has.
+    pub fn end_held_records(&mut self, store_answers: bool, now: Instant) -> bool {
         let lease = Duration::from_secs(self.config.store.etcd.lease_seconds);
-        let ends = *self.held_until.get_or_insert(now + lease) <= now;
-        if ends {
-            let changes = self.view.end_records();
-            self.take(changes);
-        }
-        ends
+        let changes = self.view.end_records(store_answers, lease, now);
+        let ended = !changes.is_empty();
+        self.take(changes);
+        ended
     }
 
     fn take(&mut self, changes: Vec<Change>) {

@@ -51,12 +51,11 @@ pub async fn watch(shared: Arc<Shared>) {
                 core.drift.stored |= concerned;
                 core.apply(event);
                 if whole {
-                    // A store that was replaced may have begun again from a small number.
+                    // It may be another store's: revisions of before say nothing about what is in force of it.
                     core.written = 0;
-                    if core.view.revision < core.enforced_revision {
-                        core.enforced_revision = 0;
-                        shared.enforced.send_if_modified(|enforced| enforced.replace(0).is_some());
-                    }
+                    core.desired_revision = 0;
+                    core.enforced_revision = 0;
+                    shared.enforced.send_modify(|enforced| *enforced = enforced.map(|_| 0));
                     core.compare_published();
                 }
             }
@@ -305,7 +304,9 @@ pub async fn health(shared: Arc<Shared>) {
     pause.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         pause.tick().await;
-        match tokio::time::timeout(HEALTH_PATIENCE, shared.store.health()).await {
+        let answer = tokio::time::timeout(HEALTH_PATIENCE, shared.store.health()).await;
+        let answers = matches!(answer, Ok(Ok(_)));
+        match answer {
             Ok(Ok(health)) => {
                 let mut status = shared.store_status.lock().unwrap_or_else(PoisonError::into_inner);
                 status.healthy = true;
@@ -315,7 +316,7 @@ pub async fn health(shared: Arc<Shared>) {
             Ok(Err(error)) => note_failure(&shared, &error.to_string()),
             Err(_) => note_failure(&shared, &format!("no answer for {} s", HEALTH_PATIENCE.as_secs())),
         }
-        if shared.core.lock().await.end_held_records(Instant::now()) {
+        if shared.core.lock().await.end_held_records(answers, Instant::now()) {
             shared.changed().await;
         }
         save(&shared).await;

@@ -153,6 +153,11 @@ impl View {
                 self.entries.insert(entry.key.clone(), Kept::of(&entry));
                 self.good.insert(entry.key);
             }
+            // A policy that nobody could read yet, either.
+            Err(why) if policy_of(&entry.key).is_some() => {
+                self.entries.insert(entry.key.clone(), Kept::of(&entry));
+                self.problems.insert(entry.key, cut_message(&why).into_owned());
+            }
             Err(why) => tracing::warn!(key = entry.key, why, "saved by another version, and not understood"),
         }
         changes
@@ -252,7 +257,11 @@ impl View {
                     self.stand_in(&entry, changes);
                 }
                 tracing::error!("{} {}", object(&entry.key), self.problem(&entry.key, &why));
-                self.problems.insert(entry.key, why);
+                self.problems.insert(entry.key.clone(), why);
+                if !self.good.contains(&entry.key) && policy_of(&entry.key).is_some() {
+                    // That there is one must be known after a restart: see [`View::lacks_policy`].
+                    self.unsaved.insert(entry.key, Some(entry.value));
+                }
             }
         }
     }

@@ -5,6 +5,7 @@
 //! saved: a restart changes nothing.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use cirri_store::{Entry, STORE_ID};
 
@@ -20,6 +21,8 @@ pub struct Former {
     id: Option<Vec<u8>>,
     /// Whole keys that the store of now does not have, and whose content stays.
     held: BTreeSet<String>,
+    /// Until when what agents wrote is held; none: that does not end now.
+    until: Option<Instant>,
 }
 
 /// Objects that are in force although the store lacks them.
@@ -46,6 +49,8 @@ impl Former {
 impl View {
     /// Takes in all that the store holds.
     pub(super) fn replace(&mut self, entries: Vec<Entry>, changes: &mut Vec<Change>) {
+        // Into this one agents may not have written anything yet.
+        self.former.until = None;
         let found = entries.iter().find(|entry| entry.key == STORE_ID).map(|entry| &entry.value);
         let is_another = self.former.id.is_some() && self.former.id.as_ref() != found;
         let there: BTreeSet<&str> = entries.iter().map(|entry| entry.key.as_str()).collect();
@@ -85,7 +90,10 @@ impl View {
             Key::Node(_) | Key::Ip(..) => {}
         }
         self.entries.remove(&key);
-        self.problems.remove(&key);
+        // Of what was never readable it is still not known what it forbids.
+        if self.good.contains(&key) {
+            self.problems.remove(&key);
+        }
         self.former.held.insert(key);
     }
 
@@ -103,20 +111,19 @@ impl View {
         }
     }
 
-    /// Whether anything is held that agents wrote.
-    pub fn holds_records(&self) -> bool {
-        self.former.held.iter().any(|key| !matches!(parse_key(key), Key::Resource))
-    }
-
-    /// Forgets what agents wrote into the former store, and none of them into this one.
-    pub fn end_records(&mut self) -> Vec<Change> {
+    /// Ends what agents wrote into the former store, and none of them into this one, after as long as their leases last:
+    /// who is still at work has written it anew by then. Time in which the store does not answer (`answers`) does not
+    /// count, as nobody can write; and as long as resources are missing the store may be one that nobody else writes into.
+    pub fn end_records(&mut self, answers: bool, lease: Duration, now: Instant) -> Vec<Change> {
         let mut changes = Vec::new();
-        for key in self.former.held.clone() {
-            if !matches!(parse_key(&key), Key::Resource) {
-                self.delete(&key, &mut changes);
-            }
+        let records: Vec<String> =
+            self.former.held.iter().filter(|key| !matches!(parse_key(key), Key::Resource)).cloned().collect();
+        if records.is_empty() || !answers || self.missing().is_some() {
+            self.former.until = None;
+        } else if *self.former.until.get_or_insert(now + lease) <= now {
+            records.iter().for_each(|key| self.delete(key, &mut changes));
+            self.settle(&mut changes);
         }
-        self.settle(&mut changes);
         changes
     }
 

@@ -1,3 +1,5 @@
+use std::time::{Duration, Instant};
+
 use super::*;
 
 fn entry(key: &str, value: &str, revision: u64) -> Entry {
@@ -259,14 +261,10 @@ fn what_another_store_lacks_stays_over_restarts_until_it_is_written_or_said_to_b
         let gone = Event::Delete { key: good[0].key.clone(), revision: 5 };
         saved(&mut view, [Event::Put(entry(ALL[0].0, ALL[0].1, 4)), gone], &mut file);
         assert_eq!(known(&view), [0, 1, 1, 1, 1, 1]);
-        // Who does not write anew is gone when its lease would have ended.
-        assert!(view.holds_records());
-        view.end_records();
-        assert_eq!(known(&view), [0, 1, 1, 0, 0, 0]);
 
         let mut filled = view;
         let mut other = file.clone();
-        saved(&mut filled, good[..3].iter().cloned().map(Event::Put), &mut other);
+        saved(&mut filled, good.iter().cloned().map(Event::Put), &mut other);
         assert_eq!(filled.missing(), None);
         let mut view = restarted(&other);
         saved(&mut view, [Event::Snapshot(with_id("two", &[]), 9)], &mut other);
@@ -275,7 +273,7 @@ fn what_another_store_lacks_stays_over_restarts_until_it_is_written_or_said_to_b
         // Or somebody says that nothing else was meant to be there.
         let mut view = restarted(&file);
         saved(&mut view, [Event::Snapshot(with_id("two", &[]), 6)], &mut file);
-        assert_eq!(known(&view)[..3], [0, 1, 1]);
+        assert_eq!(known(&view), [0, 1, 1, 1, 1, 1]);
         saved(&mut view, [Event::Put(entry("store-id", "one", 7))], &mut file);
         assert_eq!((known(&view), file.len()), ([0; 6], 1));
     }
@@ -294,5 +292,53 @@ fn the_same_store_with_older_data_is_followed_and_one_without_an_id_as_before() 
         let mut view = restarted(&file);
         saved(&mut view, [Event::Snapshot(of(&[]), 2)], &mut file);
         assert_eq!((known(&view), view.missing()), ([0; 6], None));
+    }
+}
+
+#[test]
+fn what_agents_wrote_is_held_as_long_as_their_leases_last_while_the_store_answers() {
+    let good = ALL.map(|(key, value)| entry(key, value, 7));
+    let mut view = View::default();
+    let others = |id: &str| Event::Snapshot(with_id(id, &good[..2]), 2);
+    saved(&mut view, [Event::Snapshot(with_id("one", &good), 7), others("two")], &mut BTreeMap::new());
+    let (start, lease) = (Instant::now(), Duration::from_secs(900));
+    let at = |seconds: u64| start + Duration::from_secs(seconds);
+    let held = |view: &mut View, answers: bool, seconds: u64| {
+        view.end_records(answers, lease, at(seconds));
+        known(view)[3..] == [1; 3]
+    };
+    // The Pod is missing: perhaps nobody else writes into this store.
+    assert!(held(&mut view, true, 0) && held(&mut view, true, 2000));
+    view.apply(Event::Put(good[2].clone()));
+    assert!(held(&mut view, true, 2000) && held(&mut view, true, 2899));
+    // It does not answer for longer than that, and then is another one again.
+    assert!(held(&mut view, false, 2901) && held(&mut view, false, 9000));
+    assert!(held(&mut view, true, 9001) && held(&mut view, true, 9900));
+    view.apply(Event::Snapshot(with_id("three", &good[..3]), 3));
+    assert!(held(&mut view, true, 9902) && held(&mut view, true, 10_801));
+    // One node is at work and has written its record.
+    view.apply(Event::Put(good[4].clone()));
+    view.end_records(true, lease, at(10_802));
+    assert_eq!(known(&view), [1, 1, 1, 0, 1, 0]);
+    assert!(view.end_records(true, lease, at(99_999)).is_empty());
+}
+
+#[test]
+fn a_policy_that_was_never_readable_keeps_what_it_may_have_closed_in_another_store_too() {
+    let policy = "resources/NetworkPolicy/shop/deny";
+    for restarts in [false, true] {
+        let (mut view, mut file) = (View::default(), BTreeMap::new());
+        saved(&mut view, [Event::Snapshot(with_id("one", &[entry(policy, "{", 1)]), 1)], &mut file);
+        assert!(view.lacks_policy("shop"));
+        if restarts {
+            view = restarted(&file);
+            assert!(view.lacks_policy("shop"));
+        }
+        saved(&mut view, [Event::Snapshot(with_id("two", &[]), 2)], &mut file);
+        assert!(view.lacks_policy("shop") && view.missing().is_some_and(|it| it.objects.contains("shop/deny")));
+        let gone = Event::Delete { key: entry(policy, "", 0).key, revision: 3 };
+        saved(&mut view, [gone], &mut file);
+        assert!(!view.lacks_policy("shop") && view.missing().is_none());
+        assert_eq!(file.keys().collect::<Vec<_>>(), [STORE_ID]);
     }
 }
