@@ -1,6 +1,6 @@
 //! Numbers and ranges that the whole cluster shares: taken by compare-and-swap, never assumed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cirri_abi::Identity;
 use cirri_control::cut::cut;
@@ -10,7 +10,7 @@ use cirri_control::labels::IdentityLabels;
 use cirri_store::{Store, StoreError};
 use ipnet::IpNet;
 
-use super::records::{self, IdentityRecord};
+use super::records::{self, IdentityRecord, NodeRecord};
 
 /// Why nothing could be taken.
 #[derive(Debug, thiserror::Error)]
@@ -102,16 +102,26 @@ fn line_of(value: &[u8]) -> Option<&str> {
     IdentityLabels::parse(line).is_ok_and(|labels| labels.canonical() == line).then_some(line)
 }
 
-/// The node's range of a pool: the one it has, or a new one.
+/// The node's range of a pool: the one it has, or a new one. What is `known` of nodes may be of a store that this one
+/// replaced: the node's range there stays its own, and those of others stay theirs.
 ///
 /// # Errors
 /// See [`AllocateError`].
-pub async fn range(store: &dyn Store, pool: &ClusterPool, node: &str) -> Result<IpNet, AllocateError> {
-    let family = if pool.cidr().addr().is_ipv4() { "v4" } else { "v6" };
-    let prefix = records::pool_prefix(family);
+pub async fn range(
+    store: &dyn Store,
+    pool: &ClusterPool,
+    node: &str,
+    known: &BTreeMap<String, NodeRecord>,
+) -> Result<IpNet, AllocateError> {
+    let is_v4 = pool.cidr().addr().is_ipv4();
+    let prefix = records::pool_prefix(if is_v4 { "v4" } else { "v6" });
+    let of = |record: &NodeRecord| if is_v4 { record.pod_v4.map(IpNet::V4) } else { record.pod_v6.map(IpNet::V6) };
+    let former = known.get(node).and_then(of).filter(|range| pool.owns(*range));
+    let others = known.iter().filter(|(name, _)| *name != node).filter_map(|(_, record)| of(record));
+    let others: BTreeSet<IpNet> = others.collect();
     loop {
         let (entries, _) = store.list(&prefix).await?;
-        let mut taken = BTreeSet::new();
+        let mut taken = others.clone();
         let mut own = None;
         for entry in &entries {
             let Ok(range) = entry.key[prefix.len()..].parse::<IpNet>() else { continue };
@@ -123,7 +133,10 @@ pub async fn range(store: &dyn Store, pool: &ClusterPool, node: &str) -> Result<
         if let Some(own) = own {
             return Ok(own);
         }
-        let proposed = pool.propose(node, &taken)?;
+        let proposed = match former.filter(|range| !taken.contains(range)) {
+            Some(range) => range,
+            None => pool.propose(node, &taken)?,
+        };
         if store.create(&format!("{prefix}{proposed}"), node.as_bytes(), false).await? {
             return Ok(proposed);
         }
@@ -203,13 +216,40 @@ mod tests {
     async fn a_node_keeps_its_range_and_nodes_never_share_one() {
         let (dir, store) = store("range").await;
         let pool = ClusterPool::new("10.244.0.0/22".parse().unwrap(), 24).unwrap();
-        let mut ranges = BTreeSet::new();
+        let (mut ranges, nothing) = (BTreeSet::new(), BTreeMap::new());
         for node in ["a", "b", "c", "d"] {
-            let got = range(&store, &pool, node).await.unwrap();
+            let got = range(&store, &pool, node, &nothing).await.unwrap();
             assert!(ranges.insert(got), "{node} got {got} a second time");
-            assert_eq!(range(&store, &pool, node).await.unwrap(), got);
+            assert_eq!(range(&store, &pool, node, &nothing).await.unwrap(), got);
         }
-        assert!(matches!(range(&store, &pool, "e").await, Err(AllocateError::Ipam(_))));
+        assert!(matches!(range(&store, &pool, "e", &nothing).await, Err(AllocateError::Ipam(_))));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn over_a_store_that_lost_its_data_every_node_keeps_its_range_whoever_asks_first() {
+        let (dir, store) = store("emptied").await;
+        let pool = ClusterPool::new("10.244.0.0/22".parse().unwrap(), 24).unwrap();
+        // The nodes have each other's places: what its name says is another's.
+        let place = |node: &str| pool.propose(node, &BTreeSet::new()).unwrap();
+        let (first, second) = ("a", ["b", "c", "d", "e"].into_iter().find(|node| place(node) != place("a")).unwrap());
+        let record = |node: &str, range: IpNet| {
+            let IpNet::V4(range) = range else { panic!("{range}") };
+            let record = NodeRecord { name: node.to_owned(), v4: None, v6: None, pod_v4: Some(range), pod_v6: None };
+            (node.to_owned(), record)
+        };
+        let known = BTreeMap::from([record(first, place(second)), record(second, place(first))]);
+        assert_eq!(range(&store, &pool, first, &known).await.unwrap(), place(second));
+        // One that is new takes nobody's, and who comes later still has its own.
+        let new = range(&store, &pool, "new", &known).await.unwrap();
+        assert!(new != place(first) && new != place(second));
+        assert_eq!(range(&store, &pool, second, &known).await.unwrap(), place(first));
+        // What the store says comes first.
+        let known = BTreeMap::from([record(first, new)]);
+        assert_eq!(range(&store, &pool, first, &known).await.unwrap(), place(second));
+        let known = BTreeMap::from([record("late", new)]);
+        let late = range(&store, &pool, "late", &known).await.unwrap();
+        assert!(![place(first), place(second), new].contains(&late));
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -291,9 +291,10 @@ pub async fn join(shared: Arc<Shared>) {
 
 async fn ranges(shared: &Arc<Shared>, pools: &[(IpNet, u8)], name: &str) -> Result<Vec<IpNet>, AllocateError> {
     let mut ranges = Vec::new();
+    let known = shared.core.lock().await.view.nodes.clone();
     for (cidr, per_node) in pools {
         let pool = ClusterPool::new(*cidr, *per_node)?;
-        ranges.push(allocate::range(shared.store.as_ref(), &pool, name).await?);
+        ranges.push(allocate::range(shared.store.as_ref(), &pool, name, &known).await?);
     }
     Ok(ranges)
 }
