@@ -230,8 +230,10 @@ fn what_the_store_spoils_stays_in_force_over_restarts_until_it_is_readable_or_go
 }
 
 fn an_etcd_that_lost_its_data_opens_nothing(store: &Store, vault: &Vault<'_>) -> Process {
-    store.put(&[deny("vault"), pod("vault", "vault")]);
+    // What closes the vault was never let in: it is kept like what was.
+    store.put(&[vault::refused("vault"), pod("vault", "vault")]);
     store.settle();
+    assert!(state(store, "deny-vault").starts_with("refused: "), "{}", state(store, "deny-vault"));
     vault.received();
     let etcd = store.lose_data();
     let missing = |object: &str| {

@@ -198,6 +198,11 @@ pub fn deny(app: &str) -> String {
     denial(&format!("deny-{app}"), app)
 }
 
+/// The same by a version that is refused: it selects by a label that never counts as a pod's own.
+pub fn refused(app: &str) -> String {
+    deny(app).replace("matchLabels: {", "matchLabels: {io.kubernetes.pod.namespace: shop, ")
+}
+
 /// Policies that are about others; in each round about somebody else.
 pub fn others(count: usize, round: u64) -> Vec<String> {
     (0..count).map(|number| denial(&format!("other{number}"), &format!("other{number}-{round}"))).collect()

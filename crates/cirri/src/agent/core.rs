@@ -188,7 +188,9 @@ impl Core {
 
     /// Takes in what an earlier run saved, before the store is asked.
     pub fn restore(&mut self, saved: Vec<Entry>) {
-        for entry in saved {
+        let is_refused = |entry: &Entry| records::refused_resource(&entry.key).is_some();
+        let (refused, in_force): (Vec<Entry>, Vec<Entry>) = saved.into_iter().partition(is_refused);
+        for entry in in_force {
             let changes = self.view.restore(entry.key, entry.value);
             let (policies, others) = changes.into_iter().partition(|change| matches!(change, Change::PolicyPut(..)));
             self.take_again(policies);
@@ -197,6 +199,11 @@ impl Core {
         self.earlier_rules = self.cluster.rules().map(|rule| rule.cookie).collect();
         // It is saved already.
         self.view.take_unsaved();
+        // Weighed again, once all is there that they were refused for.
+        for entry in refused {
+            let changes = self.view.restore(entry.key, entry.value);
+            self.take(changes);
+        }
     }
 
     /// Takes in what the store says.

@@ -1,7 +1,7 @@
 //! Manifests of a directory, kept in the embedded store: from there on they go the same way as on
 //! a node of a cluster, and the last good content survives a restart.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 
 use super::Shared;
-use super::records::resource_prefix;
+use super::records::{refused_prefix, refused_resource, resource_prefix};
 
 /// How long to wait before a write that failed is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -98,8 +98,13 @@ pub async fn recover(store: &Embedded, saved: &Embedded) -> Result<usize, StoreE
     if files.is_empty() && store.set_aside().is_none() {
         return Ok(0);
     }
+    let (refused, _) = saved.list(&refused_prefix()).await?;
+    let mut objects: BTreeMap<String, Vec<u8>> = objects.into_iter().map(|entry| (entry.key, entry.value)).collect();
+    // The store had this version, beside which the last good one is in force.
+    objects.extend(refused.into_iter().filter_map(|entry| Some((refused_resource(&entry.key)?, entry.value))));
     let count = objects.len();
-    let entries: Vec<_> = objects.into_iter().chain(files).map(|entry| (entry.key, Some(entry.value))).collect();
+    let files = files.into_iter().map(|entry| (entry.key, entry.value));
+    let entries: Vec<_> = objects.into_iter().chain(files).map(|(key, value)| (key, Some(value))).collect();
     if !entries.is_empty() {
         store.write_all(&entries).await?;
     }
@@ -158,6 +163,12 @@ mod tests {
             assert_eq!(recover(&store, &saved).await.unwrap(), 0);
             assert!(stored(&store).await.unwrap().objects.is_empty());
         }
+        // A policy that was refused comes back as what the folder said last.
+        let refused = POLICY.replace("Ingress", "Egress").into_bytes();
+        saved.put(&format!("{}shop/p", refused_prefix()), &refused, false).await.unwrap();
+        let store = open(dir.path(), "third").await;
+        assert_eq!(recover(&store, &saved).await.unwrap(), 1);
+        assert_eq!(store.list(&resource_prefix()).await.unwrap().0[0].value, refused);
         // What was saved of etcd is none of a folder.
         let of_etcd = open(dir.path(), "etcd").await;
         copy(&of_etcd, &folder::Change { files: Vec::new(), ..change() }).await.unwrap();

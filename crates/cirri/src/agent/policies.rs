@@ -33,6 +33,7 @@ impl Core {
             }
             Err(refused) => {
                 tracing::error!(namespace = %name.0, policy = %name.1, error = %refused, "policy refused");
+                self.view.save_refused(name, text);
                 refused.change
             }
         }

@@ -106,6 +106,17 @@ pub fn caught_up_key(node: &str) -> String {
     format!("{}caught-up/{node}", cirri_store::PREFIX)
 }
 
+/// Prefix of the texts of policies that are refused, by namespace and name. An agent saves them for its next start; they
+/// are in no store.
+pub fn refused_prefix() -> String {
+    format!("{}refused/", cirri_store::PREFIX)
+}
+
+/// The key of a resource whose text is saved as refused under this one.
+pub fn refused_resource(key: &str) -> Option<String> {
+    Some(format!("{}NetworkPolicy/{}", resource_prefix(), key.strip_prefix(&refused_prefix())?))
+}
+
 /// Prefix of resources.
 pub fn resource_prefix() -> String {
     format!("{}resources/", cirri_store::PREFIX)

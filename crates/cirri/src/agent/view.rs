@@ -14,7 +14,7 @@ use cirri_control::resource::{Namespace, NetworkPolicy, Pod, Resource, STAND_IN,
 use cirri_store::{Entry, Event, STORE_ID};
 use serde::de::DeserializeOwned;
 
-use super::records::{EnforcedRecord, IdentityRecord, IpRecord, NodeRecord};
+use super::records::{self, EnforcedRecord, IdentityRecord, IpRecord, NodeRecord};
 use former::Former;
 
 pub use former::Missing;
@@ -140,16 +140,17 @@ impl View {
     }
 
     /// Takes in what an earlier run saved of a key, before anything else. It holds until the store
-    /// says something readable, or that the key is gone.
+    /// says something readable, or that the key is gone. A policy that was refused comes after its last good content.
     pub fn restore(&mut self, key: String, value: Vec<u8>) -> Vec<Change> {
         let mut changes = Vec::new();
         if key == STORE_ID {
             self.former.restore(value);
             return changes;
         }
-        let entry = Entry { key, value, revision: 0 };
+        let entry = Entry { key: records::refused_resource(&key).unwrap_or(key), value, revision: 0 };
         match self.read(&entry, &mut changes) {
             Ok(()) => {
+                self.problems.remove(&entry.key);
                 self.entries.insert(entry.key.clone(), Kept::of(&entry));
                 self.good.insert(entry.key);
             }
@@ -176,10 +177,15 @@ impl View {
     }
 
     /// The policy was taken: this text is its last good content.
-    pub fn save_policy(&mut self, named: &Named, text: Vec<u8>) {
-        let (namespace, name) = named;
-        let key = format!("{}NetworkPolicy/{namespace}/{name}", super::records::resource_prefix());
+    pub fn save_policy(&mut self, (namespace, name): &Named, text: Vec<u8>) {
+        let key = format!("{}NetworkPolicy/{namespace}/{name}", records::resource_prefix());
         self.unsaved.insert(key, Some(text));
+        self.unsaved.insert(refused_key(namespace, name), None);
+    }
+
+    /// The policy was refused: what it closes, beside its last good content, is closed after a restart too.
+    pub fn save_refused(&mut self, (namespace, name): &Named, text: Vec<u8>) {
+        self.unsaved.insert(refused_key(namespace, name), Some(text));
     }
 
     /// What cannot be read: the object, and why and what holds instead.
@@ -189,7 +195,7 @@ impl View {
 
     /// Whether the namespace has a policy of which nothing could ever be read.
     pub fn lacks_policy(&self, namespace: &str) -> bool {
-        let prefix = format!("{}NetworkPolicy/{namespace}/", super::records::resource_prefix());
+        let prefix = format!("{}NetworkPolicy/{namespace}/", records::resource_prefix());
         let from = self.problems.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix));
         from.into_iter().any(|(key, _)| !self.good.contains(key))
     }
@@ -205,7 +211,7 @@ impl View {
 
     /// Whether what holds of a resource only stands in for it.
     fn is_stand_in(&self, key: &str) -> bool {
-        let held = match key.strip_prefix(&super::records::resource_prefix()).and_then(|rest| rest.split_once('/')) {
+        let held = match key.strip_prefix(&records::resource_prefix()).and_then(|rest| rest.split_once('/')) {
             Some(("NetworkPolicy", _)) => policy_of(key).and_then(|named| Some(&self.policies.get(&named)?.0.metadata)),
             Some(("Namespace", rest)) => {
                 rest.strip_prefix("_/").and_then(|name| Some(&self.namespaces.get(name)?.metadata))
@@ -281,7 +287,9 @@ impl View {
     /// It was read, and is to be saved; a policy once it is in force: see [`View::save_policy`].
     fn keep(&mut self, entry: Entry) {
         self.good.insert(entry.key.clone());
-        if policy_of(&entry.key).is_none() && entry.key != STORE_ID {
+        let is_saved_elsewhere = policy_of(&entry.key).is_some() || entry.key == STORE_ID;
+        // Nobody but the agent says what is refused.
+        if !is_saved_elsewhere && records::refused_resource(&entry.key).is_none() {
             self.unsaved.insert(entry.key, Some(entry.value));
         }
     }
@@ -369,6 +377,9 @@ impl View {
         self.problems.remove(key);
         self.good.remove(key);
         self.unsaved.insert(key.to_owned(), None);
+        if let Some((namespace, name)) = policy_of(key) {
+            self.unsaved.insert(refused_key(&namespace, &name), None);
+        }
         match parse_key(key) {
             Key::Resource => {
                 let mut parts = key[cirri_store::PREFIX.len()..].splitn(4, '/').skip(1);
@@ -475,6 +486,11 @@ fn policy_of(key: &str) -> Option<Named> {
     let (namespace, name) =
         key.strip_prefix(cirri_store::PREFIX)?.strip_prefix("resources/NetworkPolicy/")?.split_once('/')?;
     Some((namespace.to_owned(), name.to_owned()))
+}
+
+/// Where the text of a policy is saved that is refused.
+fn refused_key(namespace: &str, name: &str) -> String {
+    format!("{}{namespace}/{name}", records::refused_prefix())
 }
 
 /// The resource under a key. One that names another is not read: it would not be found when it is gone.

@@ -342,3 +342,50 @@ fn a_policy_that_was_never_readable_keeps_what_it_may_have_closed_in_another_sto
         assert_eq!(file.keys().collect::<Vec<_>>(), [STORE_ID]);
     }
 }
+
+#[test]
+fn a_refused_policy_is_known_after_a_restart_over_whatever_store_until_it_is_gone_or_taken() {
+    let good = entry(ALL[0].0, ALL[0].1, 1);
+    let refused = entry(ALL[0].0, &ALL[0].1.replace("Ingress", "Egress"), 2);
+    let is_saved = |key: &&String| records::refused_resource(key).is_some();
+    for has_last_good in [false, true] {
+        let (mut view, mut file) = (View::default(), BTreeMap::new());
+        let first = if has_last_good { vec![good.clone()] } else { Vec::new() };
+        saved(&mut view, [Event::Snapshot(with_id("one", &first), 1)], &mut file);
+        let [Change::PolicyPut(named, text)] = &view.apply(Event::Put(refused.clone()))[..] else { panic!() };
+        view.save_refused(named, text.clone());
+        saved(&mut view, [Event::Progress(2)], &mut file);
+        assert_eq!(file.get(&good.key), has_last_good.then_some(&good.value), "what is in force");
+
+        // In force first, then what is refused: as [`Core::restore`] does.
+        let again = |file: &BTreeMap<String, Vec<u8>>| {
+            let mut view = restarted(&file.iter().filter(|(key, _)| !is_saved(key)).map(owned).collect());
+            let mut changes = Vec::new();
+            for (key, value) in file.iter().filter(|(key, _)| is_saved(key)).map(owned) {
+                changes.extend(view.restore(key, value));
+            }
+            assert!(matches!(&changes[..], [Change::PolicyPut(_, text)] if *text == refused.value), "{changes:?}");
+            view
+        };
+        let mut view = again(&file);
+        let same = Event::Snapshot(with_id("one", std::slice::from_ref(&refused)), 3);
+        assert!(view.apply(same).is_empty(), "it is known");
+        let mut view = again(&file);
+        saved(&mut view, [Event::Snapshot(with_id("two", &[]), 3)], &mut file);
+        assert!(view.missing().is_some() && view.policies.len() == 1);
+        again(&file);
+        let mut other = file.clone();
+        saved(&mut view, [Event::Put(entry(ALL[0].0, ALL[0].1, 4))], &mut other);
+        assert_eq!((other.keys().find(is_saved), other.get(&good.key)), (None, Some(&good.value)));
+        saved(&mut again(&file), [Event::Snapshot(with_id("one", &[]), 5)], &mut file);
+        assert_eq!(file.keys().collect::<Vec<_>>(), [STORE_ID]);
+    }
+    // Written into the store by somebody, it says nothing.
+    let mut file = BTreeMap::new();
+    saved(&mut View::default(), [Event::Put(entry("refused/shop/deny", ALL[0].1, 1))], &mut file);
+    assert!(file.is_empty());
+}
+
+fn owned((key, value): (&String, &Vec<u8>)) -> (String, Vec<u8>) {
+    (key.clone(), value.clone())
+}
