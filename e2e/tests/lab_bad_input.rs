@@ -435,7 +435,7 @@ impl Place {
         let mut command = self.command(more);
         command.stdout(log.try_clone().unwrap()).stderr(log);
         let agent = Process(self.namespace.namespace.run(|| command.spawn()).unwrap().unwrap());
-        eventually("the agent answers", PATIENCE, || self.cirri(&["status"]).status.success());
+        eventually("the agent answers", 4 * PATIENCE, || self.cirri(&["status"]).status.success());
         agent
     }
 

@@ -153,13 +153,6 @@ impl Store {
         });
     }
 
-    /// Removes the first of them.
-    pub fn delete_number(&self, labels: &IdentityLabels) {
-        self.in_etcd(async |store| {
-            store.delete(&number_key(labels, 0)).await.unwrap();
-        });
-    }
-
     fn file(&self, key: &str) -> PathBuf {
         let folder = format!("/run/cirri/lab/{}/nodes/node1/manifests", self.lab.name());
         PathBuf::from(folder).join(format!("{}.json", key.replace('/', "-")))
