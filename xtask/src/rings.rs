@@ -82,7 +82,7 @@ fn native() -> Result<Counts> {
 }
 
 /// The tests in `e2e/tests/<ring>_*.rs`: two files at a time, of each one test at a time. They share the machine's kernel,
-/// and wait for more than half of their time.
+/// and wait for events for much of their time.
 fn suite(ring: &str, binary: &Path, filter: &[String]) -> Result<Counts> {
     let names: Vec<String> = suites()?.into_iter().filter(|s| s.ring == ring).map(|s| s.name).collect();
     if names.is_empty() {

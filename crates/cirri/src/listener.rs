@@ -17,7 +17,7 @@ use crate::api::{ApiError, ProblemKind, Request};
 /// A socket at the path where clients look for it. Whoever removes it there locks all of them out, so it is looked at
 /// now and then, and made again.
 #[derive(Debug)]
-pub struct Door {
+pub struct ServerSocket {
     path: PathBuf,
     made: Mutex<Made>,
     again: Notify,
@@ -30,16 +30,16 @@ struct Made {
     listener: Option<UnixListener>,
 }
 
-impl Door {
+impl ServerSocket {
     /// Listens; replaces the socket that an earlier run left. Only its owner may connect.
     ///
     /// # Errors
     /// The socket cannot be made; names it.
-    pub fn open(path: PathBuf) -> io::Result<Arc<Door>> {
+    pub fn open(path: PathBuf) -> io::Result<Arc<ServerSocket>> {
         let wrong =
             |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()));
         let made = make(&path).map_err(wrong)?;
-        Ok(Arc::new(Door { path, made: Mutex::new(made), again: Notify::new() }))
+        Ok(Arc::new(ServerSocket { path, made: Mutex::new(made), again: Notify::new() }))
     }
 
     /// Makes the socket again if it is not at its path any more. `ask`: whether that may be done now, see
@@ -88,16 +88,16 @@ fn make(path: &Path) -> io::Result<Made> {
 
 /// Has every client answered by a task of its own, until the process stops. Must be called on a
 /// `LocalSet`.
-pub async fn serve<A>(door: Arc<Door>, converse: impl Fn(UnixStream) -> A)
+pub async fn serve<A>(server_socket: Arc<ServerSocket>, converse: impl Fn(UnixStream) -> A)
 where
     A: Future<Output = io::Result<()>> + 'static,
 {
-    let Some(mut listener) = door.listener() else { return };
+    let Some(mut listener) = server_socket.listener() else { return };
     loop {
         let client = tokio::select! {
             client = listener.accept() => client,
-            () = door.again.notified() => {
-                listener = door.listener().unwrap_or(listener);
+            () = server_socket.again.notified() => {
+                listener = server_socket.listener().unwrap_or(listener);
                 continue;
             }
         };
@@ -196,9 +196,9 @@ mod tests {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let answers = tokio::task::LocalSet::new().block_on(&runtime, async {
-            let door = Door::open(socket).unwrap();
+            let server_socket = ServerSocket::open(socket).unwrap();
             tokio::select! {
-                () = serve(door, converse) => unreachable!("it serves for ever"),
+                () = serve(server_socket, converse) => unreachable!("it serves for ever"),
                 answers = tokio::task::spawn_blocking(client) => answers.unwrap(),
             }
         });
@@ -211,8 +211,8 @@ mod tests {
         let socket = dir.path().join("state/socket");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         tokio::task::LocalSet::new().block_on(&runtime, async {
-            let door = Door::open(socket.clone()).unwrap();
-            let served = tokio::task::spawn_local(serve(Arc::clone(&door), converse));
+            let server_socket = ServerSocket::open(socket.clone()).unwrap();
+            let served = tokio::task::spawn_local(serve(Arc::clone(&server_socket), converse));
             let (mut asked, mut findings) = (Vec::new(), Findings::new());
             for damage in ["nothing", "removed", "replaced", "directory"] {
                 match damage {
@@ -228,7 +228,7 @@ mod tests {
                     asked.push(found.to_owned());
                     true
                 };
-                door.look(ask, &mut findings);
+                server_socket.look(ask, &mut findings);
                 let at = socket.clone();
                 let answer = tokio::task::spawn_blocking(move || super::tests::ask(&at, b"{\"method\":\"status\"}\n"));
                 assert_eq!(answer.await.unwrap(), "status", "{damage}");

@@ -60,7 +60,7 @@ use self::core::Core;
 use crate::api::{ConfigValue, StoreStatus};
 use crate::config::Loaded;
 use crate::exit::{Because, Failure, Result};
-use crate::listener::Door;
+use crate::listener::ServerSocket;
 
 pub use cleanup::cleanup;
 pub use drift::{
@@ -163,9 +163,9 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     // First what was asked for while the agent was away: a new ADD may be for the same container.
     deletions::carry_out(&shared).await;
     let socket = config.socket();
-    let door = Door::open(socket.clone()).because(Failure::Failed)?;
-    shared.core.lock().await.drift.door = Some(Arc::clone(&door));
-    spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&door))));
+    let server_socket = ServerSocket::open(socket.clone()).because(Failure::Failed)?;
+    shared.core.lock().await.drift.server_socket = Some(Arc::clone(&server_socket));
+    spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&server_socket))));
     spawn(Box::pin(deletions::follow(Arc::clone(&shared))));
     start::notify("READY=1");
     tracing::info!(socket = %socket.display(), "ready");
@@ -176,7 +176,7 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     }
     start::notify("STOPPING=1");
     crate::pinned::tell_end(lasting);
-    door.close().because(Failure::Failed)
+    server_socket.close().because(Failure::Failed)
 }
 
 impl Shared {

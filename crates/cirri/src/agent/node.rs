@@ -122,7 +122,7 @@ pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
 pub fn quiet_settings(device: &str, v6: bool) -> Vec<(String, &'static str)> {
     let mut settings = Vec::new();
     if v6 {
-        // First: it takes the others' effect. Devices that are made anew may come without IPv6.
+        // First: while it is set the others have no effect. Devices that are made anew may come so.
         settings.push((format!("ipv6/conf/{device}/disable_ipv6"), "0"));
     }
     settings.extend(device_settings(device, v6));

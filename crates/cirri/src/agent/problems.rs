@@ -177,9 +177,7 @@ impl Core {
             self.problems.replace(*what, of.map(|(_, object, finding)| (object.clone(), finding.clone())));
         }
     }
-}
 
-impl Core {
     /// The file of the folder that a policy stands in, if there is one.
     fn file_of(&self, id: &PolicyId) -> Option<PathBuf> {
         let key = format!("resources/NetworkPolicy/{}/{}", id.namespace, id.name);

@@ -14,7 +14,7 @@ use crate::api::{
     Answer, ApiError, BackendInfo, EndpointAdd, EndpointDelete, EndpointGet, MapDump, Observe, PolicyExplain,
     PolicyGet, Removed, ServiceGet, ServiceInfo, Wait,
 };
-use crate::listener::{self, Door};
+use crate::listener::{self, ServerSocket};
 
 /// The longest question. GC names every container of a node.
 const LONGEST: u64 = 16 << 20;
@@ -22,8 +22,8 @@ const LONGEST: u64 = 16 << 20;
 const BATCH: usize = 512;
 
 /// Answers until the agent stops.
-pub async fn serve(shared: Arc<Shared>, door: Arc<Door>) {
-    listener::serve(door, |stream| {
+pub async fn serve(shared: Arc<Shared>, server_socket: Arc<ServerSocket>) {
+    listener::serve(server_socket, |stream| {
         let shared = Arc::clone(&shared);
         async move { converse(&shared, stream).await }
     })

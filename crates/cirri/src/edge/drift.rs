@@ -11,7 +11,7 @@ use super::core::Core;
 use super::{Here, Shared};
 use crate::agent::{COMPARE_EVERY, Finding, Findings, Pace, Problems, Reach, Repairs, cpu_time, judge_programs};
 use crate::api::{Problem, ProblemKind};
-use crate::listener::Door;
+use crate::listener::ServerSocket;
 
 /// What is known about how the kernel drifts.
 #[derive(Debug, Default)]
@@ -22,7 +22,7 @@ pub struct Drift {
     /// How often the maps were compared.
     compared: u32,
     /// The socket, once there is one.
-    door: Option<Arc<Door>>,
+    server_socket: Option<Arc<ServerSocket>>,
 }
 
 /// Maps are compared whole once in so many times: that costs what they can hold, and an idle load balancer is to be idle.
@@ -35,8 +35,8 @@ impl Drift {
     }
 
     /// This socket is looked after from now on.
-    pub fn watch(&mut self, door: Arc<Door>) {
-        self.door = Some(door);
+    pub fn watch(&mut self, server_socket: Arc<ServerSocket>) {
+        self.server_socket = Some(server_socket);
     }
 
     /// Of this kind there are exactly these problems, by object. The new ones are said in the log.
@@ -73,8 +73,9 @@ pub async fn watch(shared: Arc<Shared>) {
 async fn compare(here: &mut Here, core: &mut Core, now: Instant) -> anyhow::Result<()> {
     let mut findings = Findings::new();
     let mut kinds = vec![ProblemKind::Setting, ProblemKind::Program, ProblemKind::Pin, ProblemKind::File];
-    if let Some(door) = &here.drift.door {
-        door.look(|object, texts| here.drift.repairs.ask(ProblemKind::File, object, texts, "", now), &mut findings);
+    if let Some(server_socket) = &here.drift.server_socket {
+        server_socket
+            .look(|object, texts| here.drift.repairs.ask(ProblemKind::File, object, texts, "", now), &mut findings);
     }
     let programs = compare_programs(here, core, now, &mut findings).await;
     let mut outcome = compare_settings(here, core, now, &mut findings).await.and(programs);

@@ -50,7 +50,7 @@ use self::watch::Watch;
 use crate::agent::notify;
 use crate::config::Acceleration;
 use crate::exit::{Because, Error, Failure, Result};
-use crate::listener::Door;
+use crate::listener::ServerSocket;
 use crate::settings::Settings;
 
 pub use self::config::STATE_DIR;
@@ -159,9 +159,9 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
         spawn(Box::pin(follow_drops(Arc::clone(&shared), events)));
     }
     let socket = socket(&shared.core.lock().await.plan.state_dir);
-    let door = Door::open(socket.clone()).because(Failure::Failed)?;
-    shared.machine.lock().await.drift.watch(Arc::clone(&door));
-    spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&door))));
+    let server_socket = ServerSocket::open(socket.clone()).because(Failure::Failed)?;
+    shared.machine.lock().await.drift.watch(Arc::clone(&server_socket));
+    spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&server_socket))));
     notify("READY=1");
     tracing::info!(socket = %socket.display(), "ready");
 
@@ -171,7 +171,7 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     }
     notify("STOPPING=1");
     crate::pinned::tell_end(lasting);
-    door.close().because(Failure::Failed)
+    server_socket.close().because(Failure::Failed)
 }
 
 /// Makes sure that this is root, and that no other load balancer uses the state directory as long as

@@ -11,14 +11,14 @@ use tokio::net::UnixStream;
 use super::api::{Drain, Drained, Pools};
 use super::{Shared, report};
 use crate::api::{Answer, ApiError, Request};
-use crate::listener::{self, Door};
+use crate::listener::{self, ServerSocket};
 
 /// The longest question.
 const LONGEST: u64 = 1 << 20;
 
 /// Answers until the process stops.
-pub async fn serve(shared: Arc<Shared>, door: Arc<Door>) {
-    listener::serve(door, |stream| {
+pub async fn serve(shared: Arc<Shared>, server_socket: Arc<ServerSocket>) {
+    listener::serve(server_socket, |stream| {
         let shared = Arc::clone(&shared);
         async move { converse(&shared, stream).await }
     })

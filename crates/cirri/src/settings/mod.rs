@@ -275,7 +275,7 @@ impl Settings {
             Ok(())
         })?;
         for directory in left {
-            // What cannot be removed is not worth an error: it is empty, or somebody else's by now.
+            // What stays has something of somebody else in it, or is empty and costs nothing.
             let _ = fs::remove_dir(directory);
         }
         Ok(())
@@ -301,7 +301,8 @@ impl Settings {
         Ok(done)
     }
 
-    /// This owner leaves all but directories: puts back what nobody else needs and nobody changed since. Answers what was put back.
+    /// This owner leaves all but directories: puts back what nobody else needs and nobody changed since. Answers what was
+    /// put back.
     ///
     /// # Errors
     /// What cannot be put back stays recorded.

@@ -69,8 +69,8 @@ impl Core {
     /// Files that are not at their places any more. The socket is made again, and one that was removed is to be written
     /// anew; another that stands in its place is somebody's, and named.
     pub(super) fn compare_files(&mut self, now: Instant, findings: &mut Findings) {
-        if let Some(door) = self.drift.door.clone() {
-            door.look(
+        if let Some(server_socket) = self.drift.server_socket.clone() {
+            server_socket.look(
                 |object, [found, wanted]| self.drift.repair(ProblemKind::File, object, found, wanted, now),
                 findings,
             );

@@ -30,7 +30,7 @@ use super::Shared;
 use super::core::Core;
 use super::problems::Finding;
 use crate::api::ProblemKind;
-use crate::listener::Door;
+use crate::listener::ServerSocket;
 
 pub use files::{Instead, OpenFile};
 pub use programs::judge;
@@ -76,7 +76,7 @@ pub struct Drift {
     /// Those of them that were removed.
     removed: Vec<PathBuf>,
     /// The socket, once there is one.
-    pub door: Option<Arc<Door>>,
+    pub server_socket: Option<Arc<ServerSocket>>,
     /// Networks of others' routes inside networks of ours.
     strangers: Strangers,
     /// Since when workloads have no device any more.
