@@ -206,6 +206,46 @@ fn an_identity_that_is_not_allowed_any_more_is_stopped_once_the_other_node_knows
     }
 }
 
+#[test]
+fn what_is_closed_stays_closed_while_its_workload_goes_from_one_closed_rule_set_to_another() {
+    let lab = Lab::up("idc_closed", 2, &[]).unwrap();
+    lab.apply(&pods("", "")).unwrap();
+    let flows = Flow::both_ways(&lab);
+    flows[0].await_sent(1000);
+    let open = "ingress: [{from: [{podSelector: {matchLabels: {app: client}}, namespaceSelector: {matchLabels: {team: web}}}]}]";
+    let as_server = pods("", "").replace(open, &format!("ingress: [{{from: [{}]}}]", blocks(1000, "203")));
+    let as_moved = as_server.replace("app: server, zone", "app: moved, zone");
+    assert!(as_server != pods("", "") && as_moved != as_server);
+    let moved = format!(
+        "
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: moved, namespace: shop}}
+spec: {{podSelector: {{matchLabels: {{app: moved}}}}, ingress: [{{from: [{}]}}]}}
+",
+        blocks(1000, "204")
+    );
+    lab.apply(&[&as_server, moved.as_str()].concat()).unwrap();
+    let closed: Vec<u64> = flows.iter().map(|flow| flow.sent.load(Ordering::Relaxed)).collect();
+    for round in 0..20 {
+        let server = if round % 2 == 0 { &as_moved } else { &as_server };
+        // The blocks come and go with the rounds, so that addresses and rule sets are written together.
+        let policy = moved.replace("cidr: 204", if round % 3 == 0 { "cidr: 205" } else { "cidr: 204" });
+        lab.apply(&[server.as_str(), policy.as_str()].concat()).unwrap();
+    }
+    for (flow, since) in flows.into_iter().zip(closed) {
+        flow.finish_closed(since);
+    }
+}
+
+/// That many networks to allow.
+fn blocks(count: usize, first: &str) -> String {
+    let each =
+        (0..count).map(|number| format!("{{ipBlock: {{cidr: {first}.{}.{}.0/24}}}}", number / 250, number % 250));
+    each.collect::<Vec<_>>().join(", ")
+}
+
 /// Gives the client other labels while an agent is away: `lab apply` would ask for that first.
 fn relabel_client(lab: &Lab, labels: &str) {
     let json = format!(
@@ -400,6 +440,18 @@ impl Flow {
         eventually(&format!("{count} datagrams are sent"), Duration::from_secs(600), || {
             self.sent.load(Ordering::Relaxed) >= count
         });
+    }
+
+    /// Ends it; panics if one arrived that was sent since it is closed.
+    fn finish_closed(self, since: u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let arrived = self.arrived.lock().unwrap();
+        let passed: Vec<&u64> = arrived.range(since..).collect();
+        let sent = self.sent.load(Ordering::Relaxed);
+        cirri_e2e::say(format_args!("{}: {} of {} passed", self.name, passed.len(), sent - since));
+        assert!(since > 1000 && sent > since, "{}: closed at {since} of {sent}", self.name);
+        assert!(passed.is_empty(), "{}: {passed:?} passed since {since}", self.name);
     }
 
     /// Ends it; panics if one was lost.

@@ -115,7 +115,7 @@ fn programs_are_told_that_tables_change_while_they_change_and_no_longer() {
     let lab = Lab::up("writing", 2, &[]).unwrap();
     lab.apply(PODS).unwrap();
     let tables = Tables::open(Path::new("/sys/fs/bpf/cirri"), &format!("lab-{}-node1", lab.name())).unwrap();
-    let told = || tables.epoch(epoch_slot::WRITING).unwrap() != 0;
+    let told = || tables.epoch(epoch_slot::WRITING).unwrap() > 1;
     // Who looks may be without a processor during one change, not during all.
     for policy in [many_blocks().as_str(), ""].iter().cycle().take(40) {
         let manifests = [PODS, policy].concat();
@@ -133,6 +133,31 @@ fn programs_are_told_that_tables_change_while_they_change_and_no_longer() {
         }
     }
     panic!("programs are not told while tables change");
+}
+
+#[test]
+fn what_rests_on_a_change_that_a_killed_agent_did_not_end_is_decided_anew() {
+    let lab = Lab::up("unended", 2, &[]).unwrap();
+    lab.apply(PODS).unwrap();
+    let address = lab.addresses().unwrap()["shop/near"][0];
+    let mut conversation = Conversation::open(&lab, "shop/client", "shop/near", address).unwrap();
+    conversation.exchange();
+    let tables = Tables::open(Path::new("/sys/fs/bpf/cirri"), &format!("lab-{}-node1", lab.name())).unwrap();
+    let renewed = || lab.counter("node1", RENEWED).unwrap();
+
+    let before = renewed();
+    lab.kill_agent("node1").unwrap();
+    lab.restart("node1", &[]).unwrap();
+    conversation.exchange();
+    assert_eq!(renewed(), before, "a restart alone is no reason");
+
+    lab.kill_agent("node1").unwrap();
+    // As it stands in the middle of a change.
+    tables.set_writing(Some(cirri_abi::Tick { count: 1 })).unwrap();
+    lab.restart("node1", &[]).unwrap();
+    eventually("the change is ended", Duration::from_secs(60), || tables.epoch(epoch_slot::WRITING).unwrap() == 0);
+    conversation.exchange();
+    assert!(renewed() > before, "the connection did not feel the change");
 }
 
 fn closes(name: &str, policy: &str, names_the_rule: impl Fn(&Value) -> bool) {

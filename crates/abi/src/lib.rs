@@ -30,7 +30,7 @@ pub use event::{Counter, CounterIndex, Direction, EventKind, FlowEvent, event_fl
 pub use flow::{Action, FlowKey4, FragmentKey, FragmentPorts, Hook, Recipe, Rewrite, State, Tick, Tuple, recipe_flag};
 pub use identity::Identity;
 pub use layout::{ABI_HASH, Plain, abi_text};
-pub use maps::{Map, MapKind, epoch_slot, map};
+pub use maps::{Map, MapKind, epoch, epoch_slot, map};
 pub use policy::{Cookie, PolicyEntry, PolicyKey, RulesetSlot, Verdict, policy_flag, precedence};
 pub use reason::DropReason;
 pub use service::{

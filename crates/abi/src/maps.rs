@@ -228,11 +228,41 @@ pub mod epoch_slot {
     /// of a decision, to see whether what it found in between still led to the right slots.
     pub const PLACES: u16 = 20_480;
     /// No epoch: while user space changes places and rule sets, the [`crate::Tick`] of its last sign of
-    /// life; else 0. Rule sets and addresses disagree meanwhile, so what is known goes on as it was
-    /// decided, for two ticks at the most.
+    /// life; else 0. Rule sets and addresses disagree meanwhile, so what was in force when the change
+    /// began goes on as it was decided, for two ticks at the most. What was out of date before (see
+    /// [`crate::epoch`]) is decided again: it may be a connection that policy has closed since.
     pub const WRITING: u16 = 20_481;
     /// First slot of services. With more services than slots, several share one.
     pub const FIRST_SERVICE: u16 = 20_482;
     /// Last slot of services.
     pub const LAST_SERVICE: u16 = 65_535;
+}
+
+/// How an epoch moves.
+///
+/// A change that is written in one piece takes it to the next multiple of [`STEP`]. While a larger change is going
+/// on (see [`epoch_slot::WRITING`]), it moves by one, and to the next multiple at the end. The sum of three epochs
+/// thus tells whether what rests on them was in force when the change began.
+pub mod epoch {
+    /// What a whole change moves an epoch to a multiple of.
+    pub const STEP: u32 = 8;
+
+    /// An epoch after a change, or after the end of a larger one.
+    pub const fn moved(epoch: u32) -> u32 {
+        (epoch | (STEP - 1)).wrapping_add(1)
+    }
+
+    /// An epoch in the middle of a larger change. One that an interrupted change has left in the middle moves on
+    /// further: what rests on it is older than this change.
+    pub const fn moving(epoch: u32) -> u32 {
+        let began = if epoch.is_multiple_of(STEP) { epoch } else { moved(epoch) };
+        began.wrapping_add(1)
+    }
+
+    /// Whether what was decided under the sum `decided` of three epochs was in force when the change began that is
+    /// going on now, where their sum is `now`.
+    #[inline(always)]
+    pub const fn held_before(decided: u32, now: u32) -> bool {
+        now.wrapping_sub(decided) <= 3
+    }
 }

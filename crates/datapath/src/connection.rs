@@ -5,7 +5,7 @@
 //! is established.
 
 use cirri_abi::{
-    Action, Addr, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, epoch_slot,
+    Action, Addr, CounterIndex, DropReason, EventKind, Hook, Identity, Recipe, State, Tick, Tuple, epoch, epoch_slot,
     node_flag, proto, recipe_flag,
 };
 
@@ -65,13 +65,15 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     // answers as RFC 5961 has it.
     s.reopened = syn && if s.old.backend != 0 { s.old.state == State::CLOSING } else { !s.pending };
     s.foreign = !same && !syn && is_foreign(packet, tables, s);
-    s.stale = s.reopened || (!same && !s.foreign) || epochs(tables, &s.old.slots) != s.old.epoch;
+    let now = epochs(tables, &s.old.slots);
+    s.stale = s.reopened || (!same && !s.foreign) || now != s.old.epoch;
     s.current = Current::Old;
     if s.stale && !keeps_backend(tables, s) {
         return Ok(Next::Go);
     }
-    // In the middle of a change it would be judged by halves. It stays stale in its table.
-    s.stale = s.stale && (s.reopened || !is_being_written(tables));
+    // In the middle of a change it would be judged by halves. It stays stale in its table. One that was stale
+    // before may be closed since.
+    s.stale = s.stale && (s.reopened || !epoch::held_before(s.old.epoch, now) || !is_being_written(tables));
     s.from.identity = s.old.src_identity;
     s.to.identity = s.old.dst_identity;
     Ok(Next::Carry)
@@ -276,7 +278,7 @@ pub(crate) fn snapshot<T: Tables>(tables: &T, s: &mut Scratch) {
             if s.stale { s.opener.proto } else { 0 },
         );
     if !held || tables.epoch(epoch_slot::PLACES) != s.places {
-        s.epoch = s.epoch.wrapping_sub(1);
+        s.epoch = s.epoch.wrapping_sub(epoch::STEP);
     }
 }
 

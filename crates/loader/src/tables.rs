@@ -9,7 +9,7 @@ use std::{
 use cirri_abi::{
     Addr, Affinity, AffinityKey, Backend, BackendCounter, Counter, CounterIndex, Endpoint, FlowKey4, FragmentKey,
     FragmentPorts, Ipcache, IpcacheKey, Map, MapKind, NodeConfig, Plain, PolicyEntry, PolicyKey, RangeKey, Recipe,
-    RulesetSlot, Service, ServiceKey, ServiceSlot, SnatPool, Tick, Tuple, epoch_slot, map,
+    RulesetSlot, Service, ServiceKey, ServiceSlot, SnatPool, Tick, Tuple, epoch, epoch_slot, map,
 };
 
 use crate::{
@@ -164,14 +164,20 @@ impl Tables {
     /// Moves the epoch in a slot on: every recipe that rests on it is decided again with its next
     /// packet. Answers the new epoch.
     pub fn bump(&self, slot: u16) -> Result<u32, MapError> {
-        let there = self.epoch(slot)?;
-        let next = self.written().get(&slot).map_or(there, |written| there.max(*written)).wrapping_add(1);
+        let next = epoch::moved(self.newest(slot)?);
         self.write_epoch(slot, next)?;
         Ok(next)
     }
 
+    /// The newest epoch of a slot that may have been seen: there, or written and altered since.
+    fn newest(&self, slot: u16) -> Result<u32, MapError> {
+        let there = self.epoch(slot)?;
+        Ok(self.written().get(&slot).map_or(there, |written| there.max(*written)))
+    }
+
     /// Says that rule sets and places are being changed, as of that tick, or not any more. What is known goes
-    /// on as it was decided meanwhile; a writer that takes longer than a second says so again.
+    /// on as it was decided meanwhile; a writer that takes longer than a second says so again. Before it ends
+    /// the change it bumps every slot that the change concerns.
     pub fn set_writing(&self, since: Option<Tick>) -> Result<(), MapError> {
         // 0 says that nobody writes.
         self.write_epoch(epoch_slot::WRITING, since.map_or(0, |tick| tick.count.max(1)))
@@ -209,8 +215,9 @@ impl Tables {
     // === Rule sets ===
 
     /// Makes a rule set live: builds its table beside the old one, reads it back, flips the outer
-    /// entry and bumps the slot's epoch. No packet sees a mix; if anything fails before the flip,
-    /// the old rule set stays in force. Answers the new epoch, which is its generation.
+    /// entry and moves the slot's epoch. No packet sees a mix; if anything fails before the flip,
+    /// the old rule set stays in force. In the middle of a change ([`Tables::set_writing`]) the epoch
+    /// moves by one only: bump it at the end. Answers the new epoch.
     pub fn install_ruleset(&self, slot: RulesetSlot, entries: &[(PolicyKey, PolicyEntry)]) -> Result<u32, MapError> {
         check_slot(slot)?;
         let ruleset = &map::RULESET;
@@ -240,7 +247,13 @@ impl Tables {
         self.rulesets
             .update_inner(bytes(&u32::from(slot)), &inner)
             .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "update", error))?;
-        self.bump(slot)
+        let is_writing = self.written().get(&epoch_slot::WRITING).is_some_and(|since| *since != 0);
+        if !is_writing {
+            return self.bump(slot);
+        }
+        let next = epoch::moving(self.newest(slot)?);
+        self.write_epoch(slot, next)?;
+        Ok(next)
     }
 
     /// Takes a rule set away; whether there was one. Endpoints that still name the slot are then

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use cirri_abi::{
     Addr, Counter, CounterIndex, Endpoint, FlowEvent, FlowKey4, FragmentKey, FragmentPorts, Hook, Ipcache, IpcacheKey,
-    NodeConfig, PolicyEntry, PolicyKey, Recipe, RulesetSlot, SnatPool, Tick, Tuple,
+    NodeConfig, PolicyEntry, PolicyKey, Recipe, RulesetSlot, SnatPool, Tick, Tuple, epoch, epoch_slot,
 };
 use cirri_datapath::{Flow, NextHop, Scratch, Table, Tables, Verdict, process, slow_path, unwrap_for_host};
 
@@ -106,19 +106,19 @@ impl Node {
     /// Flips a slot to a new rule set and moves its epoch.
     pub fn put_ruleset(&mut self, slot: RulesetSlot, ruleset: Ruleset) {
         self.rulesets.insert(slot, ruleset);
-        self.bump(slot);
+        self.step(slot);
     }
 
     /// Adds a route. `length` counts from bit 96 for IPv4.
     pub fn put_route(&mut self, addr: Addr, length: u32, next: NextHop) {
         self.routes.insert(length, cut(addr.octets(), length), next);
-        self.bump(cirri_abi::epoch_slot::NODE);
+        self.bump(epoch_slot::NODE);
     }
 
     /// Changes the node's configuration.
     pub fn set_config(&mut self, config: NodeConfig) {
         self.config = config;
-        self.bump(cirri_abi::epoch_slot::NODE);
+        self.bump(epoch_slot::NODE);
     }
 
     /// The rule sets were made with knowledge of an identity.
@@ -129,12 +129,22 @@ impl Node {
     /// Rule sets and places are being changed from now on, or not any more.
     pub fn set_writing(&mut self, writing: bool) {
         let now = Tick::from_ns(self.now_ns.get()).count;
-        self.epochs.insert(cirri_abi::epoch_slot::WRITING, if writing { now } else { 0 });
+        self.epochs.insert(epoch_slot::WRITING, if writing { now } else { 0 });
     }
 
     /// Moves an epoch.
     pub fn bump(&mut self, slot: u16) {
-        *self.epochs.entry(slot).or_default() += 1;
+        let there = self.epochs.entry(slot).or_default();
+        *there = epoch::moved(*there);
+    }
+
+    /// Moves an epoch, by less in the middle of a change.
+    fn step(&mut self, slot: u16) {
+        if self.epochs.get(&epoch_slot::WRITING).is_none_or(|since| *since == 0) {
+            return self.bump(slot);
+        }
+        let there = self.epochs.entry(slot).or_default();
+        *there = epoch::moving(*there);
     }
 
     /// Limits the flow tables; the least recently used entry makes room.

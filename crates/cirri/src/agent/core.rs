@@ -114,6 +114,9 @@ pub struct Core {
     pub needed_revision: Option<u64>,
     /// Whether the tables were ever filled. Until then an empty table wants nothing removed.
     pub filled: bool,
+    /// Whether a change was written without moving all epochs: an earlier run was killed in the middle of one, or the
+    /// kernel refused it. Then all move with the next.
+    pub interrupted: bool,
     /// Whether what other versions left was removed.
     pub retired: bool,
     /// Identities whose rule set must be compiled again.
@@ -172,6 +175,7 @@ impl Core {
             enforced_revision: 0,
             needed_revision: None,
             filled: false,
+            interrupted: false,
             retired: false,
             dirty: BTreeSet::new(),
             labels_stale: true,

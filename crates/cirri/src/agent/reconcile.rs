@@ -6,9 +6,9 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cirri_abi::{Addr, Identity, Ipcache, epoch_slot, ipcache_flag};
+use cirri_abi::{Addr, Identity, Ipcache, Tick, epoch_slot, ipcache_flag};
 use cirri_loader::net::Neighbour;
-use cirri_loader::{EdgeWanted, MapError};
+use cirri_loader::{EdgeWanted, MapError, gc};
 use ipnet::IpNet;
 
 use super::core::Core;
@@ -19,6 +19,10 @@ use crate::config::Acceleration;
 /// How often a long change says that somebody is still at it.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
 
+/// Since when a change goes on in which nothing disagrees: no connection goes on without being judged by what is
+/// in force already. That it stands there tells the next run that this one was interrupted.
+const LONG_AGO: Tick = Tick { count: 1 };
+
 /// A row of the address cache to work on.
 type DueAddress = Due<IpNet, Ipcache>;
 
@@ -28,6 +32,7 @@ impl Core {
     /// # Errors
     /// A table cannot be read.
     pub async fn adopt(&mut self) -> anyhow::Result<()> {
+        self.interrupted = self.tables.epoch(epoch_slot::WRITING)? != 0;
         self.rows.node.adopt("node", self.tables.node()?);
         for slot in self.tables.ruleset_ids()?.into_keys() {
             if let Some(mut entries) = self.tables.read_ruleset(slot)? {
@@ -66,32 +71,35 @@ impl Core {
             return;
         }
         let mut bumps = BTreeSet::new();
-        let writing = !(self.rows.node.is_done()
-            && self.rows.ipcache.is_done()
-            && self.rows.rulesets.is_done()
-            && self.rows.endpoints.is_done());
+        // Rule sets alone, or addresses alone, are right after each write: nothing disagrees meanwhile.
+        let places = !(self.rows.node.is_done() && self.rows.ipcache.is_done() && self.rows.endpoints.is_done());
+        let disagree = places && !self.rows.rulesets.is_done();
+        let writing = places || !self.rows.rulesets.is_done();
         if writing {
-            self.set_writing(true);
+            self.set_writing(Some(if disagree { gc::now() } else { LONG_AGO }));
         }
         self.reconcile_node(now, &mut bumps);
         let (early, late) = self.split_ipcache(now);
         self.reconcile_ipcache(early, now, &mut bumps);
-        let changed_rulesets = self.reconcile_rulesets(now);
+        let changed_rulesets = self.reconcile_rulesets(now, disagree);
         self.reconcile_endpoints(now, &mut bumps);
-        if !late.is_empty() {
-            // Recipes made while rule sets were ahead of the blocks of addresses are made again.
-            bumps.extend(changed_rulesets);
-        }
+        // What was decided meanwhile is decided again.
+        bumps.extend(changed_rulesets);
         self.reconcile_ipcache(late, now, &mut bumps);
+        let interrupted = std::mem::take(&mut self.interrupted);
+        if interrupted {
+            bumps.extend(self.slots_in_use());
+        }
         // First that something changed, then for whom: see `epoch_slot::PLACES`.
-        let places = (!bumps.is_empty()).then_some(epoch_slot::PLACES);
-        for slot in places.into_iter().chain(bumps) {
+        let first = (!bumps.is_empty()).then_some(epoch_slot::PLACES);
+        for slot in first.into_iter().chain(bumps) {
             if let Err(error) = self.tables.bump(slot) {
-                tracing::error!(slot, %error, "established connections may not feel the last change");
+                tracing::error!(slot, %error, "established connections may not feel the last change until the next");
+                self.interrupted = true;
             }
         }
-        if writing {
-            self.set_writing(false);
+        if (writing || interrupted) && !self.interrupted {
+            self.set_writing(None);
         }
         self.reconcile_per_packet(now);
         self.serving.carry_out(&self.tables, now);
@@ -115,10 +123,16 @@ impl Core {
     }
 
     /// See `epoch_slot::WRITING`.
-    fn set_writing(&self, writing: bool) {
-        if let Err(error) = self.tables.set_writing(writing.then(cirri_loader::gc::now)) {
+    fn set_writing(&self, since: Option<Tick>) {
+        if let Err(error) = self.tables.set_writing(since) {
             tracing::warn!(%error, "established connections may lose packets while tables change");
         }
+    }
+
+    /// The epochs that recipes may rest on, also of what is gone; but those of services, which are written apart.
+    fn slots_in_use(&self) -> impl Iterator<Item = u16> {
+        let moved = |slot: &u16| self.tables.epoch(*slot).is_ok_and(|epoch| epoch != 0);
+        (epoch_slot::NODE..=epoch_slot::LAST_PEER).filter(moved)
     }
 
     /// The rule sets know these identities from now on: those that all of them were made with.
@@ -195,14 +209,14 @@ impl Core {
     }
 
     /// Installs rule sets; answers the slots whose epoch moved.
-    fn reconcile_rulesets(&mut self, now: Instant) -> Vec<u16> {
+    fn reconcile_rulesets(&mut self, now: Instant, disagree: bool) -> Vec<u16> {
         let mut changed = Vec::new();
         let mut seen = Instant::now();
         for Due { key, desired, .. } in self.rows.rulesets.due(now) {
             let Some(entries) = &desired else { continue };
-            if seen.elapsed() > SIGN_OF_LIFE {
+            if disagree && seen.elapsed() > SIGN_OF_LIFE {
                 seen = Instant::now();
-                self.set_writing(true);
+                self.set_writing(Some(gc::now()));
             }
             let outcome = self.tables.install_ruleset(key, entries).map(drop);
             report("rule set", &key, &outcome);
