@@ -202,6 +202,51 @@ fn a_pod_that_is_deleted_while_it_is_attached_and_gets_its_number_is_who_it_was(
 }
 
 #[test]
+fn labels_that_can_get_no_number_are_judged_at_once_and_cut_nobody_else_off() {
+    let store = Store::etcd("unnumbered");
+    store.put(&[deny("vault"), deny("open"), pod("vault", "open"), pod("twin", "open")]);
+    store.settle();
+    let (vault, twin) = (Vault::new(&store, "unnumbered"), Vault::twin(&store, "twin"));
+    vault.add().unwrap();
+    twin.add().unwrap();
+    let (before, closed) = (endpoint(&store)["identity"].clone(), labels_with(&store, "vault"));
+    store.put_numbers(&closed, 1, "no record");
+    store.put(&[pod("vault", "vault")]);
+    let has_none = || {
+        let problems = store.lab.ask::<Value>("node1", &["status"]).unwrap_or_default()["problems"].to_string();
+        problems.contains("no identity yet") && problems.contains("app=vault")
+    };
+    eventually("its labels have no number", PATIENCE, has_none);
+    // From here on who has the former labels is open.
+    store.delete(Kind::Policy, "deny-open");
+    for restart in [false, true] {
+        if restart {
+            // The agent is back, and not all is enforced: the labels have no number.
+            store.lab.restart("node1", &["--kill", "--timeout", "5"]).unwrap_err();
+            eventually("its labels still have no number", PATIENCE, has_none);
+        }
+        assert!(labels(&store).contains("k8s:app=vault"), "restart: {restart}: {}", labels(&store));
+        assert_eq!(endpoint(&store)["identity"], before, "others know it by the number that it had");
+        let identities: Vec<Value> = store.lab.ask("node1", &["identity", "list"]).unwrap();
+        let former = identities.iter().find(|identity| identity["id"] == before).unwrap();
+        assert!(former["labels"].to_string().contains("k8s:app=open"), "the number got its labels: {former}");
+        twin.received();
+        eventually("datagrams pass to who has the former labels", PATIENCE, || twin.received() > 0);
+        assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids, restart: {restart}");
+    }
+    store.delete_number(&closed);
+    store.settle();
+    assert_ne!(endpoint(&store)["identity"], before);
+    assert_eq!(vault.received(), 0, "datagrams passed that the policy forbids");
+    store.put(&[pod("vault", "open")]);
+    store.settle();
+    assert_eq!(endpoint(&store)["identity"], before);
+    eventually("datagrams pass", PATIENCE, || vault.received() > 0);
+    twin.del().unwrap();
+    vault.del().unwrap();
+}
+
+#[test]
 fn what_the_store_spoils_stays_in_force_over_restarts_until_it_is_readable_or_gone() {
     let store = Store::etcd("spoilt");
     store.put(&[deny("vault"), pod("vault", "vault")]);

@@ -153,6 +153,13 @@ impl Store {
         });
     }
 
+    /// Removes what stands under the first of these keys.
+    pub fn delete_number(&self, labels: &IdentityLabels) {
+        self.in_etcd(async |store| {
+            store.delete(&number_key(labels, 0)).await.unwrap();
+        });
+    }
+
     fn file(&self, key: &str) -> PathBuf {
         let folder = format!("/run/cirri/lab/{}/nodes/node1/manifests", self.lab.name());
         PathBuf::from(folder).join(format!("{}.json", key.replace('/', "-")))
@@ -227,6 +234,7 @@ pub fn pod(name: &str, app: &str) -> String {
 }
 
 const NAMED: &str = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=vault";
+const TWIN: &str = "IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME=twin";
 
 /// A container that listens from before it is attached, and another on its node that sends to every address that it
 /// may get, all the time.
@@ -248,6 +256,11 @@ impl Vault<'_> {
     /// Its runtime says which of the pods that have its name it is.
     pub fn with_uid<'a>(store: &'a Store, id: &str, uid: &str) -> Vault<'a> {
         Vault::of(store, id, &format!("{NAMED};K8S_POD_UID={uid}"))
+    }
+
+    /// Its runtime calls it `twin`.
+    pub fn twin<'a>(store: &'a Store, id: &str) -> Vault<'a> {
+        Vault::of(store, id, TWIN)
     }
 
     /// Its runtime knows no pods.

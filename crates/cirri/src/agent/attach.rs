@@ -252,6 +252,7 @@ async fn reserve(
         identity: identity.id,
         tunnel_identity: 0,
         labels,
+        unnumbered: false,
         mac,
         v4: addresses.iter().find_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }),
         v6: addresses.iter().find_map(|ip| if let IpAddr::V6(v6) = ip { Some(*v6) } else { None }),

@@ -28,7 +28,7 @@ use super::node::Node;
 use super::problems::Problems;
 use super::records::{self, IpRecord};
 use super::rows::Rows;
-use super::rulesets::Flaw;
+use super::rulesets::{self, Flaw};
 use super::services::Serving;
 use super::slots::Slots;
 use super::view::{Change, Named, View};
@@ -56,8 +56,8 @@ pub struct Core {
     pub cluster: Cluster,
     /// Cookies of the rules that an earlier run knew.
     pub(super) earlier_rules: BTreeSet<u32>,
-    /// Identities of workloads here whose rule set is not just what their policies say, and why; it is never more open.
-    pub(super) flawed: BTreeMap<u32, Vec<Flaw>>,
+    /// Slots of rule sets that are not just what policies say, and why; they are never more open.
+    pub(super) flawed: BTreeMap<u16, Vec<Flaw>>,
     /// This node's pod ranges and what is given out of them; empty until they are allocated.
     pub pools: Vec<Pool>,
     /// Where workloads are written down.
@@ -68,7 +68,7 @@ pub struct Core {
     pub endpoint_ids: Slots<Attachment>,
     /// The workload whose device is not up yet: no route can lead to it.
     pub raising: Option<u16>,
-    /// Slots of rule sets by identity.
+    /// Slots of rule sets, by [`Endpoint::ruleset_of`].
     pub ruleset_slots: Slots<u32>,
     /// Epoch slots of routes to peers, by the peer's address.
     pub peer_slots: Slots<Ipv4Addr>,
@@ -430,7 +430,7 @@ impl Core {
         if !self.is_ready() {
             return;
         }
-        if std::mem::take(&mut self.labels_stale) {
+        if std::mem::take(&mut self.labels_stale) || self.has_slot_for_another() {
             self.identify();
             self.desire_per_packet();
         }
@@ -454,7 +454,8 @@ impl Core {
         self.desired_revision = self.view.revision;
     }
 
-    /// Gives every workload the identity that its labels have now.
+    /// Gives every workload the labels that it has now, and their identity. Its own rules follow its labels at once;
+    /// others know it by its former number until its labels have one.
     fn identify(&mut self) {
         let filter = self.cluster.label_filter();
         let mut unnumbered = BTreeSet::new();
@@ -462,23 +463,28 @@ impl Core {
         self.remember_seen();
         for endpoint in self.endpoints.values() {
             let labels = self.labels_of_endpoint(endpoint, &filter);
-            match self.view.identities.find(&labels) {
-                Some(identity) if identity.id == endpoint.identity => {}
-                Some(identity) => moved.push((endpoint.id, identity, labels.canonical())),
-                None => {
-                    unnumbered.insert(labels);
-                }
+            let (found, line) = (self.view.identities.find(&labels), labels.canonical());
+            let is_same = match found {
+                Some(identity) => identity.id == endpoint.identity && !endpoint.unnumbered,
+                None => line == endpoint.labels,
+            };
+            if !is_same || rulesets::can_take_slot(endpoint, &self.ruleset_slots) {
+                moved.push((endpoint.id, found, line));
+            }
+            if found.is_none() {
+                unnumbered.insert(labels);
             }
         }
         self.unnumbered = unnumbered;
         let (now, tunnelled) = (Instant::now(), self.config.routing.mode == RoutingMode::Overlay);
-        for (id, identity, labels) in moved {
-            let Some(slot) = self.ruleset_slots.take(&identity.id) else {
-                tracing::error!(endpoint = id, "no slot left for a rule set; the workload keeps its old identity");
-                continue;
-            };
+        for (id, found, labels) in moved {
             let Some(endpoint) = self.endpoints.get_mut(&id) else { continue };
-            tracing::info!(endpoint = id, from = endpoint.identity, to = identity.id, "identity changed");
+            let identity = found.unwrap_or(endpoint.identity());
+            if identity.id != endpoint.identity {
+                tracing::info!(endpoint = id, from = endpoint.identity, to = identity.id, "identity changed");
+            } else if found.is_none() {
+                tracing::info!(endpoint = id, labels, "its labels have no number yet");
+            }
             self.rows_stale = true;
             if tunnelled {
                 // The others may not know it yet: `announce` tells them when they do.
@@ -486,9 +492,17 @@ impl Core {
                 endpoint.tunnel_identity = if told == identity.id { 0 } else { told };
                 self.announcing.entry(id).or_insert(now + self.config.cluster.identity_grace());
             }
+            endpoint.unnumbered = found.is_none() && (endpoint.unnumbered || endpoint.labels != labels);
             endpoint.identity = identity.id;
             endpoint.labels = labels;
-            endpoint.ruleset = slot;
+            if !rulesets::take_slot(endpoint, &mut self.ruleset_slots) {
+                tracing::error!(endpoint = id, "no slot left for its rule set; nothing passes until there is one");
+            }
+            if endpoint.unnumbered {
+                // Its slot may have the rules of earlier labels.
+                self.dirty.insert(identity.id);
+                self.flawed.remove(&endpoint.ruleset);
+            }
             if let Err(error) = self.ledger.save(endpoint) {
                 tracing::warn!(endpoint = id, %error, "its file is behind; a restart repairs it");
             }

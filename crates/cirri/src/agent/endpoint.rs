@@ -33,8 +33,11 @@ pub struct Endpoint {
     /// Who other nodes are told that it is, as long as they may not know its identity; 0: that.
     #[serde(default)]
     pub tunnel_identity: u32,
-    /// What the identity stands for: the canonical line.
+    /// Who it is: the canonical line. What the identity stands for, unless it is unnumbered.
     pub labels: String,
+    /// Whether its labels have no number (yet). Then the identity is that of its former labels.
+    #[serde(default)]
+    pub unnumbered: bool,
     /// Ethernet address inside.
     pub mac: [u8; 6],
     /// Its IPv4 address.
@@ -58,7 +61,7 @@ pub struct Endpoint {
     /// Whether GC may take it away.
     #[serde(default)]
     pub gc: bool,
-    /// Slot of its rule set.
+    /// Slot of its rule set; 0: none is left, and nothing passes.
     pub ruleset: u16,
     /// How long attaching took, milliseconds.
     pub ready_ms: f64,
@@ -187,6 +190,11 @@ impl Endpoint {
         Identity { id: self.identity }
     }
 
+    /// Whose rule set it has, as a key of slots: that of its identity, or its own while it is unnumbered.
+    pub fn ruleset_of(&self) -> u32 {
+        if self.unnumbered { Identity::MAX_ALLOCATED + 1 + u32::from(self.id) } else { self.identity }
+    }
+
     /// Whether a Pod of the store with its name is its own: see [`is_meant`].
     pub fn is_of(&self, pod: &Pod, node: &str) -> bool {
         is_meant(pod, &self.pod_uid, node)
@@ -266,6 +274,6 @@ pub mod tests {
     fn the_file_of_an_earlier_version_is_read() {
         let endpoint = endpoint();
         assert_eq!(endpoint.attachment.network, "", "of no network that GC could be asked for");
-        assert!(endpoint.has_default.v4 && !endpoint.gc);
+        assert!(endpoint.has_default.v4 && !endpoint.gc && !endpoint.unnumbered);
     }
 }

@@ -211,6 +211,7 @@ mod tests {
             identity: 300,
             tunnel_identity: 299,
             labels: "k8s:app=web".into(),
+            unnumbered: true,
             mac: [2, 0, 0, 0, 0, 1],
             v4: Some([10, 244, 0, 5].into()),
             v6: None,

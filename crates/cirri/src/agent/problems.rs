@@ -15,6 +15,7 @@ use cirri_store::{STORE_ID, folder};
 use super::core::Core;
 use super::mirror;
 use super::policies::refused;
+use super::rulesets::{Flaw, without_slot};
 use super::view::Missing;
 use crate::api::{Problem, ProblemKind, StoreStatus};
 use crate::config::StoreKind;
@@ -139,10 +140,21 @@ impl Core {
             let remedy = format!("correct the policy{file}");
             note(ProblemKind::Policy, &object, Finding::new(refused(&refusal), remedy));
         }
-        for (identity, flaws) in &self.flawed {
+        for (slot, flaws) in &self.flawed {
+            let Some(whose) = self.endpoints.values().find(|endpoint| endpoint.ruleset == *slot) else { continue };
+            let object = match whose.unnumbered {
+                true => format!("of {}/{}", whose.namespace, whose.pod),
+                false => format!("of identity {}", whose.identity),
+            };
+            let of_policies = flaws.iter().any(|flaw| matches!(flaw, Flaw::TooLarge { .. } | Flaw::Hole { .. }));
+            let remedy = if of_policies { "correct its policies" } else { "wait; the store is asked for a number" };
             let found: Vec<String> = flaws.iter().map(ToString::to_string).collect();
-            let finding = Finding::new(found.join("; "), "correct its policies");
-            note(ProblemKind::RuleSet, &format!("of identity {identity}"), finding);
+            note(ProblemKind::RuleSet, &object, Finding::new(found.join("; "), remedy));
+        }
+        if self.filled {
+            for (object, finding) in without_slot(&self.endpoints) {
+                note(ProblemKind::RuleSet, &object, finding);
+            }
         }
         for labels in &self.unnumbered {
             let finding = Finding::new("no identity yet", "it is asked of the store until there is one");

@@ -111,9 +111,16 @@ impl Core {
         protocol: u8,
         port: u16,
     ) {
-        let slot = self.ruleset_slots.get(&subject.identity.id);
+        let here = subject.address.and_then(|ip| self.endpoint_at(ip));
+        let slot = here.map(|endpoint| endpoint.ruleset).or_else(|| self.ruleset_slots.get(&subject.identity.id));
+        if slot == Some(0) && peer.identity != Identity::HOST {
+            explained.verdict = "deny".to_owned();
+            explained.rule.push_str("; but no slot is left for its rule set, and nothing passes");
+            return;
+        }
+        let flaws = slot.and_then(|slot| self.flawed.get(&slot));
         let in_force = slot.and_then(|slot| self.rows.rulesets.desired(&slot));
-        let (Some(flaws), Some(in_force)) = (self.flawed.get(&subject.identity.id), in_force) else { return };
+        let (Some(flaws), Some(in_force)) = (flaws, in_force) else { return };
         let block = peer.address.map_or(0, |ip| self.cluster.blocks().block_of(ip.into()));
         let passes = policy::allows(in_force, [peer.identity.id, block], direction, protocol, port);
         if peer.identity == Identity::HOST || passes == (explained.verdict == "allow") {

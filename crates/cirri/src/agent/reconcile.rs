@@ -67,6 +67,15 @@ impl Core {
     /// Works on every row that is due. Rows that fail are due again later. Nothing before the tables
     /// were filled once: what an earlier run left stays in force until then.
     pub async fn reconcile(&mut self, now: Instant) {
+        self.write_rows(now).await;
+        // A rule set that went leaves its slot to a workload that has none.
+        if self.has_slot_for_another() {
+            self.desire();
+            self.write_rows(now).await;
+        }
+    }
+
+    async fn write_rows(&mut self, now: Instant) {
         if !self.filled {
             return;
         }
@@ -236,16 +245,16 @@ impl Core {
             report("rule set", &key, &outcome);
             self.rows.rulesets.settle(&key, None, outcome, now);
         }
-        // A slot is free once its rule set is gone and no workload has the identity.
+        // A slot is free once its rule set is gone and no workload has it.
         let used: BTreeSet<u16> = self.endpoints.values().map(|endpoint| endpoint.ruleset).collect();
         let free: Vec<u32> = self
             .ruleset_slots
             .iter()
             .filter(|(_, slot)| !used.contains(slot) && self.rows.rulesets.state(slot).is_none())
-            .map(|(identity, _)| *identity)
+            .map(|(key, _)| *key)
             .collect();
-        for identity in free {
-            self.ruleset_slots.release(&identity);
+        for key in free {
+            self.ruleset_slots.release(&key);
         }
     }
 

@@ -1,5 +1,5 @@
-//! The rule sets of the identities that have workloads here. What cannot be made as its policies say is made so that it
-//! is never more open than they are.
+//! The rule sets of the identities that have workloads here, and of workloads whose labels have no identity. What
+//! cannot be made as its policies say is made so that it is never more open than they are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -9,7 +9,10 @@ use cirri_control::labels::IdentityLabels;
 use cirri_control::policy::{CompileError, PolicyId, Trace, Workloads, closed};
 
 use super::core::Core;
+use super::endpoint::Endpoint;
+use super::problems::Finding;
 use super::rows::sort;
+use super::slots::Slots;
 
 /// The entries of a rule set.
 type Rules = Vec<(PolicyKey, PolicyEntry)>;
@@ -57,50 +60,61 @@ pub enum Flaw {
 
 impl Core {
     pub(super) fn desire_rulesets(&mut self) {
-        let wanted: BTreeMap<u32, RulesetSlot> =
-            self.endpoints.values().map(|endpoint| (endpoint.identity, endpoint.ruleset)).collect();
-        for (identity, slot) in &wanted {
-            let is_stale = self.dirty.contains(identity) || self.is_stranger(*identity);
+        let slotted = self.endpoints.values().filter(|endpoint| endpoint.ruleset != 0);
+        let wanted: BTreeMap<RulesetSlot, u32> =
+            slotted.map(|endpoint| (endpoint.ruleset, endpoint.identity)).collect();
+        for (slot, identity) in &wanted {
+            let is_stale = self.dirty.contains(identity) || self.is_stranger(*slot);
             if !is_stale && self.rows.rulesets.desired(slot).is_some() {
                 continue;
             }
             let (entries, flaws) = self.make(*identity, *slot);
             self.rows.rulesets.set(*slot, Arc::new(entries));
             if flaws.is_empty() {
-                self.flawed.remove(identity);
-            } else if self.flawed.get(identity) != Some(&flaws) {
-                flaws.iter().for_each(|flaw| tracing::error!(identity, %flaw, "rule set"));
-                self.flawed.insert(*identity, flaws);
+                self.flawed.remove(slot);
+            } else if self.flawed.get(slot) != Some(&flaws) {
+                for flaw in &flaws {
+                    match flaw {
+                        // Mostly for the moment in which its labels get their number.
+                        Flaw::Stranger { .. } => tracing::info!(identity, %flaw, "rule set"),
+                        _ => tracing::error!(identity, %flaw, "rule set"),
+                    }
+                }
+                self.flawed.insert(*slot, flaws);
             }
         }
-        self.flawed.retain(|identity, _| wanted.contains_key(identity));
+        self.flawed.retain(|slot, _| wanted.contains_key(slot));
         // What is dirty and has no workload here is compiled when one comes.
         self.dirty.clear();
-        let live: BTreeSet<RulesetSlot> = wanted.into_values().collect();
         let unused: Vec<RulesetSlot> =
-            self.rows.rulesets.iter().map(|(slot, _)| *slot).filter(|slot| !live.contains(slot)).collect();
+            self.rows.rulesets.iter().map(|(slot, _)| *slot).filter(|slot| !wanted.contains_key(slot)).collect();
         for slot in unused {
             self.rows.rulesets.unset(&slot);
         }
     }
 
+    /// Whether a workload has no slot for its rule set, and there is one by now.
+    pub(super) fn has_slot_for_another(&self) -> bool {
+        self.endpoints.values().any(|endpoint| can_take_slot(endpoint, &self.ruleset_slots))
+    }
+
     /// Whether policies may select workloads here that the compiler does not know by their number: it does not say when
     /// their rule sets change.
     pub(super) fn has_strangers(&self) -> bool {
-        self.flawed.keys().any(|identity| self.is_stranger(*identity))
+        self.flawed.keys().any(|slot| self.is_stranger(*slot))
     }
 
-    fn is_stranger(&self, identity: u32) -> bool {
-        let flaws = self.flawed.get(&identity);
+    fn is_stranger(&self, slot: RulesetSlot) -> bool {
+        let flaws = self.flawed.get(&slot);
         flaws.into_iter().flatten().any(|flaw| matches!(flaw, Flaw::Stranger { .. } | Flaw::Mixed { .. }))
     }
 
-    /// The rule set of an identity, and what is wrong with it.
+    /// The rule set of the workloads with a slot, and what is wrong with it.
     fn make(&self, identity: u32, slot: RulesetSlot) -> (Rules, Vec<Flaw>) {
         let number = Identity { id: identity };
         let mut flaws = Vec::new();
         let theirs: BTreeSet<&str> =
-            self.endpoints.values().filter(|it| it.identity == identity).map(|it| it.labels.as_str()).collect();
+            self.endpoints.values().filter(|it| it.ruleset == slot).map(|it| it.labels.as_str()).collect();
         let labels = match theirs.into_iter().map(IdentityLabels::parse).collect::<Vec<_>>().as_slice() {
             // Without a namespace no policy would find them.
             [Ok(labels)] if labels.namespace().is_some() => labels.clone(),
@@ -129,7 +143,7 @@ impl Core {
         if !self.view.lacks_policy(namespace) {
             return None;
         }
-        let noted = self.flawed.get(&identity).into_iter().flatten().find_map(|flaw| match flaw {
+        let noted = self.flawed.get(&slot).into_iter().flatten().find_map(|flaw| match flaw {
             Flaw::Hole { trace, .. } => Some(trace.clone()),
             _ => None,
         });
@@ -153,4 +167,61 @@ impl Core {
 fn sorted(mut entries: Rules) -> Rules {
     sort(&mut entries);
     entries
+}
+
+/// Whether a workload has no slot, and there is one for it.
+pub(super) fn can_take_slot(endpoint: &Endpoint, slots: &Slots<u32>) -> bool {
+    endpoint.ruleset == 0 && (!slots.is_full() || slots.get(&endpoint.ruleset_of()).is_some())
+}
+
+/// Gives a workload the slot of its rule set. If none is left it has none: nothing passes. Whether it has one.
+pub(super) fn take_slot(endpoint: &mut Endpoint, slots: &mut Slots<u32>) -> bool {
+    endpoint.ruleset = slots.take(&endpoint.ruleset_of()).unwrap_or_default();
+    endpoint.ruleset != 0
+}
+
+/// The workloads that have none.
+pub(super) fn without_slot(endpoints: &BTreeMap<u16, Endpoint>) -> impl Iterator<Item = (String, Finding)> {
+    endpoints.values().filter(|endpoint| endpoint.ruleset == 0).map(|endpoint| {
+        let remedy = "delete pods, or exclude labels that only name an instance";
+        let finding = Finding::new("no slot for its rule set is left on this node, and nothing passes", remedy);
+        (format!("of {}/{}", endpoint.namespace, endpoint.pod), finding)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use cirri_abi::epoch_slot;
+
+    use super::*;
+    use crate::agent::endpoint::tests::endpoint;
+
+    #[test]
+    fn a_workload_without_a_slot_is_closed_and_named_until_there_is_one() {
+        let mut slots = Slots::new(epoch_slot::FIRST_RULESET..=epoch_slot::FIRST_RULESET + 1);
+        let mut of_others = Endpoint { id: 4, identity: 301, pod: "other".to_owned(), ..endpoint() };
+        let mut relabelled = Endpoint { unnumbered: true, ..endpoint() };
+        assert!(take_slot(&mut endpoint(), &mut slots) && take_slot(&mut of_others, &mut slots));
+        // Its former labels have a slot: it does not stay with their rules.
+        assert!(!take_slot(&mut relabelled, &mut slots));
+        assert!(relabelled.row().ruleset < epoch_slot::FIRST_RULESET, "a slot that no rule set can be in");
+        assert!(!can_take_slot(&relabelled, &slots));
+        let named = |of: [&Endpoint; 2]| {
+            let endpoints = of.map(|endpoint| (endpoint.id, endpoint.clone())).into();
+            without_slot(&endpoints).map(|(object, finding)| format!("{object}: {}", finding.found)).collect::<Vec<_>>()
+        };
+        let said = "of shop/web: no slot for its rule set is left on this node, and nothing passes";
+        assert_eq!(named([&relabelled, &of_others]), [said]);
+
+        slots.release(&of_others.ruleset_of());
+        assert!(can_take_slot(&relabelled, &slots) && take_slot(&mut relabelled, &mut slots));
+        assert_eq!(relabelled.ruleset, of_others.ruleset);
+        assert!(!can_take_slot(&relabelled, &slots));
+        assert!(named([&relabelled, &of_others]).is_empty());
+
+        // With the labels of others again it has the rule set that they have, although no slot is free.
+        let mut back = Endpoint { unnumbered: false, ruleset: 0, ..relabelled };
+        assert!(slots.is_full() && can_take_slot(&back, &slots) && take_slot(&mut back, &mut slots));
+        assert_eq!(slots.get(&back.identity), Some(back.ruleset));
+    }
 }

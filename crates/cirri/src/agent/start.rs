@@ -316,9 +316,9 @@ async fn restore(core: &mut Core) -> Result<()> {
             tracing::error!(endpoint = endpoint.id, pod = endpoint.pod, "its number is another's; it is left alone");
             continue;
         }
-        if !core.ruleset_slots.adopt(endpoint.identity, endpoint.ruleset) {
-            let slot = core.ruleset_slots.take(&endpoint.identity);
-            endpoint.ruleset = slot.unwrap_or_default();
+        if !core.ruleset_slots.adopt(endpoint.ruleset_of(), endpoint.ruleset) {
+            // One without takes one when all others have theirs.
+            endpoint.ruleset = core.ruleset_slots.get(&endpoint.ruleset_of()).unwrap_or_default();
         }
         if endpoint.netns_cookie == 0 {
             // An earlier version did not ask.

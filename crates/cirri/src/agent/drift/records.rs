@@ -117,8 +117,9 @@ impl Core {
             let other = other.filter(|other| *other != name && self.view.nodes.contains_key(*other)).map(str::to_owned);
             all.push((key, name.clone().into_bytes(), other));
         }
+        let numbered = self.endpoints.values().filter(|endpoint| !endpoint.unnumbered);
         let identities: BTreeMap<u32, &str> =
-            self.endpoints.values().map(|endpoint| (endpoint.identity, endpoint.labels.as_str())).collect();
+            numbered.map(|endpoint| (endpoint.identity, endpoint.labels.as_str())).collect();
         for (id, line) in identities {
             let Ok(labels) = IdentityLabels::parse(line) else { continue };
             if id >= Identity::MIN_ALLOCATED && !line.is_empty() {
