@@ -304,32 +304,6 @@ fn maps_of_another_abi_stay_until_the_new_programs_are_attached() {
 }
 
 #[tokio::test]
-async fn without_tcx_filters_of_a_clsact_qdisc_do_the_same() {
-    let (mut instance, place) = (TestInstance::new(), TestNamespace::new());
-    instance.options.hooking = Some(Hooking::Clsact);
-    let ifindex = veth(&place.net(), "lxc1", "eth0").await;
-    let filters = |direction: &str| {
-        let path = format!("--net={}", place.namespace.path().display());
-        let shown = Command::new("nsenter").args([&path, "tc", "filter", "show", "dev", "lxc1", direction]).output();
-        String::from_utf8_lossy(&shown.expect("tc runs").stdout).into_owned()
-    };
-    for run in ["first", "second"] {
-        place.namespace.run(|| instance.load().attach_workload("lxc1").expect("attached")).expect("in the namespace");
-        for (direction, program) in [("ingress", "from_workload"), ("egress", "to_workload")] {
-            let shown = filters(direction);
-            assert_eq!(
-                shown.matches(" bpf ").count(),
-                2,
-                "{run} {direction}: the protocol line and one filter: {shown}"
-            );
-            assert!(shown.contains(program) && shown.contains("direct-action"), "{run}: {shown}");
-        }
-    }
-    place.namespace.run(|| instance.load().detach(ifindex).expect("detached")).expect("in the namespace");
-    assert_eq!((filters("ingress"), filters("egress")), (String::new(), String::new()));
-}
-
-#[tokio::test]
 async fn what_was_taken_off_a_device_is_told_with_tcx_and_without() {
     for hooking in [Hooking::Tcx, Hooking::Clsact] {
         let (mut instance, place) = (TestInstance::new(), TestNamespace::new());

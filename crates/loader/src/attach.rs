@@ -3,23 +3,19 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    mem::ManuallyDrop,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
-use aya::programs::{
-    SchedClassifier, TcAttachType,
-    tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
-};
+use aya::programs::TcAttachType;
 
 use crate::{
-    chain,
+    chain, clsact,
     datapath::Datapath,
     edge,
     error::LoadError,
     features::Hooking,
-    net::{filter_on, probe},
+    net::probe,
     pins::{Pins, at},
     socket_hooks::CGROUP,
     sys::{self, Direction, LinkInfo},
@@ -47,8 +43,10 @@ pub(crate) fn names(programs: &[(&'static str, TcAttachType)]) -> Vec<&'static s
     programs.iter().map(|(name, _)| *name).collect()
 }
 
-/// Our place among the filters of a clsact qdisc: first, and a handle that nobody else picks.
-const FILTER: NlOptions = NlOptions { priority: 1, handle: TcHandle::new(0xc144, 1), classid: None };
+/// Whether a program is one of these.
+pub(crate) fn is_program(name: &str) -> bool {
+    [WORKLOAD, NETWORK, OVERLAY, UNWRAP].into_iter().flatten().any(|(ours, _)| *ours == name)
+}
 
 impl Datapath {
     // === Attaching ===
@@ -87,19 +85,7 @@ impl Datapath {
         }
         self.held.retain(|attachment, _| attachment.ifindex != ifindex);
         self.set_edge_device(ifindex, None)?;
-        if self.hooking == Hooking::Clsact
-            && let Ok(device) = device_name(ifindex)
-        {
-            for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-                if let Ok(link) =
-                    SchedClassifierLink::attached(&device, direction, FILTER.priority, FILTER.handle, FILTER.classid)
-                {
-                    // Dropping it removes the filter, if there is one.
-                    drop(link);
-                }
-            }
-        }
-        Ok(())
+        clsact::keep_only(&self.pins, ifindex, &[])
     }
 
     /// Takes the programs off every device but these, as an earlier run with another configuration leaves some. A
@@ -114,9 +100,10 @@ impl Datapath {
         Ok(others)
     }
 
-    /// Everything that is attached by a pinned link, device gone or not.
+    /// Everything that is attached: by a pinned link, device gone or not, or as a filter in the calling thread's
+    /// namespace.
     pub fn attachments(&self) -> Result<Vec<Attachment>, LoadError> {
-        pinned_of(&self.pins)
+        attached_of(&self.pins)
     }
 
     /// Removes the links whose device or cgroup is gone.
@@ -128,6 +115,7 @@ impl Datapath {
                 collected.extend(attachment(&path));
             }
         }
+        clsact::forget_gone(&self.pins);
         Ok(collected)
     }
 
@@ -144,7 +132,8 @@ impl Datapath {
                 }
                 Hooking::Clsact => {
                     let classifier = self.programs.classifier(program)?;
-                    attach_clsact(classifier, direction, device).map_err(attaching(program, device))?;
+                    let attached = clsact::attach(&self.pins, (program, classifier), direction, device, ifindex);
+                    attached.map_err(attaching(program, device))?;
                 }
             }
         }
@@ -157,6 +146,8 @@ impl Datapath {
                 self.pins.drop_link(&path)?;
             }
         }
+        let filters = if self.hooking == Hooking::Clsact { names(programs) } else { Vec::new() };
+        clsact::keep_only(&self.pins, ifindex, &filters)?;
         self.after_attaching(ifindex)?;
         Ok(ifindex)
     }
@@ -182,34 +173,10 @@ fn attach_tcx(program: BorrowedFd<'_>, place: chain::Place<'_>, pin: &Path) -> R
     }
 }
 
-/// Replaces our filter, or makes it.
-fn attach_clsact(
-    classifier: &mut SchedClassifier,
-    direction: TcAttachType,
-    device: &str,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let ours = SchedClassifierLink::attached(device, direction, FILTER.priority, FILTER.handle, FILTER.classid)?;
-    let id = match classifier.attach_to_link(ours) {
-        Ok(id) => id,
-        Err(_) => {
-            // There is no such filter yet. The qdisc may be there already, from others; if adding
-            // it fails for another reason, attaching fails too and says so.
-            let qdisc = qdisc_add_clsact(device);
-            let options = TcAttachOptions::Netlink(FILTER);
-            classifier.attach_with_options(device, direction, options).map_err(|error| match qdisc {
-                Ok(()) => error.to_string(),
-                Err(qdisc) => format!("{error} (adding clsact: {qdisc})"),
-            })?
-        }
-    };
-    // The filter shall stay when this process ends; dropping the link would remove it.
-    let _kept = ManuallyDrop::new(classifier.take_link(id)?);
-    Ok(())
-}
-
-/// What is attached by pinned links, device gone or not.
-pub(crate) fn pinned_of(pins: &Pins) -> Result<Vec<Attachment>, LoadError> {
+/// What is attached by pinned links, device gone or not, and as filters.
+pub(crate) fn attached_of(pins: &Pins) -> Result<Vec<Attachment>, LoadError> {
     let mut all: Vec<_> = pins.links_now()?.iter().filter_map(|(path, _)| attachment(path)).collect();
+    all.extend(clsact::attachments(pins)?);
     all.sort();
     Ok(all)
 }
@@ -226,13 +193,9 @@ pub(crate) fn workloads(pins: &Pins) -> Result<Vec<String>, LoadError> {
             devices.push(device);
         }
     }
+    let filters = clsact::attachments(pins)?.into_iter().filter(|it| it.program == WORKLOAD[0].0);
+    devices.extend(filters.filter_map(|it| device_name(it.ifindex).ok()));
     Ok(devices)
-}
-
-/// The number of the program in the place of our filter on a device, without tcx; `None`: there is no filter.
-pub(crate) fn filter(attachment: &Attachment) -> io::Result<Option<u32>> {
-    let ingress = direction_of(&attachment.program) == Direction::Ingress;
-    filter_on(attachment.ifindex, ingress, FILTER.priority, FILTER.handle.into())
 }
 
 /// Which packets of its device a program gets.

@@ -20,6 +20,7 @@ use cirri_abi::map;
 use crate::{
     attach::{self, Attachment},
     chain::{self, Before},
+    clsact,
     datapath::Datapath,
     edge,
     error::{LoadError, MapError},
@@ -93,6 +94,7 @@ impl fmt::Display for Found {
         match self {
             Found::Nothing => f.write_str("the program was taken off"),
             Found::Other(id) => write!(f, "program {id} stands in its place"),
+            Found::Behind(Before { id: 0, .. }) => f.write_str("a filter of somebody else runs before it"),
             Found::Behind(Before { id, name }) if name.is_empty() => {
                 write!(f, "program {id} of somebody else runs before it")
             }
@@ -179,7 +181,10 @@ impl Datapath {
                     _ => Some(Found::Nothing),
                 },
                 // Kernels without tcx pin no link.
-                None => attach::filter(&attachment).ok().flatten().map_or(Some(Found::Nothing), |_| None),
+                None => {
+                    let placed = pins.as_ref().and_then(|pins| clsact::placed(pins, &attachment).ok().flatten());
+                    placed.map_or(Some(Found::Nothing), |placed| placed.before.map(Found::Behind))
+                }
             };
             if found.is_some() {
                 return Ok(found);
@@ -191,8 +196,9 @@ impl Datapath {
     /// What is found instead of a program, which has this number; `None`: the program.
     fn found(&self, place: Place, attachment: &Attachment, ours: Option<u32>) -> Option<Found> {
         if self.hooking == Hooking::Clsact && !matches!(place, Place::Sockets | Place::Edge(_)) {
-            return match attach::filter(attachment) {
-                Ok(Some(there)) => ours.filter(|ours| *ours != there).map(|_| Found::Other(there)),
+            return match clsact::placed(&self.pins, attachment) {
+                Ok(Some(there)) if ours.is_some_and(|ours| ours != there.program) => Some(Found::Other(there.program)),
+                Ok(Some(there)) => there.before.map(Found::Behind),
                 Ok(None) => Some(Found::Nothing),
                 // What cannot be asked is not called gone.
                 Err(_) => None,

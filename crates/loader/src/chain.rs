@@ -1,4 +1,4 @@
-//! The order in which the classifiers of a device run (tcx).
+//! The order in which the classifiers of a device run: with tcx; without, see [`crate::clsact`].
 //!
 //! Whoever runs before our programs decides without them: what it accepts, no policy sees. So ours run first. Other
 //! instances' programs on a device of the network are no harm there: each passes on what is not for it.
@@ -34,7 +34,7 @@ pub(crate) struct Place<'a> {
 /// A program of somebody else that runs before ours.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Before {
-    /// The kernel's number of it.
+    /// The kernel's number of it; 0 for a filter without one.
     pub id: u32,
     /// Its name; empty if it has none.
     pub name: String,
@@ -57,8 +57,11 @@ pub(crate) fn before(
     let earlier = chain.get(..ours).filter(|earlier| !earlier.is_empty())?;
     let infos = infos(ifindex, direction);
     let info = |id: u32| infos.iter().find(|info| info.id() == id);
-    let shared = [NETWORK, UNWRAP].into_iter().flatten().any(|(name, _)| *name == program);
-    let harmless = |it: &&Chained| shared && info(it.program).is_some_and(is_of_an_instance);
+    let of_an_instance = |info: &ProgramInfo| {
+        let tables = info.map_ids().ok().flatten().unwrap_or_default();
+        info.name_as_str().is_some_and(|name| is_of_an_instance(name, &tables))
+    };
+    let harmless = |it: &&Chained| is_shared(program) && info(it.program).is_some_and(of_an_instance);
     let foreign = earlier.iter().find(|it| !harmless(it))?;
     let name = info(foreign.program).and_then(|info| info.name_as_str()).unwrap_or_default().to_owned();
     Some(Before { id: foreign.program, name })
@@ -74,16 +77,19 @@ fn infos(ifindex: u32, direction: Direction) -> Vec<ProgramInfo> {
     SchedClassifier::query_tcx(&device, direction).map(|(_, infos)| infos).unwrap_or_default()
 }
 
-/// Whether a program is that of a device of the network of some instance: by its name and its tables.
-fn is_of_an_instance(info: &ProgramInfo) -> bool {
-    let named = |name: &str| [NETWORK, UNWRAP].into_iter().flatten().any(|(ours, _)| *ours == name);
+/// Whether several instances may have this program on one device.
+pub(crate) fn is_shared(program: &str) -> bool {
+    [NETWORK, UNWRAP].into_iter().flatten().any(|(shared, _)| *shared == program)
+}
+
+/// Whether a program is that of a device of the network of some instance: by its name and the numbers of its tables.
+pub(crate) fn is_of_an_instance(name: &str, tables: &[u32]) -> bool {
     let is_ours = |id: &u32| {
         let info = MapInfo::from_id(*id).ok();
         info.and_then(|info| info.name_as_str().map(str::to_owned))
             .is_some_and(|name| !name.is_empty() && map::ALL.iter().any(|map| map.name.starts_with(&name)))
     };
-    let tables = info.map_ids().ok().flatten().unwrap_or_default();
-    info.name_as_str().is_some_and(named) && tables.iter().any(is_ours)
+    is_shared(name) && tables.iter().any(is_ours)
 }
 
 /// Makes our program, which runs by this pinned link behind others, the first.

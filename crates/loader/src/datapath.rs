@@ -235,19 +235,19 @@ impl Datapath {
         Ok(Retired { map_sets: self.pins.retire_others()?, links })
     }
 
-    /// Removes every map and every attachment by link of an instance. For `cirri lab down` and for
-    /// uninstalling; the agent must not be running.
+    /// Removes every map and every attachment of an instance; filters on kernels without tcx in the calling thread's
+    /// namespace only. For `cirri lab down` and for uninstalling; the agent must not be running.
     pub fn purge(pin_root: &Path, instance: &str) -> Result<(), LoadError> {
         Pins::purge(pin_root, instance)
     }
 
-    /// What is attached by a pinned link of an instance, device gone or not.
-    pub fn pinned(pin_root: &Path, instance: &str) -> Result<Vec<Attachment>, LoadError> {
-        Pins::at(pin_root, instance).map_or(Ok(Vec::new()), |pins| attach::pinned_of(&pins))
+    /// What is attached of an instance: see [`Datapath::attachments`].
+    pub fn attached(pin_root: &Path, instance: &str) -> Result<Vec<Attachment>, LoadError> {
+        Pins::at(pin_root, instance).map_or(Ok(Vec::new()), |pins| attach::attached_of(&pins))
     }
 
-    /// The names of the workloads' devices of an instance in the calling thread's namespace, as far as links tell;
-    /// none with clsact. Nobody may use the instance.
+    /// The names of the workloads' devices of an instance in the calling thread's namespace. Nobody may use the
+    /// instance.
     pub fn workload_devices(pin_root: &Path, instance: &str) -> Result<Vec<String>, LoadError> {
         Pins::at(pin_root, instance).map_or(Ok(Vec::new()), |pins| {
             let _claim = pins.claim()?;

@@ -74,6 +74,14 @@ pub enum LoadError {
         /// What aya or the kernel says.
         error: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Filters of a device, which programs are on without tcx, cannot be listed or taken off.
+    #[error("filters of {device}: {error}")]
+    Filters {
+        /// Its name, or its number.
+        device: String,
+        /// What the kernel says.
+        error: io::Error,
+    },
     /// A directory is not, or is no longer, a cgroup that programs can be put on.
     #[error(
         "cgroup {path}: {problem}; set services.socket.cgroup to a directory of a cgroup2 mount, such as the mount \

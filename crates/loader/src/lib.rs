@@ -14,6 +14,7 @@ mod attach;
 mod audit;
 mod bill;
 mod chain;
+mod clsact;
 mod datapath;
 mod edge;
 mod error;

@@ -6,6 +6,7 @@
 //! <pin root>/<instance>/programs/              programs that passed the verifier, for the next start
 //! <pin root>/<instance>/links/from_workload-12    program on device
 //! <pin root>/<instance>/links/connect4-0          program on the sockets of a cgroup
+//! <pin root>/<instance>/qdiscs/12                 device that was given a clsact qdisc; empty
 //! <pin root>/<instance>/endpoints/3               what is known of an endpoint; see [`crate::Records`]
 //! ```
 //!
@@ -14,7 +15,7 @@
 //! rest on epochs, and flow entries beside fresh epochs could look valid when they are not.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
@@ -24,6 +25,7 @@ use cirri_abi::{ABI_HASH, map};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{
+    clsact,
     error::{LoadError, MapError},
     rulesets,
     sys::{self, LinkInfo, RawMap},
@@ -103,6 +105,19 @@ impl Pins {
         self.dir.join("links")
     }
 
+    /// Says of a device that its clsact qdisc was made for the instance.
+    pub fn qdisc(&self, ifindex: u32) -> PathBuf {
+        self.qdiscs().join(ifindex.to_string())
+    }
+
+    pub fn qdiscs(&self) -> PathBuf {
+        self.dir.join("qdiscs")
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// What is known of endpoints, of the instance with this directory.
     pub fn endpoints(dir: &Path) -> PathBuf {
         dir.join("endpoints")
@@ -147,6 +162,25 @@ impl Pins {
         Ok(maps)
     }
 
+    /// The numbers of the maps of all sets, also of other ABIs.
+    pub fn map_ids(&self) -> BTreeSet<u32> {
+        let of_set = |name: &String| fs::read_dir(self.dir.join(name)).into_iter().flatten().flatten();
+        let sets = self.sets().unwrap_or_default();
+        let pins = sets.iter().flat_map(of_set).map(|entry| entry.path());
+        pins.filter_map(|pin| sys::map_id(sys::open_pin(&pin).ok()?.as_fd()).ok()).collect()
+    }
+
+    /// The names of the sets of maps.
+    fn sets(&self) -> Result<Vec<String>, LoadError> {
+        let entries = fs::read_dir(&self.dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let names = entries.map_err(at(&self.dir, "list"))?.into_iter().map(|it| it.file_name());
+        let is_set = |name: &String| {
+            let hash = name.strip_suffix(NEW).unwrap_or(name);
+            hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit())
+        };
+        Ok(names.map(|name| name.to_string_lossy().into_owned()).filter(is_set).collect())
+    }
+
     /// An empty directory for a new set.
     pub fn begin(&self) -> Result<PathBuf, LoadError> {
         let dir = self.new_set();
@@ -172,11 +206,8 @@ impl Pins {
     /// Removes the sets of other ABIs, and half made ones. Answers their names.
     pub fn retire_others(&self) -> Result<Vec<String>, LoadError> {
         let mut retired = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(at(&self.dir, "list"))? {
-            let name = entry.map_err(at(&self.dir, "list"))?.file_name().to_string_lossy().into_owned();
-            let hash = name.strip_suffix(NEW).unwrap_or(&name);
-            let is_set = hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit());
-            if is_set && self.dir.join(&name) != self.live() {
+        for name in self.sets()? {
+            if self.dir.join(&name) != self.live() {
                 remove(&self.dir.join(&name))?;
                 retired.push(name);
             }
@@ -213,13 +244,18 @@ impl Pins {
         fs::remove_file(pin).map_err(at(pin, "unpin"))
     }
 
-    /// Removes everything of the instance, which nobody may use; links that were pinned are detached.
+    /// Removes everything of the instance, which nobody may use; links that were pinned are detached, and filters are
+    /// taken off devices of the calling thread's namespace.
     pub fn purge(root: &Path, instance: &str) -> Result<(), LoadError> {
-        let Some(pins) = Pins::at(root, instance) else { return Ok(()) };
+        let Some(pins) = Pins::at(root, instance) else {
+            // Filters outlive the directory, and are known by their handles.
+            return clsact::purge(&Pins { dir: root.join(instance) });
+        };
         let _claim = pins.claim()?;
         for (link, _) in pins.links_now()? {
             pins.drop_link(&link)?;
         }
+        clsact::purge(&pins)?;
         remove(&pins.dir)?;
         // Not if others have pins there; another root is the administrator's.
         if root == Path::new(crate::datapath::PIN_ROOT) {

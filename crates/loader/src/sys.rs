@@ -265,6 +265,21 @@ pub(crate) fn program_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(info.id)
 }
 
+/// The numbers of the maps that the program with this number works on.
+pub(crate) fn program_maps(id: u32) -> io::Result<Vec<u32>> {
+    let attr = Id { id, ..Id::default() };
+    // SAFETY: `attr` is the whole argument and outlives the call.
+    let program = own(unsafe { bpf(Command::ProgramGetFdById, &attr) }?);
+    let mut counts = ProgramInfo::default();
+    object_info(program.as_fd(), &mut counts)?;
+    let mut maps = vec![0u32; counts.map_count as usize];
+    let mut info =
+        ProgramInfo { map_count: counts.map_count, maps: maps.as_mut_ptr() as u64, ..ProgramInfo::default() };
+    // The kernel writes at most `map_count` numbers, the size of the vector, which outlives the call.
+    object_info(program.as_fd(), &mut info)?;
+    Ok(maps)
+}
+
 /// Of what kind a program that does nothing is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ProbeKind {
@@ -343,7 +358,7 @@ pub(crate) fn program_code(fd: BorrowedFd<'_>) -> io::Result<ProgramCode> {
     Ok(ProgramCode { instructions, jited: sizes.jited_length })
 }
 
-/// `struct bpf_prog_info`, its first 40 bytes.
+/// `struct bpf_prog_info`, its first 64 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct ProgramInfo {
@@ -354,6 +369,10 @@ struct ProgramInfo {
     xlated_length: u32,
     jited: u64,
     xlated: u64,
+    loaded: u64,
+    user: u32,
+    map_count: u32,
+    maps: u64,
 }
 
 trait Info {}
@@ -431,6 +450,7 @@ enum Command {
     ProgramLoad = 5,
     ObjectPin = 6,
     ObjectGet = 7,
+    ProgramGetFdById = 13,
     MapGetFdById = 14,
     InfoByFd = 15,
     ProgramQuery = 16,

@@ -164,9 +164,9 @@ impl BackendHost {
 
     async fn take_away(&self, net: &Net, devices: &[&str]) -> Result<()> {
         let unwraps = |it: &Attachment| it.program == UNWRAP;
-        let pinned = Datapath::pinned(&self.pin_root, &self.instance).because(Failure::Failed)?;
-        let mut rest = pinned.len();
-        if pinned.iter().any(unwraps) {
+        let attached = Datapath::attached(&self.pin_root, &self.instance).because(Failure::Failed)?;
+        let mut rest = attached.len();
+        if attached.iter().any(unwraps) {
             let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
             for device in devices {
                 if let Some(link) = net.find_link(device).await.because(Failure::Failed)? {

@@ -15,49 +15,99 @@ use rtnetlink::{
 
 use super::wire::{Scope, ask};
 
-/// The number of the program in the filter with this priority and handle, if that is on a device of the calling
-/// thread's namespace. A device or qdisc that is gone has none.
-pub(crate) fn filter_on(ifindex: u32, ingress: bool, priority: u16, handle: u32) -> io::Result<Option<u32>> {
-    const CLSACT: u16 = 0xffff;
-    const INGRESS: u16 = 0xfff2;
-    const EGRESS: u16 = 0xfff3;
-    let mut request = TcMessage::default();
-    request.header.index = i32::try_from(ifindex).map_err(io::Error::other)?;
-    request.header.parent = TcHandle { major: CLSACT, minor: if ingress { INGRESS } else { EGRESS } };
-    let answers = match ask(NETLINK_ROUTE, RouteNetlinkMessage::GetTrafficFilter(request), Scope::All) {
-        Ok(answers) => answers,
-        Err(error) if [libc::ENODEV, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    Ok(answers.into_iter().find_map(|answer| match answer {
-        RouteNetlinkMessage::NewTrafficFilter(filter) => {
-            let placed = filter.header.info >> 16 == u32::from(priority) && u32::from(filter.header.handle) == handle;
-            placed.then(|| program_of(&filter))
-        }
-        _ => None,
-    }))
+/// `ETH_P_ALL`, in network order as the kernel wants it.
+const ALL: u32 = 0x0003u16.to_be() as u32;
+
+/// A filter of a device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Filter {
+    pub ifindex: u32,
+    pub ingress: bool,
+    /// Packets get the filters of chain 0, and others if one of those says so.
+    pub chain: u32,
+    pub priority: u16,
+    pub handle: u32,
+    /// The number of its program; 0: it has none.
+    pub program: u32,
+    /// The name that its program was given; empty if it has none.
+    pub name: String,
 }
 
-/// The number of a filter's program; 0: it has none.
-fn program_of(filter: &TcMessage) -> u32 {
-    let options = filter.attributes.iter().filter_map(|attribute| match attribute {
-        TcAttribute::Options(options) => Some(options),
-        _ => None,
-    });
-    let program = options.flatten().find_map(|option| match option {
-        TcOption::Bpf(TcFilterBpfOption::ProgId(program)) => Some(*program),
-        _ => None,
-    });
-    program.unwrap_or_default()
+/// The filters of a device of the calling thread's namespace, those of a chain in the order in which they run. A device
+/// or qdisc that is gone has none.
+pub(crate) fn filters_on(ifindex: u32, ingress: bool) -> io::Result<Vec<Filter>> {
+    let mut request = TcMessage::with_index(ifindex.cast_signed());
+    request.header.parent = place(ingress);
+    let answers = match ask(NETLINK_ROUTE, RouteNetlinkMessage::GetTrafficFilter(request), Scope::All) {
+        Ok(answers) => answers,
+        Err(error) if [libc::ENODEV, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let filter = |answer| if let RouteNetlinkMessage::NewTrafficFilter(it) = answer { Some(it) } else { None };
+    // Each priority is told of, too, without a handle.
+    let filters = answers.into_iter().filter_map(filter).map(|it| described(&it, ifindex, ingress));
+    Ok(filters.filter(|it| it.handle != 0).collect())
+}
+
+/// Removes a filter; one that is gone is no error.
+pub(crate) fn delete_filter(filter: &Filter) -> io::Result<()> {
+    let mut request = TcMessage::with_index(filter.ifindex.cast_signed());
+    request.header.parent = place(filter.ingress);
+    request.header.handle = filter.handle.into();
+    request.header.info = u32::from(filter.priority) << 16 | ALL;
+    gone_is_well(ask(NETLINK_ROUTE, RouteNetlinkMessage::DelTrafficFilter(request), Scope::One))
+}
+
+/// Removes the qdisc that filters are on, with all that are there; one that is gone is no error.
+pub(crate) fn delete_clsact(ifindex: u32) -> io::Result<()> {
+    let mut request = TcMessage::with_index(ifindex.cast_signed());
+    request.header.parent = TcHandle::CLSACT;
+    request.header.handle = TcHandle { major: u16::MAX, minor: 0 };
+    gone_is_well(ask(NETLINK_ROUTE, RouteNetlinkMessage::DelQueueDiscipline(request), Scope::One))
+}
+
+fn gone_is_well(answer: io::Result<Vec<RouteNetlinkMessage>>) -> io::Result<()> {
+    match answer {
+        Err(error) if ![libc::ENODEV, libc::ENOENT, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn place(ingress: bool) -> TcHandle {
+    let minor = if ingress { TcHandle::MIN_INGRESS } else { TcHandle::MIN_EGRESS };
+    TcHandle { major: TcHandle::CLSACT.major, minor }
+}
+
+fn described(filter: &TcMessage, ifindex: u32, ingress: bool) -> Filter {
+    let (priority, handle) = ((filter.header.info >> 16) as u16, filter.header.handle.into());
+    let mut described = Filter { ifindex, ingress, chain: 0, priority, handle, program: 0, name: String::new() };
+    for attribute in &filter.attributes {
+        let options = match attribute {
+            TcAttribute::Options(options) => options,
+            TcAttribute::Chain(chain) => {
+                described.chain = *chain;
+                continue;
+            }
+            _ => continue,
+        };
+        for option in options {
+            match option {
+                TcOption::Bpf(TcFilterBpfOption::ProgId(program)) => described.program = *program,
+                TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => described.name.clone_from(name),
+                _ => {}
+            }
+        }
+    }
+    described
 }
 
 /// Puts a classifier on what comes in by a device of the calling thread's namespace that has such a qdisc.
 pub(crate) fn put_filter(ifindex: u32, program: BorrowedFd<'_>) -> io::Result<()> {
-    /// `ETH_P_ALL`, in network order as the kernel wants it.
-    const ALL: u32 = 0x0003u16.to_be() as u32;
     const PRIORITY: u32 = 1;
     let mut request = TcMessage::with_index(ifindex.cast_signed());
-    request.header.parent = TcHandle { major: TcHandle::CLSACT.major, minor: TcHandle::MIN_INGRESS };
+    request.header.parent = place(true);
     request.header.info = PRIORITY << 16 | ALL;
     let options = vec![
         TcOption::Bpf(TcFilterBpfOption::ProgFd(program.as_raw_fd().cast_unsigned())),

@@ -1,6 +1,6 @@
 //! Devices.
 
-use std::os::fd::AsRawFd;
+use std::{io, os::fd::AsRawFd};
 
 use futures::TryStreamExt;
 use rtnetlink::{
@@ -9,6 +9,7 @@ use rtnetlink::{
         RouteNetlinkMessage,
         link::{InfoData, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     },
+    sys::protocols::NETLINK_ROUTE,
 };
 
 use super::{Namespace, Net, NetError, absent_is_false, kernel, wire};
@@ -64,6 +65,15 @@ pub struct VethEnd {
     pub mtu: Option<u32>,
     /// Where it shall be; the namespace of the [`Net`] otherwise.
     pub namespace: Option<Namespace>,
+}
+
+/// The numbers of the devices of the calling thread's namespace.
+pub(crate) fn devices() -> io::Result<Vec<u32>> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let answers = wire::ask(NETLINK_ROUTE, request, wire::Scope::All)?.into_iter();
+    Ok(answers
+        .filter_map(|it| if let RouteNetlinkMessage::NewLink(link) = it { Some(link.header.index) } else { None })
+        .collect())
 }
 
 impl Net {

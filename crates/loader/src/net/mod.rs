@@ -22,7 +22,8 @@ use std::{io, net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 use rtnetlink::{packet_route::RouteNetlinkMessage, sys::protocols::NETLINK_ROUTE};
 use rustix::net::{AddressFamily, SocketType};
 
-pub(crate) use filter::{filter_on, put_filter};
+pub(crate) use filter::{Filter, delete_clsact, delete_filter, filters_on, put_filter};
+pub(crate) use link::devices;
 pub use link::{Link, VethEnd, Vxlan};
 pub use lookup::{Asked, Lookup, Rules, Selector, lookup, rules};
 pub use namespace::{Namespace, in_netns};
