@@ -12,7 +12,7 @@ use cirri_abi::{
 use crate::{
     door, epochs,
     parse::remember_ports,
-    place::{Place, PlaceKind, is_behind, is_peer, peer_identity},
+    place::{Place, PlaceKind, is_behind, is_disputed, is_peer, peer_identity},
     service::{self, Served},
     slow::{Current, Next, Outcome, Scratch, is_syn},
     traits::{Flow, NextHop, Packet, Table, Tables},
@@ -65,15 +65,17 @@ pub(crate) fn meet<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scratch
     // answers as RFC 5961 has it.
     s.reopened = syn && if s.old.backend != 0 { s.old.state == State::CLOSING } else { !s.pending };
     s.foreign = !same && !syn && is_foreign(packet, tables, s);
+    let other_sender = !same && !s.foreign;
     let now = epochs(tables, &s.old.slots);
-    s.stale = s.reopened || (!same && !s.foreign) || now != s.old.epoch;
+    s.stale = s.reopened || other_sender || now != s.old.epoch;
     s.current = Current::Old;
     if s.stale && !keeps_backend(tables, s) {
         return Ok(Next::Go);
     }
     // In the middle of a change it would be judged by halves. It stays stale in its table. One that was stale
-    // before may be closed since.
-    s.stale = s.stale && (s.reopened || !epoch::held_before(s.old.epoch, now) || !is_being_written(tables));
+    // before may be closed since, and so may one whose sender is somebody else by now.
+    let held = !s.reopened && !other_sender && epoch::held_before(s.old.epoch, now);
+    s.stale = s.stale && !(held && is_being_written(tables));
     s.from.identity = s.old.src_identity;
     s.to.identity = s.old.dst_identity;
     Ok(Next::Carry)
@@ -164,7 +166,14 @@ pub(crate) fn revisit<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
         && let Some(key) = packet.tunnel_key()
     {
         let sender = if reply { &mut s.to } else { &mut s.from };
-        sender.identity = if s.foreign { s.old.src_identity } else { peer_identity(key.vni) };
+        let known = sender.identity;
+        if !s.foreign {
+            sender.identity = peer_identity(key.vni);
+        } else if !tables.knows_identity(known.id) {
+            // Its address has the new one already. Else it may be one that was refused after who opened it.
+            sender.identity = s.old.src_identity;
+        }
+        s.disputed = is_disputed(sender.identity, known);
     }
     snapshot(tables, s);
     s.icmp_type = if s.opener.proto == proto::ICMPV6 { ECHO_REQUEST_V6 } else { ECHO_REQUEST };
@@ -180,11 +189,19 @@ pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     keep(own, &s.old, s.reopened);
     // A foreign sender is looked at with every packet, until it is known.
     through(own, s.hook, if s.foreign { s.old.door } else { door(s.hook, packet) });
+    let kind = if s.reopened {
+        EventKind::NEW
+    } else if s.disputed && own.door == s.old.door {
+        // It is renewed with every packet.
+        0
+    } else {
+        EventKind::RENEWED
+    };
     if own.flags & recipe_flag::ONE_WAY != 0 {
         tables.insert(table, &s.opener, own, false);
         tables.count(CounterIndex::RENEWED, packet.length());
         s.current = Current::Forward;
-        s.event.kind = if s.reopened { EventKind::NEW } else { EventKind::RENEWED };
+        s.event.kind = kind;
         return Ok(Next::Go);
     }
     let opposite_tuple = if reply { &s.opener } else { &s.answer };
@@ -206,7 +223,7 @@ pub(crate) fn replace<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut Scra
     tables.insert(table, &s.answer, &s.reverse, false);
     tables.count(CounterIndex::RENEWED, packet.length());
     s.current = if reply { Current::Reverse } else { Current::Forward };
-    s.event.kind = if s.reopened { EventKind::NEW } else { EventKind::RENEWED };
+    s.event.kind = kind;
     Ok(Next::Go)
 }
 
@@ -277,7 +294,8 @@ pub(crate) fn snapshot<T: Tables>(tables: &T, s: &mut Scratch) {
             s.translated.dport,
             if s.stale { s.opener.proto } else { 0 },
         );
-    if !held || tables.epoch(epoch_slot::PLACES) != s.places {
+    // With a disputed sender each direction asks for itself: what one says must not hold for the other.
+    if !held || s.disputed || tables.epoch(epoch_slot::PLACES) != s.places {
         s.epoch = s.epoch.wrapping_sub(epoch::STEP);
     }
 }

@@ -5,7 +5,7 @@ use cirri_abi::{Addr, DropReason, Hook, Identity, Port, VXLAN_PORT, endpoint_fla
 use crate::{
     Packed, carry, neighbour,
     parse::Parsed,
-    place::{Place, PlaceKind, block_of, is_behind, is_host, is_peer, peer_identity},
+    place::{Place, PlaceKind, block_of, is_behind, is_disputed, is_host, is_peer, peer_identity},
     slow::{Next, Outcome, Refusal, Scratch, quiet},
     traits::{Packet, Tables},
 };
@@ -45,6 +45,7 @@ pub(crate) fn check_source<P: Packet, T: Tables>(packet: &P, tables: &T, s: &mut
             }
             s.from.set_entry(entry);
             s.from.identity = peer_identity(key.vni);
+            s.disputed = is_disputed(s.from.identity, entry.identity);
         }
         _ => {
             // From the node's stack, or from the network: the address says who it is, so it must

@@ -145,6 +145,12 @@ pub(crate) fn peer_identity(vni: u32) -> Identity {
     if vni == Identity::HOST.id { Identity::REMOTE_NODE } else { Identity { id: vni } }
 }
 
+/// Whether a sender that a packet stands for and the one that its address is known for are different workloads.
+#[inline(always)]
+pub(crate) fn is_disputed(said: Identity, known: Identity) -> bool {
+    said != known && said.id >= Identity::MIN_ALLOCATED && known.id >= Identity::MIN_ALLOCATED
+}
+
 #[inline(always)]
 fn kind_of(entry: &Ipcache) -> PlaceKind {
     if entry.flags & ipcache_flag::HOST != 0 {

@@ -76,6 +76,8 @@ pub struct Scratch {
     pub stale: bool,
     /// It comes from another node under an identity that the rules here know nothing of.
     pub foreign: bool,
+    /// Policy is asked for another sender than the address cache names: one of them is behind.
+    pub disputed: bool,
     /// Its opener begins anew.
     pub reopened: bool,
     /// The recipe that this packet is to obey.
@@ -561,6 +563,7 @@ fn take_apart<P: Packet, T: Tables>(packet: &mut P, tables: &T, s: &mut Scratch)
     s.claimed = false;
     s.stale = false;
     s.foreign = false;
+    s.disputed = false;
     s.event.reason = 0;
     s.mtu = 0;
     s.outer_dst = Addr::UNSPECIFIED;

@@ -3,7 +3,8 @@
 //! Through the overlay a packet says who sent it, and the receiver's node judges it by that. Rule sets that
 //! were made before an identity was there refuse it. So a workload whose identity changes is told to others
 //! under its old one until all of them have said that their rule sets know the new one (`enforced/<node>` in
-//! the store), or until a grace time is over. Its own rules, and those of this node, change at once.
+//! the store), or until a grace time is over. Its address stands for the same: its record in the store changes with
+//! its packets. Its own rules, and those of this node, change at once.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -43,8 +44,12 @@ impl Core {
             if let Err(error) = self.ledger.save(endpoint) {
                 tracing::warn!(endpoint = id, %error, "its file is behind; a restart repairs it");
             }
-            let row = endpoint.row();
-            self.rows.endpoints.set(id, row);
+            let endpoint = endpoint.clone();
+            self.rows.endpoints.set(id, endpoint.row());
+            for ip in endpoint.addresses() {
+                let (key, record) = (records::ip_key(&self.node.name, ip), self.ip_record(&endpoint, ip));
+                self.rows.published.set(key, serde_json::to_vec(&record).unwrap_or_default());
+            }
         }
         self.announcing.values().min().copied()
     }

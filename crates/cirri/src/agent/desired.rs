@@ -249,10 +249,11 @@ impl Core {
         rows
     }
 
-    fn ip_record(&self, endpoint: &Endpoint, ip: IpAddr) -> IpRecord {
+    /// What others know of a workload's address. Who it is there is what its packets say.
+    pub(super) fn ip_record(&self, endpoint: &Endpoint, ip: IpAddr) -> IpRecord {
         IpRecord {
             ip,
-            identity: endpoint.identity,
+            identity: if endpoint.tunnel_identity == 0 { endpoint.identity } else { endpoint.tunnel_identity },
             node: self.node.name.clone(),
             namespace: endpoint.namespace.clone(),
             pod: endpoint.pod.clone(),
