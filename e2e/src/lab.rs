@@ -219,11 +219,25 @@ impl Lab {
     /// # Errors
     /// If it could not be tried.
     pub fn try_apply(&self, manifests: &str) -> Result<Output, LabError> {
+        self.hand_in(manifests, &["--wait"])
+    }
+
+    /// Hands the manifests in, and waits for nothing.
+    ///
+    /// # Errors
+    /// If they are refused.
+    pub fn write(&self, manifests: &str) -> Result<(), LabError> {
+        let output = self.hand_in(manifests, &[])?;
+        succeeded(&["lab", "apply"], output).map(drop)
+    }
+
+    fn hand_in(&self, manifests: &str, more: &[&str]) -> Result<Output, LabError> {
         let io = |source| LabError::Io { what: format!("cannot write {}", self.folder.display()), source };
         std::fs::create_dir_all(&self.folder).map_err(io)?;
         std::fs::write(self.folder.join("all.yaml"), manifests).map_err(io)?;
-        let arguments = ["lab", "apply", "--name", &self.name, "--wait", "-f"].map(OsStr::new);
-        output(arguments.into_iter().chain([self.folder.as_os_str()]))
+        let arguments = ["lab", "apply", "--name", &self.name].map(OsStr::new);
+        let from = [OsStr::new("-f"), self.folder.as_os_str()];
+        output(arguments.into_iter().chain(more.iter().map(OsStr::new)).chain(from))
     }
 
     /// Probes with these arguments beside `-o json`. That something is denied is no error.

@@ -1,6 +1,7 @@
 //! What is wrong gets one clear error that says what to do, and the last good state stays in force.
 
 use std::fs;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -211,6 +212,46 @@ fn an_agent_whose_etcd_was_never_there_says_so_and_attaches_nobody() {
     assert!(error["msg"].as_str().unwrap().contains("store"), "{error}");
     assert!(printed(&place.namespace.namespace, &["ip", "-o", "link"]).matches("lxc").count() == 0);
     drop(agent);
+}
+
+#[test]
+fn an_exception_that_finds_no_room_allows_nothing_and_is_named() {
+    let lab = Lab::up("noroom", 1, &["--set", "bpf.maps.ipcache=64"]).unwrap();
+    let closed = "
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: client, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: client}}
+  policyTypes: [Egress]
+";
+    // The world is one of the exceptions, and the last of them: no room is left for it.
+    let IpAddr::V4(world) = lab.addresses().unwrap()["world"][0] else { panic!("no IPv4 address of the world") };
+    let first = world.octets()[0];
+    let mut exceptions: Vec<String> = (0..100).map(|number| format!("{first}.0.{number}.0/24")).collect();
+    exceptions.push(format!("{world}/32"));
+    let except = |exceptions: &[String]| {
+        let exceptions = exceptions.join(", ");
+        format!("{closed}  egress: [{{to: [{{ipBlock: {{cidr: {first}.0.0.0/8, except: [{exceptions}]}}}}]}}]\n")
+    };
+    let reaches = || {
+        let all = lab.verdicts("shop/client", "world", 80).unwrap();
+        all[&4].clone()
+    };
+    lab.apply(&[PODS, closed].concat()).unwrap();
+    assert_eq!(reaches(), "denied", "before");
+    lab.write(&[PODS, &except(&exceptions)].concat()).unwrap();
+    let says = |words: &str| lab.ask::<Value>("node1", &["status"]).unwrap().to_string().contains(words);
+    eventually("the table is full", PATIENCE, || says("IPCACHE is full"));
+    assert_eq!(reaches(), "denied", "with an exception that finds no room");
+    assert!(says("cannot be told from those around them"));
+
+    // With room for all it is as the policy says, and without the exception the world is reached.
+    lab.apply(&[PODS, &except(&exceptions[90..])].concat()).unwrap();
+    assert_eq!(reaches(), "denied", "with the exception");
+    lab.apply(&[PODS, &except(&exceptions[90..100])].concat()).unwrap();
+    assert_eq!(reaches(), "allowed", "without it");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use cirri_control::labels::IdentityLabels;
 use cirri_e2e::lab::{self, eventually};
 use serde_json::Value;
-use vault::{Kind, Process, Store, Vault, deny, others, pod};
+use vault::{Kind, Process, Store, Vault, denial, deny, others, pod};
 
 /// How long a change may take until it is in force.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,6 +41,28 @@ fn a_backlog_before_the_attachment(store: Store, ahead: usize) {
     store.delete(Kind::Policy, "deny-vault");
     eventually("datagrams pass without a policy", PATIENCE, || vault.received() > 0);
     vault.del().unwrap();
+}
+
+#[test]
+fn what_changes_together_comes_into_force_together_however_much_it_is() {
+    let store = Store::folder("vault_t");
+    // More than the agent takes in at once. The policy is the first of them, and its pod the last.
+    let state = |app: &str, round| {
+        let policy = denial("a", app);
+        store.put_together(&[vec![policy], others(6000, round), vec![pod("vault", app)]].concat());
+        store.settle();
+    };
+    state("vault", 0);
+    let vault = Vault::new(&store, "first");
+    vault.add().unwrap();
+    for (round, app) in ["safe", "vault", "safe", "vault", "safe"].into_iter().enumerate() {
+        state(app, round as u64 + 1);
+        assert_eq!(vault.received(), 0, "datagrams passed that no state allows, in round {round}");
+        assert!(labels(&store).contains(&format!("k8s:app={app}")), "{}", labels(&store));
+    }
+    // The attack was one.
+    store.put_together(&[pod("vault", "vault")]);
+    eventually("datagrams pass without a policy", PATIENCE, || vault.received() > 0);
 }
 
 #[test]

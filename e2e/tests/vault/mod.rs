@@ -81,6 +81,16 @@ impl Store {
         });
     }
 
+    /// Writes objects in one file of the folder, at once.
+    pub fn put_together(&self, manifests: &[String]) {
+        let place = self.file("together");
+        let beside = place.parent().and_then(std::path::Path::parent).unwrap().join("together.json");
+        let objects = manifests.iter().flat_map(|text| parse_documents("test", text).unwrap());
+        let documents: Vec<String> = objects.map(|object| object.to_json()).collect();
+        fs::write(&beside, documents.join("\n---\n")).unwrap();
+        fs::rename(&beside, place.with_extension("yaml")).unwrap();
+    }
+
     /// Writes a value as it is.
     pub fn spoil(&self, kind: Kind, name: &str, text: &str) {
         let key = kind.key(name);
@@ -208,7 +218,7 @@ pub fn others(count: usize, round: u64) -> Vec<String> {
     (0..count).map(|number| denial(&format!("other{number}"), &format!("other{number}-{round}"))).collect()
 }
 
-fn denial(name: &str, app: &str) -> String {
+pub fn denial(name: &str, app: &str) -> String {
     format!(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
          spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [Ingress]}}\n"

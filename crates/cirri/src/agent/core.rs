@@ -117,6 +117,8 @@ pub struct Core {
     /// Whether a change was written without moving all epochs: an earlier run was killed in the middle of one, or the
     /// kernel refused it. Then all move with the next.
     pub interrupted: bool,
+    /// Slots whose rule set in force is an earlier one: the kernel refused the one that is desired.
+    pub(super) rulesets_behind: BTreeSet<u16>,
     /// Whether what other versions left was removed.
     pub retired: bool,
     /// Identities whose rule set must be compiled again.
@@ -176,6 +178,7 @@ impl Core {
             needed_revision: None,
             filled: false,
             interrupted: false,
+            rulesets_behind: BTreeSet::new(),
             retired: false,
             dirty: BTreeSet::new(),
             labels_stale: true,

@@ -6,7 +6,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cirri_abi::{Addr, Identity, Ipcache, Tick, epoch_slot, ipcache_flag};
+use cirri_abi::{Addr, Identity, Ipcache, PolicyEntry, PolicyKey, Tick, epoch, epoch_slot, ipcache_flag, policy_flag};
 use cirri_loader::net::Neighbour;
 use cirri_loader::{EdgeWanted, MapError, gc};
 use ipnet::IpNet;
@@ -19,9 +19,15 @@ use crate::config::Acceleration;
 /// How often a long change says that somebody is still at it.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
 
+/// How long the packet path certainly waits for the next such sign: one tick.
+const LONGEST_SILENCE: Duration = Duration::from_nanos(1 << Tick::SHIFT);
+
 /// Since when a change goes on in which nothing disagrees: no connection goes on without being judged by what is
 /// in force already. That it stands there tells the next run that this one was interrupted.
 const LONG_AGO: Tick = Tick { count: 1 };
+
+/// The entries of a rule set.
+type Rules = Vec<(PolicyKey, PolicyEntry)>;
 
 /// A row of the address cache to work on.
 type DueAddress = Due<IpNet, Ipcache>;
@@ -32,7 +38,7 @@ impl Core {
     /// # Errors
     /// A table cannot be read.
     pub async fn adopt(&mut self) -> anyhow::Result<()> {
-        self.interrupted = self.tables.epoch(epoch_slot::WRITING)? != 0;
+        self.interrupted = self.tables.epoch(epoch_slot::WRITING)? != 0 || self.has_epoch_between();
         self.rows.node.adopt("node", self.tables.node()?);
         for slot in self.tables.ruleset_ids()?.into_keys() {
             if let Some(mut entries) = self.tables.read_ruleset(slot)? {
@@ -79,35 +85,30 @@ impl Core {
         if !self.filled {
             return;
         }
+        let interrupted = std::mem::take(&mut self.interrupted);
+        if interrupted {
+            // Before this change begins, so that nothing from before the other goes on in the middle of it.
+            self.bump(self.slots_in_use().collect());
+        }
         let mut bumps = BTreeSet::new();
         // Rule sets alone, or addresses alone, are right after each write: nothing disagrees meanwhile.
-        let places = !(self.rows.node.is_done() && self.rows.ipcache.is_done() && self.rows.endpoints.is_done());
-        let disagree = places && !self.rows.rulesets.is_done();
-        let writing = places || !self.rows.rulesets.is_done();
-        if writing {
+        let rulesets = self.rows.rulesets.due(now).iter().any(|due| due.desired.is_some());
+        let places = self.rows.node.is_due(now) || self.rows.ipcache.is_due(now) || self.rows.endpoints.is_due(now);
+        let disagree = rulesets && places;
+        let began = Instant::now();
+        if rulesets || places {
             self.set_writing(Some(if disagree { gc::now() } else { LONG_AGO }));
         }
         self.reconcile_node(now, &mut bumps);
         let (early, late) = self.split_ipcache(now);
         self.reconcile_ipcache(early, now, &mut bumps);
-        let changed_rulesets = self.reconcile_rulesets(now, disagree);
+        let changed_rulesets = self.reconcile_rulesets(now, disagree.then_some(began));
         self.reconcile_endpoints(now, &mut bumps);
         // What was decided meanwhile is decided again.
         bumps.extend(changed_rulesets);
-        self.reconcile_ipcache(late, now, &mut bumps);
-        let interrupted = std::mem::take(&mut self.interrupted);
-        if interrupted {
-            bumps.extend(self.slots_in_use());
-        }
-        // First that something changed, then for whom: see `epoch_slot::PLACES`.
-        let first = (!bumps.is_empty()).then_some(epoch_slot::PLACES);
-        for slot in first.into_iter().chain(bumps) {
-            if let Err(error) = self.tables.bump(slot) {
-                tracing::error!(slot, %error, "established connections may not feel the last change until the next");
-                self.interrupted = true;
-            }
-        }
-        if (writing || interrupted) && !self.interrupted {
+        self.reconcile_ipcache(self.without_needed(late), now, &mut bumps);
+        self.bump(bumps);
+        if (interrupted || rulesets || places) && !self.interrupted {
             self.set_writing(None);
         }
         self.reconcile_per_packet(now);
@@ -138,10 +139,27 @@ impl Core {
         }
     }
 
+    /// Moves epochs: first that something changed, then for whom; see [`epoch_slot::PLACES`].
+    fn bump(&mut self, slots: BTreeSet<u16>) {
+        let first = (!slots.is_empty()).then_some(epoch_slot::PLACES);
+        for slot in first.into_iter().chain(slots) {
+            if let Err(error) = self.tables.bump(slot) {
+                tracing::error!(slot, %error, "connections do not feel the last change yet; it is tried again");
+                self.interrupted = true;
+            }
+        }
+    }
+
     /// The epochs that recipes may rest on, also of what is gone; but those of services, which are written apart.
     fn slots_in_use(&self) -> impl Iterator<Item = u16> {
         let moved = |slot: &u16| self.tables.epoch(*slot).is_ok_and(|epoch| epoch != 0);
         (epoch_slot::NODE..=epoch_slot::LAST_PEER).filter(moved)
+    }
+
+    /// Whether an epoch stands in the middle of a change, or is an earlier version's.
+    fn has_epoch_between(&self) -> bool {
+        let between = |slot| self.tables.epoch(slot).is_ok_and(|epoch| epoch != epoch::moved(epoch.wrapping_sub(1)));
+        (epoch_slot::NODE..=epoch_slot::LAST_PEER).any(between)
     }
 
     /// The rule sets know these identities from now on: those that all of them were made with.
@@ -181,6 +199,24 @@ impl Core {
         })
     }
 
+    /// Without the rows whose block a rule set in force may still ask for: one that could not be written yet would
+    /// take their addresses for those of the network around them.
+    fn without_needed(&self, late: Vec<DueAddress>) -> Vec<DueAddress> {
+        let all_written = self.rulesets_behind.is_empty();
+        let needed = |due: &DueAddress| due.actual.is_some_and(|actual| actual.block != 0);
+        late.into_iter().filter(|due| all_written || !needed(due)).collect()
+    }
+
+    /// The blocks that addresses are taken for which have one of their own, as long as its row cannot be written.
+    fn blocks_too_wide(&self) -> BTreeSet<u32> {
+        let lacking = self.rows.ipcache.failed().filter(|(_, row)| row.block != 0);
+        let taken_for = |net: &IpNet| {
+            let wider = (0..=net.prefix_len()).rev().filter_map(|length| IpNet::new(net.addr(), length).ok());
+            wider.map(|wider| wider.trunc()).find_map(|wider| self.rows.ipcache.actual(&wider).map(|row| row.block))
+        };
+        lacking.filter_map(|(net, _)| taken_for(net)).filter(|block| *block != 0).collect()
+    }
+
     fn reconcile_ipcache(&mut self, due: Vec<DueAddress>, now: Instant, bumps: &mut BTreeSet<u16>) {
         for Due { key, desired, actual } in due {
             let outcome = match &desired {
@@ -217,17 +253,30 @@ impl Core {
         }
     }
 
-    /// Installs rule sets; answers the slots whose epoch moved.
-    fn reconcile_rulesets(&mut self, now: Instant, disagree: bool) -> Vec<u16> {
+    /// Installs rule sets; answers the slots whose epoch moved. `seen` is the last sign of life, while connections
+    /// go on as they were decided.
+    fn reconcile_rulesets(&mut self, now: Instant, mut seen: Option<Instant>) -> Vec<u16> {
         let mut changed = Vec::new();
-        let mut seen = Instant::now();
+        let too_wide = self.blocks_too_wide();
         for Due { key, desired, .. } in self.rows.rulesets.due(now) {
             let Some(entries) = &desired else { continue };
-            if disagree && seen.elapsed() > SIGN_OF_LIFE {
-                seen = Instant::now();
-                self.set_writing(Some(gc::now()));
+            if let Some(last) = seen.filter(|last| last.elapsed() > SIGN_OF_LIFE) {
+                // After a longer silence connections are judged again, and what was refused stays so.
+                seen = (last.elapsed() < LONGEST_SILENCE).then(Instant::now);
+                self.set_writing(Some(if seen.is_some() { gc::now() } else { LONG_AGO }));
             }
-            let outcome = self.tables.install_ruleset(key, entries).map(drop);
+            let narrowed = without_blocks(entries, &too_wide);
+            let installed = self.tables.install_ruleset(key, narrowed.as_deref().unwrap_or(entries));
+            match installed {
+                Ok(_) => self.rulesets_behind.remove(&key),
+                Err(_) => self.rulesets_behind.insert(key),
+            };
+            let outcome = match installed {
+                Ok(_) if narrowed.is_some() => Err("networks that it does not allow cannot be told from those around \
+                    them, which it allows: none of these is allowed"
+                    .to_owned()),
+                other => other.map(drop).map_err(|error| error.to_string()),
+            };
             report("rule set", &key, &outcome);
             changed.push(key);
             self.rows.rulesets.settle(&key, desired, outcome, now);
@@ -243,6 +292,7 @@ impl Core {
             }
             let outcome = self.tables.remove_ruleset(key).map(drop);
             report("rule set", &key, &outcome);
+            self.rulesets_behind.remove(&key);
             self.rows.rulesets.settle(&key, None, outcome, now);
         }
         // A slot is free once its rule set is gone and no workload has it.
@@ -403,9 +453,44 @@ fn is_world(identity: Identity) -> bool {
     [Identity::WORLD, Identity::WORLD_IPV4, Identity::WORLD_IPV6].contains(&identity)
 }
 
+/// A rule set that allows none of these blocks; `None` if it does not anyway.
+fn without_blocks(entries: &Rules, blocks: &BTreeSet<u32>) -> Option<Rules> {
+    let allows = |(key, entry): &(PolicyKey, PolicyEntry)| {
+        blocks.contains(&key.peer) && entry.flags & (policy_flag::ALLOW | policy_flag::AUDIT) != 0
+    };
+    entries.iter().any(allows).then(|| entries.iter().filter(|entry| !allows(entry)).copied().collect())
+}
+
 fn report<E: Display>(table: &str, key: &dyn Display, outcome: &Result<(), E>) {
     match outcome {
         Ok(()) => tracing::debug!(table, %key, "done"),
         Err(error) => tracing::warn!(table, %key, %error, "not done; it is tried again"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cirri_abi::{Direction, policy_flag};
+
+    use super::*;
+
+    #[test]
+    fn a_rule_set_allows_no_block_that_is_too_wide_and_goes_on_to_refuse_it() {
+        let rule = |peer: u32, direction: u8, flags: u8| {
+            let key = PolicyKey { peer, direction, ..PolicyKey::default() };
+            (key, PolicyEntry { flags, ..PolicyEntry::default() })
+        };
+        let (wide, other) = (Identity::MIN_BLOCK, Identity::MIN_BLOCK + 1);
+        let allowed = rule(other, Direction::EGRESS, policy_flag::ALLOW);
+        let refused = rule(wide, Direction::INGRESS, 0);
+        let rules = vec![
+            rule(wide, Direction::EGRESS, policy_flag::ALLOW),
+            rule(wide, 9, policy_flag::AUDIT),
+            allowed,
+            refused,
+        ];
+        assert_eq!(without_blocks(&rules, &BTreeSet::from([wide])), Some(vec![allowed, refused]));
+        assert_eq!(without_blocks(&rules, &BTreeSet::new()), None);
+        assert_eq!(without_blocks(&vec![allowed, refused], &BTreeSet::from([wide])), None);
     }
 }

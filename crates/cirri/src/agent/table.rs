@@ -65,6 +65,16 @@ pub struct Difference<K, V> {
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+impl<V> Row<V> {
+    fn is_due(&self, now: Instant) -> bool {
+        match &self.state {
+            State::Pending => true,
+            State::Done => false,
+            State::Failed { next, .. } => *next <= now,
+        }
+    }
+}
+
 impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
     /// Empty.
     pub fn new(name: &'static str) -> Table<K, V> {
@@ -139,13 +149,8 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
 
     /// Rows to work on now.
     pub fn due(&self, now: Instant) -> Vec<Due<K, V>> {
-        let is_due = |row: &Row<V>| match &row.state {
-            State::Pending => true,
-            State::Done => false,
-            State::Failed { next, .. } => *next <= now,
-        };
         self.open_rows()
-            .filter(|(_, row)| is_due(row))
+            .filter(|(_, row)| row.is_due(now))
             .map(|(key, row)| Due { key: key.clone(), desired: row.desired.clone(), actual: row.actual.clone() })
             .collect()
     }
@@ -185,6 +190,17 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
                 State::Pending | State::Done => None,
             })
             .min()
+    }
+
+    /// Whether there are rows to work on now.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.open_rows().any(|(_, row)| row.is_due(now))
+    }
+
+    /// Rows that should be there, and could not be written as they should be.
+    pub fn failed(&self) -> impl Iterator<Item = (&K, &V)> {
+        let failed = self.open_rows().filter(|(_, row)| matches!(row.state, State::Failed { .. }));
+        failed.filter_map(|(key, row)| Some((key, row.desired.as_ref()?)))
     }
 
     /// Whether every row is as desired.
@@ -239,10 +255,12 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
             self.open.remove(&key);
             return;
         }
+        // A write that failed may have done half of its work: what is there is not what was there before.
+        let failed = matches!(row.state, State::Failed { .. });
         if row.desired != desired {
-            row.state = if desired == row.actual { State::Done } else { State::Pending };
+            row.state = if desired == row.actual && !failed { State::Done } else { State::Pending };
             row.desired = desired;
-        } else if row.actual == row.desired {
+        } else if row.actual == row.desired && !failed {
             row.state = State::Done;
         }
         self.note(key);
@@ -348,6 +366,21 @@ mod tests {
         assert_eq!(due(&table, now), [("a", Some(2), Some(1))]);
         table.unset(&"a");
         assert_eq!(due(&table, now), [("a", None, Some(1))]);
+    }
+
+    #[test]
+    fn a_row_that_failed_is_written_also_if_it_is_to_be_as_it_was() {
+        let now = Instant::now();
+        let mut table = Table::new("t");
+        table.set("a", 1);
+        settle(&mut table, "a", Ok(()), now);
+        table.set("a", 2);
+        settle(&mut table, "a", Err("half of it is there"), now);
+        assert!(!table.is_due(now) && table.failed().eq([(&"a", &2)]));
+        table.set("a", 1);
+        assert_eq!(due(&table, now), [("a", Some(1), Some(1))]);
+        settle(&mut table, "a", Ok(()), now);
+        assert!(table.is_done() && table.failed().next().is_none());
     }
 
     #[test]

@@ -22,6 +22,8 @@ use super::drift::Mend;
 const CHUNK: usize = 4096;
 /// How long to wait before something that the store refused is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How long to wait before epochs that the kernel refused to move are tried again.
+const EPOCH_PAUSE: Duration = Duration::from_millis(100);
 /// How long changes of routes are gathered.
 const ROUTE_BURST: Duration = Duration::from_millis(20);
 const HEALTH_EVERY: Duration = Duration::from_secs(2);
@@ -31,8 +33,13 @@ const HEALTH_PATIENCE: Duration = Duration::from_secs(2);
 /// Takes in what the store says.
 pub async fn watch(shared: Arc<Shared>) {
     let mut events = shared.store.watch(PREFIX).ready_chunks(CHUNK);
-    while let Some(chunk) = events.next().await {
-        let mut complete = false;
+    while let Some(mut chunk) = events.next().await {
+        // What changes together comes into force together: a group that the chunk cut in two is waited for.
+        while !chunk.last().is_some_and(is_whole)
+            && let Some(more) = events.next().await
+        {
+            chunk.extend(more);
+        }
         let seen = Instant::now();
         {
             let mut core = shared.core.lock().await;
@@ -41,7 +48,6 @@ pub async fn watch(shared: Arc<Shared>) {
             }
             for event in chunk {
                 let whole = matches!(event, Event::Snapshot(..));
-                complete |= whole || matches!(event, Event::Progress(_));
                 let concerned = match &event {
                     Event::Delete { key, .. } => core.answers_for(key),
                     Event::Put(entry) => core.answers_for(&entry.key),
@@ -59,18 +65,19 @@ pub async fn watch(shared: Arc<Shared>) {
                     core.compare_published();
                 }
             }
-            if complete {
-                core.compare_stored(seen);
-            }
+            core.compare_stored(seen);
         }
         // What is enforced is saved before: it must hold after a restart too.
         save(&shared).await;
-        if complete {
-            shared.changed().await;
-            shared.seen.send_replace(shared.core.lock().await.view.revision);
-        }
+        shared.changed().await;
+        shared.seen.send_replace(shared.core.lock().await.view.revision);
     }
     tracing::error!("the store's watch ended");
+}
+
+/// Whether everything up to a revision has come with an event.
+fn is_whole(event: &Event) -> bool {
+    matches!(event, Event::Progress(_) | Event::Snapshot(..))
 }
 
 /// Saves what can be read now, so that it holds after a restart although it may be unreadable then.
@@ -134,12 +141,12 @@ pub async fn reconcile(shared: Arc<Shared>) {
             let mut core = shared.core.lock().await;
             let grace = core.announce(Instant::now());
             core.reconcile(Instant::now()).await;
-            if core.note_enforced() {
+            if core.note_enforced() || !core.rows.published.is_done() {
                 shared.publish.notify_one();
             }
             shared.sockets.notify_one();
             let numbered = core.unnumbered.is_empty() && core.announcing.is_empty();
-            if core.filled && numbered && core.rows.is_done() && core.serving.is_done() {
+            if core.filled && numbered && core.rows.is_done() && core.serving.is_done() && !core.interrupted {
                 core.retire();
                 if core.enforced_revision != core.desired_revision {
                     core.latency.in_force(Instant::now());
@@ -149,7 +156,8 @@ pub async fn reconcile(shared: Arc<Shared>) {
             } else {
                 shared.enforced.send_modify(|_| {});
             }
-            core.rows.next_due().into_iter().chain(core.serving.next_due()).chain(grace).min()
+            let again = core.interrupted.then(|| Instant::now() + EPOCH_PAUSE);
+            core.rows.next_due().into_iter().chain(core.serving.next_due()).chain(grace).chain(again).min()
         };
         let pause = async {
             match next {
