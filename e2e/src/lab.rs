@@ -349,8 +349,16 @@ impl Lab {
     /// # Errors
     /// If the agent does not answer.
     pub fn drops(&self, node: &str, filter: &[&str]) -> Result<Vec<Value>, LabError> {
+        self.flows(node, &[&["--verdict", "dropped"], filter].concat())
+    }
+
+    /// The same of all that it remembers, the oldest first.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn flows(&self, node: &str, filter: &[&str]) -> Result<Vec<Value>, LabError> {
         let socket = self.socket(node);
-        let arguments = [&["--socket", &socket, "observe", "--verdict", "dropped", "-o", "json"], filter].concat();
+        let arguments = [&["--socket", &socket, "observe", "-o", "json"], filter].concat();
         let output = run(&arguments)?;
         let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
         lines.map(|line| parse(&arguments, &Output { stdout: line.to_vec(), ..output.clone() })).collect()

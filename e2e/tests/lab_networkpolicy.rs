@@ -135,10 +135,12 @@ fn look_again(
 ) -> Result<(), String> {
     let mut drops = Vec::new();
     for node in NODES {
-        drops.extend(bench.lab.drops(node, &[]).map_err(|error| error.to_string())?);
+        let told = |error: LabError| format!("{node}: {error}");
+        let kept = bench.lab.flows(node, &[]).map_err(told)?;
+        let status: Value = bench.lab.ask(node, &["status"]).map_err(told)?;
+        let capacity = status["flows"]["capacity"].as_u64().unwrap_or_default();
+        drops.extend(dropped_since(since, kept, capacity).map_err(|why| format!("{node}: {why}"))?);
     }
-    let time = |drop: &Value| Some(SystemTime::UNIX_EPOCH + Duration::from_nanos(drop["time_ns"].as_u64()?));
-    drops.retain(|drop| time(drop) >= Some(since));
     let passes: BTreeSet<&Cell> = expected.cells().filter(|(_, passes)| *passes).map(|(cell, _)| cell).collect();
     for (cell, patient) in probe(&bench.lab, expected, &PATIENT)? {
         let Some(brief) = answers.get_mut(&cell).filter(|brief| brief.verdict == "denied") else { continue };
@@ -157,6 +159,38 @@ fn look_again(
         *brief = patient;
     }
     Ok(())
+}
+
+/// What a node has dropped since then, if it still knows all of that: of `capacity` records it keeps the newest.
+fn dropped_since(since: SystemTime, mut kept: Vec<Value>, capacity: u64) -> Result<Vec<Value>, String> {
+    let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = cirri_flow::rfc3339(since.as_nanos() as u64);
+    let is_full = kept.len() as u64 >= capacity;
+    let is_since = |record: &Value| record["time"].as_str() >= Some(since.as_str());
+    let forgotten = is_full && kept.first().is_none_or(is_since);
+    kept.retain(is_since);
+    if forgotten || kept.iter().any(|record| record["record"] == "lost") {
+        return Err("it does not know any more all that it dropped, and whether an answer was only late".to_owned());
+    }
+    kept.retain(|record| record["verdict"] == "dropped");
+    Ok(kept)
+}
+
+#[test]
+fn a_node_that_does_not_know_all_that_it_dropped_says_nothing_of_who_was_late() {
+    let at = |second: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(second);
+    let flow = |second: u64, verdict: &str| {
+        let time = cirri_flow::rfc3339(second * 1_000_000_000);
+        serde_json::json!({"record": "flow", "time": time, "verdict": verdict})
+    };
+    let kept = vec![flow(10, "dropped"), flow(20, "forwarded"), flow(30, "dropped")];
+    assert_eq!(dropped_since(at(15), kept.clone(), 3).unwrap(), [flow(30, "dropped")]);
+    assert_eq!(dropped_since(at(5), kept.clone(), 4).unwrap().len(), 2);
+    assert!(dropped_since(at(5), kept.clone(), 3).is_err(), "an older one may have been let go");
+    let lost = |second: u64| serde_json::json!({"record": "lost", "time": flow(second, "")["time"], "count": 1});
+    let with = |second: u64| [&kept[..], &[lost(second)]].concat();
+    assert!(dropped_since(at(15), with(40), 9).is_err(), "nobody knows what was lost");
+    assert!(dropped_since(at(45), with(40), 9).unwrap().is_empty());
 }
 
 /// Whether a dropped packet is a probe's, or answers it.
