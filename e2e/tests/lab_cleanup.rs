@@ -118,6 +118,55 @@ fn what_somebody_else_changed_since_stays_as_he_wants_it() {
 }
 
 #[test]
+fn a_route_of_somebody_else_in_the_place_of_ours_is_back_after_the_cleanup() {
+    let machine = Machine::new("routes");
+    let instance = machine.name.clone();
+    let cleanup = |()| machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+    let ours = |v6: &str| machine.ip(&format!("{v6} route show table main proto 193"));
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    let pod = ours("-4").lines().find(|line| !line.contains('/')).unwrap().split(' ').next().unwrap().to_owned();
+    let [range, range6] = ["-4", "-6"].map(|v6| {
+        let all = ours(v6);
+        let range = all.lines().find(|line| line.starts_with("unreachable")).unwrap_or_else(|| panic!("{all}"));
+        range.split_whitespace().nth(1).unwrap().to_owned()
+    });
+    agent.stop();
+    cleanup(());
+
+    // One with two routers, one with settings of its own, one to a single address; and beside ours, with another metric.
+    let two = "nexthop via 192.0.2.7 weight 3 nexthop via 192.0.2.8";
+    machine.ip(&format!("route add {range} proto static src 192.0.2.1 {two}"));
+    machine.ip(&format!("-6 route add {range6} via 2001:db8:2::7 dev eth0 proto bird mtu 1400"));
+    machine.ip(&format!("route add {pod} via 192.0.2.9 dev eth0"));
+    machine.ip(&format!("route add {range} via 192.0.2.10 dev eth0 metric 50"));
+    let before = machine.state();
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    for route in [&range, &pod] {
+        assert!(ours("-4").contains(route.as_str()), "{route} is not ours: {}", machine.ip("route"));
+    }
+    assert!(ours("-6").contains(&range6), "{}", machine.ip("-6 route"));
+    agent.stop();
+    cleanup(());
+    machine.assert_state(&before, "cleaned");
+
+    // What the administrator has put in the place of ours since stays; what he put there meanwhile comes back.
+    let agent = machine.agent(&instance);
+    eventually("it is ours", PATIENCE, || ours("-4").contains(&range));
+    machine.ip(&format!("-6 route replace {range6} via 2001:db8:2::99 dev eth0"));
+    eventually("it is ours again", PATIENCE, || ours("-6").contains(&range6));
+    agent.stop();
+    machine.ip(&format!("route replace {range} via 192.0.2.77 dev eth0"));
+    cleanup(());
+    let now = machine.ip(&format!("route show {range}"));
+    assert!(now.contains("192.0.2.77") && now.contains("192.0.2.10") && !now.contains("192.0.2.7 "), "{now}");
+    let now = machine.ip(&format!("-6 route show {range6}"));
+    assert!(now.contains("2001:db8:2::99") && now.lines().count() == 1, "{now}");
+    assert!(machine.state()["records"].is_empty(), "{:?}", machine.state()["records"]);
+}
+
+#[test]
 fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
     let machine = Machine::new("second");
     let instance = machine.name.clone();

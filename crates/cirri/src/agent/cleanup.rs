@@ -38,6 +38,9 @@ pub async fn cleanup(config: &Config) -> Result<()> {
         for found in net.routes().await.because(Failure::Failed)? {
             net.delete_route(&found.route).await.because(Failure::Failed)?;
         }
+        for said in settings.put_routes_back().await.because(Failure::Failed)? {
+            crate::output::progress(&said);
+        }
     }
     Datapath::purge(root, instance).because(Failure::Failed)?;
     for setting in settings.release().await.because(Failure::Failed)? {

@@ -15,6 +15,7 @@ use super::core::Core;
 use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
 use super::table::Due;
 use crate::config::Acceleration;
+use crate::settings::SettingsError;
 
 /// How often a long change says that somebody is still at it.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
@@ -352,17 +353,18 @@ impl Core {
         let (removals, writes): (Vec<_>, Vec<_>) =
             self.rows.routes.due(now).into_iter().partition(|due| due.desired.is_none());
         for Due { key, desired, actual } in removals.into_iter().chain(writes) {
-            let outcome = self.write_route(desired, actual).await;
+            let outcome = self.write_route(key, desired, actual).await;
             report("route", &key, &outcome);
             self.rows.routes.settle(&key, desired, outcome, now);
         }
     }
 
     async fn write_route(
-        &self,
+        &mut self,
+        network: IpNet,
         desired: Option<RouteRow>,
         actual: Option<RouteRow>,
-    ) -> Result<(), cirri_loader::net::NetError> {
+    ) -> Result<(), SettingsError> {
         if let Some(old) = actual
             && desired.is_none_or(|new| new.route != old.route)
         {
@@ -371,10 +373,22 @@ impl Core {
                 self.net.delete_neighbour(old.route.device, old.route.to).await?;
             }
         }
-        if let Some(new) = desired {
-            if let Some(mac) = new.neighbour {
-                let neighbour = Neighbour { ip: new.route.to, mac, device: new.route.device };
-                self.net.put_neighbour(&neighbour).await?;
+        let Some(new) = desired else {
+            match self.settings.put_route_back(network).await {
+                Ok(Some(foreign)) => tracing::info!(%foreign, "put back, as it was before a route of Cirri's"),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "a route that was there before one of Cirri's is lost"),
+            }
+            return Ok(());
+        };
+        if let Some(mac) = new.neighbour {
+            let neighbour = Neighbour { ip: new.route.to, mac, device: new.route.device };
+            self.net.put_neighbour(&neighbour).await?;
+        }
+        if !self.net.add_route(&new.route).await? {
+            if let Some(foreign) = self.net.foreign_route(&new.route).await? {
+                tracing::warn!(%foreign, "replaced by Cirri's; it is put back when that goes");
+                self.settings.replace_route(network, &foreign)?;
             }
             self.net.put_route(&new.route).await?;
         }

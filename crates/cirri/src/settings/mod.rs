@@ -1,5 +1,5 @@
 //! What Cirri changes of a machine's network beside its own devices and routes: settings of the kernel, addresses
-//! of its devices, reserved ports. Written down before it is changed, and put back when the last who needs it leaves.
+//! of its devices, reserved ports, routes of others in the place of its own. Written down before it is changed, and put back when the last who needs it leaves.
 //!
 //! There is one file for each network namespace, [`DIRECTORY`]`/<cookie>.json`, whoever changes something there:
 //! an agent, a load balancer, a host behind one. Each is an owner with a name. Taking something twice is
@@ -7,6 +7,7 @@
 
 mod ports;
 mod record;
+mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};

@@ -24,8 +24,19 @@ pub struct Record {
     pub addresses: Vec<Added>,
     /// What there can be one owner of.
     pub claims: BTreeMap<String, String>,
+    /// Routes of others that ours took the place of, by network.
+    pub routes: BTreeMap<String, Replaced>,
     /// Directories that were made, and who needs them.
     pub directories: BTreeMap<PathBuf, BTreeSet<String>>,
+}
+
+/// A route of somebody else that was replaced.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Replaced {
+    /// As the kernel writes it.
+    pub message: Vec<u8>,
+    /// Whose route took its place.
+    pub owner: String,
 }
 
 /// A setting that was changed.
@@ -153,6 +164,7 @@ impl Record {
     pub fn leave(&mut self, owner: &str) -> Left {
         let mut left = Left::default();
         self.claims.retain(|_, by| by != owner);
+        self.routes.retain(|_, replaced| replaced.owner != owner);
         left.settings = self.leave_settings(owner, |_| true);
         if let Some(range) = self.ports.owners.remove(owner) {
             left.ports = Some(Ports::parse("").with(range).without(&self.needed_ports()));
@@ -191,6 +203,7 @@ impl Record {
         let range = self.ports.owners.get_key_value(owner).map(|(owner, range)| (owner.clone(), *range));
         let addresses = self.addresses.iter().filter(|added| added.owners.contains(owner));
         let claims = self.claims.iter().filter(|(_, by)| *by == owner);
+        let routes = self.routes.iter().filter(|(_, replaced)| replaced.owner == owner);
         let directories = self.directories.iter().filter(|(_, owners)| owners.contains(owner));
         Record {
             boot: self.boot.clone(),
@@ -198,6 +211,7 @@ impl Record {
             ports: Reserved { before: self.ports.before.clone(), owners: range.into_iter().collect() },
             addresses: addresses.map(|it| Added { owners: only.clone(), ..it.clone() }).collect(),
             claims: claims.map(|(what, by)| (what.clone(), by.clone())).collect(),
+            routes: routes.map(|(network, replaced)| (network.clone(), replaced.clone())).collect(),
             directories: directories.map(|(directory, _)| (directory.clone(), only.clone())).collect(),
         }
     }
@@ -225,6 +239,9 @@ impl Record {
         for (what, by) in &part.claims {
             self.claims.entry(what.clone()).or_insert_with(|| by.clone());
         }
+        for (network, replaced) in &part.routes {
+            self.routes.entry(network.clone()).or_insert_with(|| replaced.clone());
+        }
         for (directory, owners) in &part.directories {
             self.directories.entry(directory.clone()).or_default().extend(owners.iter().cloned());
         }
@@ -241,7 +258,8 @@ impl Record {
         let settings = self.settings.values().flat_map(|changed| &changed.owners);
         let addresses = self.addresses.iter().flat_map(|added| &added.owners);
         let directories = self.directories.values().flatten();
-        let taken = settings.chain(addresses).chain(directories);
+        let routes = self.routes.values().map(|replaced| &replaced.owner);
+        let taken = settings.chain(addresses).chain(routes).chain(directories);
         taken.chain(self.ports.owners.keys()).chain(self.claims.values()).cloned().collect()
     }
 
@@ -307,6 +325,7 @@ mod tests {
         record.reserve("b", range(512, 1023), "8080,512-1023");
         record.add_address("a", &Address { ip: [192, 0, 2, 1].into(), prefix: 32, device: 1 }, false);
         record.claims.insert("node".to_owned(), "a".to_owned());
+        record.routes.insert("10.0.0.0/8".to_owned(), Replaced { message: vec![2], owner: "b".to_owned() });
         let (a, b) = (record.of("a"), record.of("b"));
         assert!(!record.clone().add(&a) && !record.clone().add(&b), "nothing is missing");
         let mut again = Record::default();

@@ -4,6 +4,7 @@
 //! already is no error. Errors name the object and the namespace.
 
 mod filter;
+mod foreign;
 mod link;
 mod lookup;
 mod namespace;
@@ -23,6 +24,7 @@ use rtnetlink::{packet_route::RouteNetlinkMessage, sys::protocols::NETLINK_ROUTE
 use rustix::net::{AddressFamily, SocketType};
 
 pub(crate) use filter::{Filter, delete_clsact, delete_filter, filters_on, put_filter};
+pub use foreign::ForeignRoute;
 pub(crate) use link::devices;
 pub use link::{Link, VethEnd, Vxlan};
 pub use lookup::{Asked, Lookup, Rules, Selector, lookup, rules};
