@@ -167,6 +167,58 @@ fn a_route_of_somebody_else_in_the_place_of_ours_is_back_after_the_cleanup() {
 }
 
 #[test]
+fn a_first_start_that_fails_leaves_nothing_and_a_later_one_what_was_there() {
+    let machine = Machine::new("first");
+    let before = machine.state();
+    let instance = machine.name.clone();
+    let text = fs::read_to_string(machine.agent_file(&instance, "")).unwrap();
+    let manifests = machine.path("manifests").display().to_string();
+    let state = machine.path(&format!("var/cirri/state-{instance}")).display().to_string();
+    let fails = |from: &str, to: &str| {
+        let file = machine.path("wrong.yaml");
+        assert!(text.contains(from), "{from} in {text}");
+        fs::write(&file, text.replace(from, to)).unwrap();
+        let output = machine.cirri(&["agent", "--config", &file.display().to_string()]);
+        assert!(!output.status.success(), "with {to}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let missing = format!("{manifests}/missing");
+    let wrong = [
+        (manifests.as_str(), missing.as_str()),
+        ("devices: [eth0]", "devices: [nowhere]"),
+        ("devices: [eth0]", "ipv4: 192.0.2.99"),
+        (state.as_str(), "/proc/cirri"),
+        ("flows: 16384", "flows: 4294967295"),
+    ];
+    for (from, to) in wrong {
+        let said = fails(from, to);
+        machine.assert_state(&before, &format!("with {to}: {said}"));
+    }
+
+    // One that was there has somebody's state, of whichever boot.
+    fs::create_dir_all(format!("{state}/endpoints")).unwrap();
+    let with_state = machine.state();
+    fails("devices: [eth0]", "devices: [nowhere]");
+    let now = machine.state();
+    assert!(now["files"].is_superset(&with_state["files"]) && now["records"].is_empty(), "{now:#?}");
+    fs::remove_dir_all(machine.path("var")).unwrap();
+
+    // The state directory of another agent, which is held.
+    let agent = machine.agent(&instance);
+    machine.add_pod(&instance);
+    let running = machine.state();
+    let said = fails(&format!("instance: {instance}"), "instance: another");
+    assert!(said.contains("another agent uses"), "{said}");
+    machine.assert_state(&running, "a second agent with the state directory of the first");
+    agent.stop();
+    let stopped = machine.state();
+    fails("devices: [eth0]", "devices: [nowhere]");
+    machine.assert_state(&stopped, "a later start that failed");
+    machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
+    machine.assert_state(&before, "cleaned");
+}
+
+#[test]
 fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
     let machine = Machine::new("second");
     let instance = machine.name.clone();
@@ -184,7 +236,6 @@ fn a_second_agent_is_refused_and_takes_nothing_from_the_first() {
     // The same instance with another state directory, too.
     let output = machine.cirri(&["agent", "--config", &machine.stolen_file(&instance), "--cleanup"]);
     assert!(!output.status.success(), "the pins of a running agent were removed by another's cleanup");
-    fs::remove_dir_all(machine.path("var/cirri/state-stolen")).unwrap();
     machine.assert_state(&running, "a cleanup of the same instance from another state directory");
     agent.stop();
     machine.well(&["agent", "--config", &machine.agent_file(&instance, ""), "--cleanup"]);
@@ -203,7 +254,6 @@ fn a_running_agent_keeps_its_instance_also_when_its_pins_were_removed() {
     for arguments in [&["agent", "--config", &file, "--cleanup"][..], &["agent", "--config", &file]] {
         let output = machine.cirri(arguments);
         assert!(!output.status.success(), "{arguments:?} beside the running agent");
-        fs::remove_dir_all(machine.path("var/cirri/state-stolen")).unwrap();
         machine.assert_state(&running, "another of the same instance was refused");
     }
     agent.stop();

@@ -13,8 +13,16 @@ use crate::settings::Settings;
 /// Removes devices, routes, programs, pins and state, and puts back settings. The agent must not be running.
 /// What is gone already, the state directory included, is no error.
 pub async fn cleanup(config: &Config) -> Result<()> {
+    let lock = start::lock(config)?;
+    let removed = remove(config).await;
+    if removed.is_err() {
+        lock.give_up(config);
+    }
+    removed
+}
+
+async fn remove(config: &Config) -> Result<()> {
     let state_dir = &config.state_dir.0;
-    let _lock = start::lock(config)?;
     let (root, instance) = (&config.bpf.pin_root, &config.bpf.instance);
     let net = Net::here().because(Failure::Failed)?;
     let mut settings = Settings::of(&net, start::owner(config)).because(Failure::Failed)?;
@@ -47,7 +55,7 @@ pub async fn cleanup(config: &Config) -> Result<()> {
         crate::output::progress(&format!("put back: {setting}"));
     }
     start::forget(config).because(Failure::Failed)?;
-    settings.remove_directories().because(Failure::Failed)?;
+    settings.remove_directories(None).because(Failure::Failed)?;
     crate::output::progress(&format!(
         "removed what instance {instance} made; its state was in {}",
         state_dir.display()

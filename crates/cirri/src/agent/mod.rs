@@ -123,8 +123,14 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).because(Failure::Failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
     let config = loaded.config.clone();
-    let _lock = start::lock(&config)?;
-    let start::Started { shared, events, folder } = start::start(loaded).await?;
+    let lock = start::lock(&config)?;
+    let start::Started { shared, events, folder } = match start::start(loaded).await {
+        Ok(started) => started,
+        Err(error) => {
+            lock.give_up(&config);
+            return Err(error);
+        }
+    };
 
     let lasting = crate::pinned::check(&config.bpf.pin_root);
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -47,18 +47,44 @@ const WORKLOAD_PROGRAM: &str = "from_workload";
 /// Events that a monitor may be behind.
 const MONITOR_BACKLOG: usize = 8192;
 
-/// Makes sure that this is root, and that no other agent uses the state directory as long as the
-/// answer is kept.
-pub fn lock(config: &Config) -> Result<File> {
+/// The state directory, which no other agent uses as long as this is kept.
+pub struct Lock {
+    _file: File,
+    made: Made,
+}
+
+/// What was made for the lock, and goes with a start that fails.
+struct Made {
+    /// The state directory was not there.
+    state: bool,
+    /// Directories that were recorded.
+    directories: BTreeSet<PathBuf>,
+}
+
+/// Makes sure that this is root, and takes the state directory.
+pub fn lock(config: &Config) -> Result<Lock> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::new(Failure::Failed, "the agent loads programs into the kernel and sets up devices")
             .hint("run it as root"));
     }
     let state_dir = &config.state_dir.0;
-    let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     let net = Net::here().because(Failure::Failed)?;
     let mut settings = Settings::of(&net, owner(config)).because(Failure::Failed)?;
-    settings.need_directories(&[state_dir, &config.bpf.pin_root]).because(Failure::Failed)?;
+    let state = !state_dir.exists();
+    // Recorded first: nothing is made that nobody would remove.
+    let directories = settings.need_directories(&[state_dir, &config.bpf.pin_root]).because(Failure::Failed)?;
+    let made = Made { state, directories };
+    match lock_file(state_dir) {
+        Ok(file) => Ok(Lock { _file: file, made }),
+        Err(error) => {
+            made.remove(config);
+            Err(error)
+        }
+    }
+}
+
+fn lock_file(state_dir: &Path) -> Result<File> {
+    let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("agent.lock")).map_err(wrong).because(Failure::Failed)? {
         Some(lock) => {
@@ -70,33 +96,72 @@ pub fn lock(config: &Config) -> Result<File> {
     }
 }
 
-/// Loads, looks around, and takes over what is there.
+impl Lock {
+    /// Who took it fails: what was not there before is gone after that.
+    pub fn give_up(self, config: &Config) {
+        self.made.remove(config);
+    }
+}
+
+impl Made {
+    fn remove(&self, config: &Config) {
+        // One that was there has what an earlier run, or another agent, left.
+        if self.state
+            && let Err(error) = forget(config)
+        {
+            tracing::warn!(%error, "files of a start that failed stay");
+        }
+        let owner = owner(config);
+        let settings = Net::here().map_err(Into::into).and_then(|net| Settings::of(&net, owner));
+        if let Err(error) = settings.and_then(|mut settings| settings.remove_directories(Some(&self.directories))) {
+            tracing::warn!(%error, "directories of a start that failed stay");
+        }
+    }
+}
+
+/// Loads, looks around, and takes over what is there. What an earlier run left stays at work if that fails; a first one
+/// leaves nothing.
 pub async fn start(loaded: Loaded) -> Result<Started> {
-    let Loaded { config, values } = loaded;
+    let config = loaded.config.clone();
     // What may be wrong with the configuration first, before anything is changed.
-    let Sources { store, folder, saved, spoilt } = open_store(&config).await?;
-    let (folder, catch_up) = folder.unzip();
-    let mirror = folder.as_ref().map(|mirror: &mirror::Mirror| mirror.store.clone());
+    let sources = open_store(&config).await?;
     Datapath::check_kernel().because(Failure::Failed)?;
+    let attached = Datapath::attached(&config.bpf.pin_root, &config.bpf.instance);
     let instance = Datapath::claim(&config.bpf.pin_root, &config.bpf.instance).because(Failure::Failed)?;
     let net = Net::here().because(Failure::Failed)?;
     let mut settings = Settings::of(&net, owner(&config)).because(Failure::Failed)?;
-    let known = settings.is_known().because(Failure::Failed)?;
-    let prepared = match node::prepare(&config, &net, &mut settings).await.because(Failure::BadInput) {
-        Ok(node) => load_datapath(&config).map(|datapath| (node, datapath)),
-        Err(error) => Err(error),
-    };
-    let (node, mut datapath) = match prepared {
-        Ok(prepared) => prepared,
-        // What an earlier run left stays at work; a first one that fails leaves nothing.
+    // Programs at work are an earlier run's, whether its record is there or not.
+    let known = settings.is_known().because(Failure::Failed)? || attached.is_ok_and(|attached| !attached.is_empty());
+    let started = match node::prepare(&config, &net, &mut settings).await.because(Failure::BadInput) {
+        Ok(node) => take_over(loaded, sources, node, net.clone(), settings, instance).await,
         Err(error) => {
-            if !known {
-                drop(instance);
-                undo(&config, &net, &mut settings).await;
-            }
-            return Err(error);
+            drop(instance);
+            Err(error)
         }
     };
+    if started.is_err() && !known {
+        match Settings::of(&net, owner(&config)) {
+            Ok(mut settings) => undo(&config, &net, &mut settings).await,
+            Err(error) => tracing::warn!(%error, "a start that failed leaves something; see `cirri agent --cleanup`"),
+        }
+    }
+    started
+}
+
+/// Loads the packet path on a node that is prepared.
+async fn take_over(
+    loaded: Loaded,
+    sources: Sources,
+    node: Node,
+    net: Net,
+    settings: Settings,
+    instance: File,
+) -> Result<Started> {
+    let Loaded { config, values } = loaded;
+    let Sources { store, folder, saved, spoilt } = sources;
+    let (folder, catch_up) = folder.unzip();
+    let mirror = folder.as_ref().map(|mirror: &mirror::Mirror| mirror.store.clone());
+    let mut datapath = load_datapath(&config)?;
     datapath.keep_claim(instance);
     let events = datapath.events().because(Failure::Failed)?;
     tracing::info!(

@@ -252,27 +252,33 @@ impl Settings {
         }
     }
 
-    /// This owner will make these directories, and those that they lie in, as far as they are not there.
+    /// This owner will make these directories, and those that they lie in, as far as they are not there. Answers those that
+    /// he did not need before.
     ///
     /// # Errors
     /// They cannot be recorded.
-    pub fn need_directories(&mut self, directories: &[&Path]) -> Result<(), SettingsError> {
+    pub fn need_directories(&mut self, directories: &[&Path]) -> Result<BTreeSet<PathBuf>, SettingsError> {
         let owner = self.owner.clone();
+        let mut new = BTreeSet::new();
         self.change(|record| {
+            let before = record.of(&owner);
             directories.iter().for_each(|directory| record.need_directory(&owner, directory, Path::exists));
+            new.extend(record.of(&owner).directories.into_keys());
+            new.retain(|directory| !before.directories.contains_key(directory));
             Ok(())
-        })
+        })?;
+        Ok(new)
     }
 
-    /// Removes directories that were made for this owner and that nobody else needs, if nothing is in them.
+    /// Removes directories that were made for this owner and that nobody else needs, if nothing is in them: these, or all.
     ///
     /// # Errors
     /// The record cannot be written.
-    pub fn remove_directories(&mut self) -> Result<(), SettingsError> {
+    pub fn remove_directories(&mut self, these: Option<&BTreeSet<PathBuf>>) -> Result<(), SettingsError> {
         let mut left = Vec::new();
         let owner = self.owner.clone();
         self.change(|record| {
-            left = record.leave_directories(&owner);
+            left = record.leave_directories(&owner, |directory| these.is_none_or(|these| these.contains(directory)));
             Ok(())
         })?;
         for directory in left {

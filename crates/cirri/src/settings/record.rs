@@ -146,11 +146,11 @@ impl Record {
         }
     }
 
-    /// An owner needs none any more. Answers those that nobody needs, what lies in another before that.
-    pub fn leave_directories(&mut self, owner: &str) -> Vec<PathBuf> {
+    /// An owner does not need such any more. Answers those that nobody needs, what lies in another before that.
+    pub fn leave_directories(&mut self, owner: &str, is_left: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
         let mut left = Vec::new();
         self.directories.retain(|directory, owners| {
-            let last = owners.remove(owner) && owners.is_empty();
+            let last = is_left(directory) && owners.remove(owner) && owners.is_empty();
             if last {
                 left.push(directory.clone());
             }
@@ -346,8 +346,8 @@ mod tests {
         // Those are there by now.
         record.need_directory("a", Path::new("/run/x/y"), |_| true);
         record.need_directory("b", Path::new("/run/x/z"), |path| path != Path::new("/run/x/z"));
-        assert_eq!(record.leave_directories("a"), [Path::new("/run/x/y")]);
-        assert_eq!(record.leave_directories("b"), [Path::new("/run/x/z"), Path::new("/run/x")]);
+        assert_eq!(record.leave_directories("a", |_| true), [Path::new("/run/x/y")]);
+        assert_eq!(record.leave_directories("b", |_| true), [Path::new("/run/x/z"), Path::new("/run/x")]);
         assert!(record.is_empty());
     }
 
