@@ -1,6 +1,8 @@
 //! What agents write in etcd, spoilt, replaced and deleted by hand: its owner writes it anew within seconds, and who
-//! changes it again and again is named.
+//! changes it again and again is named. A node that is cleaned up takes its own along.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use cirri_e2e::lab::{self, Lab, eventually};
@@ -130,6 +132,56 @@ fn two_who_write_one_record_do_not_fight_for_ever_and_status_names_it() {
     eventually("it is right when the other has stopped", LONG, || etcd.get("nodes/node1").as_ref() == Some(&right));
     eventually("all is well when the other has left it alone", LONG, || is_well(&lab));
     assert_traffic(&lab, "after it");
+}
+
+#[test]
+fn the_keys_of_a_node_that_is_cleaned_up_go_with_it_and_no_others() {
+    let lab = Lab::up("recclean", 2, &[]).unwrap();
+    lab.apply(SHOP).unwrap();
+    let etcd = Store::of(&lab);
+    assert_traffic(&lab, "before");
+    let cleanup = |node: &str, from: &str, to: &str| {
+        let socket = lab.socket(node);
+        let directory = Path::new(&socket).ancestors().nth(2).unwrap();
+        let text = std::fs::read_to_string(directory.join("agent.yaml")).unwrap();
+        assert!(text.contains(from), "{text}");
+        let file = directory.join("cleanup.yaml");
+        std::fs::write(&file, text.replace(from, to)).unwrap();
+        let file = file.display().to_string();
+        lab::printed(
+            &Namespace::open(lab.node(node).unwrap().netns).unwrap(),
+            &[&lab::binary().unwrap().display().to_string(), "agent", "--config", &file, "--cleanup"],
+        )
+    };
+    let all = || etcd.below("").into_iter().collect::<BTreeMap<_, _>>();
+    lab.kill_agent("node1").unwrap();
+    let before = all();
+    let said = cleanup("node1", "", "");
+    let after = all();
+    let gone: BTreeSet<&String> = before.keys().filter(|key| !after.contains_key(*key)).collect();
+    let is_own = |key: &&String| {
+        let named = ["nodes/node1", "enforced/node1", "caught-up/node1"].contains(&key.as_str());
+        named || key.starts_with("ips/node1/") || key.starts_with("pools/") && before[*key] == "node1"
+    };
+    let own: BTreeSet<&String> = before.keys().filter(is_own).collect();
+    assert!(own.len() >= 7, "two ranges, three addresses and more: {own:?}");
+    assert_eq!(gone, own, "{said}");
+    assert!(said.contains("keys of node node1"), "{said}");
+
+    // Another store says that it is one.
+    lab.kill_agent("node2").unwrap();
+    let before = all();
+    etcd.put("store-id", "another");
+    let said = cleanup("node2", "", "");
+    assert!(said.contains("stay in the store: the store is another one"), "{said}");
+    etcd.put("store-id", &before["store-id"]);
+    assert_eq!(all(), before);
+    // Its state is gone by now, and it is told all the same by its record; not when the store is away.
+    let said = cleanup("node2", "172.31.255.1:2379", "172.31.255.1:1");
+    assert!(said.contains("stay in the store: ") && said.contains("etcdctl"), "{said}");
+    cleanup("node2", "", "");
+    let left = all();
+    assert!(left.keys().all(|key| !key.contains("node2")) && !left.values().any(|value| value == "node2"), "{left:#?}");
 }
 
 /// The etcd of a lab, below the prefix of all keys.

@@ -5,12 +5,12 @@ use cirri_loader::net::{Namespace, Net};
 
 use super::endpoint::Endpoint;
 use super::ledger::{Found, Ledger};
-use super::{devices, inside, node, start};
+use super::{devices, inside, node, start, withdraw};
 use crate::config::Config;
 use crate::exit::{Because, Failure, Result};
 use crate::settings::Settings;
 
-/// Removes devices, routes, programs, pins and state, and puts back settings. The agent must not be running.
+/// Removes devices, routes, programs, pins, state and the node's keys in the store, and puts back settings. The agent must not be running.
 /// What is gone already, the state directory included, is no error.
 pub async fn cleanup(config: &Config) -> Result<()> {
     let lock = start::lock(config)?;
@@ -46,6 +46,7 @@ async fn remove(config: &Config) -> Result<()> {
         for found in net.routes().await.because(Failure::Failed)? {
             net.delete_route(&found.route).await.because(Failure::Failed)?;
         }
+        withdraw::withdraw(config, &net).await?;
         for said in settings.put_routes_back().await.because(Failure::Failed)? {
             crate::output::progress(&said);
         }

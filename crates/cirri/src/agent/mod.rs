@@ -42,6 +42,7 @@ mod view;
 mod wait;
 mod wanted;
 mod ways;
+mod withdraw;
 
 use std::net::IpAddr;
 use std::sync::Arc;

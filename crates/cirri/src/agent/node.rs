@@ -230,7 +230,11 @@ pub fn rp_filter(device: &str) -> String {
     format!("ipv4/conf/{device}/rp_filter")
 }
 
-fn name(config: &Config) -> Result<String, NodeError> {
+/// The node's name: the configured one, or the host's.
+///
+/// # Errors
+/// There is none.
+pub fn name(config: &Config) -> Result<String, NodeError> {
     if !config.node.name.is_empty() {
         return Ok(config.node.name.clone());
     }
