@@ -236,6 +236,64 @@ fn a_workload_whose_namespace_goes_without_del_is_named_and_then_its_address_is_
     });
 }
 
+#[test]
+fn what_somebody_changes_in_a_container_is_named_within_seconds_and_left_alone() {
+    const WITHIN: Duration = Duration::from_secs(5);
+    let world = world("drift_inside");
+    let problem = || {
+        let problems = world.status()["problems"].as_array().unwrap().clone();
+        problems.into_iter().find(|it| it["what"] == "endpoint" && it["object"].as_str().unwrap().contains("shop/near"))
+    };
+    // What is found within five seconds after ADD a plugin of the chain made.
+    std::thread::sleep(Duration::from_secs(9));
+    let (v4, v6) = (&world.v4, &world.v6);
+    let gateway = "ip route add 169.254.1.1 dev eth0; ip route add default via 169.254.1.1 dev eth0 onlink";
+    let cases = [
+        ("ip route flush table main", "no route to 0.0.0.0/0", gateway.to_owned()),
+        ("ip -6 route del default", "no route to ::/0", "ip -6 route add default via fe80::1 dev eth0".to_owned()),
+        (&format!("ip addr del {v4}/32 dev eth0"), v4, format!("ip addr add {v4}/32 dev eth0; {gateway}")),
+        (&format!("ip addr del {v6}/128 dev eth0"), v6, format!("ip addr add {v6}/128 dev eth0 nodad")),
+        ("ip link set eth0 mtu 9000", "MTU", "ip link set eth0 mtu 1450".to_owned()),
+        ("ip link set lo down", "lo is down", "ip link set lo up".to_owned()),
+    ];
+    let all = ["-4 route", "-6 route", "addr", "link"].map(|it| format!("ip {it} show")).join("; ");
+    let state = |()| printed(&world.lab.netns("shop/near").unwrap(), &["sh", "-c", &all]);
+    let mtu =
+        state(()).split("eth0@").nth(1).unwrap().split("mtu ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    for restarted in [false, true] {
+        for (damage, says, mend) in &cases {
+            eventually("all is well before", PATIENCE, || world.is_well());
+            world.inside_near(damage);
+            let (damaged, began) = (state(()), Instant::now());
+            eventually(&format!("{damage} is named"), PATIENCE, || {
+                problem().is_some_and(|it| it["found"].as_str().unwrap().contains(*says))
+            });
+            let took = began.elapsed();
+            println!("{:6.2} s until named: {damage}", took.as_secs_f64());
+            assert!(took < WITHIN && !world.is_well(), "{damage}: {took:?}");
+            assert_eq!(state(()), damaged, "the agent changed something in the container");
+            world.inside_near(&mend.replace("mtu 1450", &format!("mtu {mtu}")));
+        }
+        eventually("all is well after it", PATIENCE, || world.is_well());
+        world.assert_traffic("after it");
+        if !restarted {
+            world.lab.restart("node1", &[]).unwrap();
+        }
+    }
+    // What a later plugin of the chain takes away is as it is to be, also after a restart.
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: chained, namespace: shop}\n\
+               spec: {nodeName: node1, containers: [{name: c, image: none}]}\n";
+    let began = Instant::now();
+    world.lab.apply(&format!("{SHOP}---\n{pod}")).unwrap();
+    printed(&world.lab.netns("shop/chained").unwrap(), &["ip", "route", "del", "default"]);
+    assert!(began.elapsed() < WITHIN, "too busy a machine: {:?}", began.elapsed());
+    std::thread::sleep(Duration::from_secs(10));
+    assert!(world.is_well(), "{:#}", world.status()["problems"]);
+    world.lab.restart("node1", &[]).unwrap();
+    std::thread::sleep(Duration::from_secs(5));
+    eventually("it is well, also after a restart", PATIENCE, || world.is_well());
+}
+
 fn processes_in(namespace: &Namespace) -> BTreeSet<i32> {
     use std::os::unix::fs::MetadataExt;
     let wanted = namespace.file().metadata().unwrap().ino();

@@ -261,6 +261,7 @@ async fn reserve(
         mtu: core.node.mtu,
         has_default: HasDefault { v4: false, v6: false },
         answered: HasDefault { v4: false, v6: false },
+        chained: Vec::new(),
         gc: wanted.gc,
         ruleset,
         ready_ms: 0.0,
@@ -365,6 +366,7 @@ pub async fn remove(core: &mut Core, attachment: &Attachment, netns: Option<&str
     })?;
     core.endpoint_ids.release(&endpoint.attachment);
     core.endpoints.remove(&endpoint.id);
+    core.drift.containers.forget(endpoint.id);
     core.release(&endpoint.addresses().collect::<Vec<_>>());
     leave(core, &endpoint, netns).await;
     core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));

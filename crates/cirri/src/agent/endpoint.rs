@@ -58,6 +58,9 @@ pub struct Endpoint {
     /// took away.
     #[serde(default)]
     pub answered: HasDefault,
+    /// What later plugins of the chain had made otherwise in the container when it was attached.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chained: Vec<String>,
     /// Whether GC may take it away.
     #[serde(default)]
     pub gc: bool,

@@ -1,4 +1,4 @@
-//! The container's side of an attachment: made by ADD, compared by CHECK.
+//! The container's side of an attachment: made by ADD, compared by CHECK and when there is news of it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -9,7 +9,7 @@ use cirri_loader::net::{
 use ipnet::IpNet;
 
 use super::endpoint::Endpoint;
-use crate::api::{Told, ToldRoute};
+use crate::api::{Address, Told, ToldRoute};
 use crate::workload;
 
 /// Settings of the device when it has an IPv6 address: below `ipv6/conf/DEVICE`.
@@ -85,6 +85,22 @@ pub struct Found {
 /// Compares the container's side with what [`set_up`] made and what the runtime was told in the end: a later plugin of
 /// the chain may have changed things, and says so in the result, as far as the result can say it.
 pub async fn compare(endpoint: &Endpoint, told: &Told, inside: Namespace) -> Result<Found, NetError> {
+    compare_with(endpoint, told, true, inside).await
+}
+
+/// Compares it with what [`set_up`] made alone. Where else packets may go is the container's own affair.
+pub async fn compare_made(endpoint: &Endpoint, inside: Namespace) -> Result<Vec<String>, NetError> {
+    let everywhere = |ip: IpAddr| {
+        let unspecified: IpAddr =
+            if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        ToldRoute { to: Address { ip: unspecified, prefix: 0 }, via: gateway(ip) }
+    };
+    let routes = endpoint.addresses().map(everywhere).collect();
+    let made = Told { routes, ..Told::default() };
+    Ok(compare_with(endpoint, &made, false, inside).await?.differences)
+}
+
+async fn compare_with(endpoint: &Endpoint, told: &Told, ways: bool, inside: Namespace) -> Result<Found, NetError> {
     let net = Net::of(inside)?;
     let name = &endpoint.attachment.ifname;
     let Some(link) = net.find_link(name).await?.filter(|link| link.name == *name) else {
@@ -112,7 +128,7 @@ pub async fn compare(endpoint: &Endpoint, told: &Told, inside: Namespace) -> Res
             found.push(format!("{name} does not have the address {}/{}", address.ip, address.prefix));
         }
     }
-    found.extend(of_routes(endpoint, told, &net, link.index).await?);
+    found.extend(of_routes(endpoint, told, &net, link.index, ways).await?);
     Ok(Found { device: Some(link.index), mac: link.mac, differences: found })
 }
 
@@ -144,8 +160,14 @@ fn of_device(endpoint: &Endpoint, told: &Told, link: &Link) -> Vec<String> {
 }
 
 /// Which routes are not there. Ours may stand in another table by now, if a rule leads all packets from the address to
-/// it: then they leave as they should.
-async fn of_routes(endpoint: &Endpoint, told: &Told, net: &Net, device: u32) -> Result<Vec<String>, NetError> {
+/// it: then they leave as they should. `ways`: whether to ask the kernel, too, which way packets go.
+async fn of_routes(
+    endpoint: &Endpoint,
+    told: &Told,
+    net: &Net,
+    device: u32,
+    ways: bool,
+) -> Result<Vec<String>, NetError> {
     let name = &endpoint.attachment.ifname;
     let routes = net.table_routes().await?;
     let mut found = Vec::new();
@@ -179,7 +201,9 @@ async fn of_routes(endpoint: &Endpoint, told: &Told, net: &Net, device: u32) -> 
                 found.push(format!("there is no route to {}/{} by {name} as it was made", wanted.to, wanted.prefix));
             }
         }
-        found.extend(of_way(told, net, ip, Lookup::Leaves { device, via: Some(gateway(ip)) })?);
+        if ways {
+            found.extend(of_way(told, net, ip, Lookup::Leaves { device, via: Some(gateway(ip)) })?);
+        }
     }
     Ok(found)
 }

@@ -124,6 +124,7 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).because(Failure::Failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
     let config = loaded.config.clone();
+    start::allow_files();
     let lock = start::lock(&config)?;
     let start::Started { shared, events, folder } = match start::start(loaded).await {
         Ok(started) => started,

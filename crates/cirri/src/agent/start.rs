@@ -14,6 +14,7 @@ use cirri_flow::{Decoder, Ring};
 use cirri_loader::net::{Link, Namespace, Net};
 use cirri_loader::{Datapath, Events, LoadOptions, Use};
 use cirri_store::{Embedded, Etcd, EtcdOptions, PREFIX, Store, folder};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Mutex, Notify, broadcast, watch};
 
 use super::core::Core;
@@ -180,6 +181,7 @@ async fn take_over(
         core.drift.files.extend(OpenFile::at(file.path().to_owned()));
     }
     restore(&mut core).await?;
+    core.drift.containers.restored(core.endpoints.keys().copied());
     leave_devices(&mut core)?;
     core.adopt()
         .await
@@ -256,6 +258,15 @@ async fn undo(config: &Config, net: &Net, settings: &mut Settings) {
     }
     if let Err(error) = settings.release().await {
         tracing::warn!(%error, "settings stay as they are; `cirri agent --cleanup` puts them back");
+    }
+}
+
+/// Lets this process have as many files as it may: it listens in each container, and keeps settings open. By habit that
+/// is a thousand.
+pub fn allow_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::debug!(%error, "the number of open files stays as it is");
     }
 }
 

@@ -34,7 +34,7 @@ pub use news::{Changed, NetworkChange, NetworkNews, Watched};
 pub use route::{Address, ListedRoute, MAIN_TABLE, Neighbour, ROUTE_PROTOCOL, Route};
 pub use rule::SourceRoute;
 pub use settings::OpenSettings;
-pub use watch::{DeviceNews, ForeignRoutes, NeighbourChange, Neighbours};
+pub use watch::{DeviceNews, ForeignRoutes, NamespaceNews, NeighbourChange, Neighbours};
 pub(crate) use xdp::xdp_on;
 
 /// The network of one namespace. Cheap to clone.

@@ -13,6 +13,7 @@ use rtnetlink::{
     },
     sys::SocketAddr,
 };
+use tokio::task::JoinHandle;
 
 use super::{Namespace, NetError, ROUTE_PROTOCOL};
 
@@ -63,6 +64,50 @@ impl DeviceNews {
     /// Waits for the next change. `false`: there will be none any more.
     pub async fn changed(&mut self) -> bool {
         self.messages.next().await.is_some()
+    }
+}
+
+/// Hears of every change of devices, addresses, routes and rules in a namespace, from outside of it. The namespace lives as
+/// long as this does.
+#[derive(Debug)]
+pub struct NamespaceNews {
+    messages: Messages,
+    connection: JoinHandle<()>,
+}
+
+impl NamespaceNews {
+    /// Listens in a namespace. Must be called on a tokio runtime.
+    pub fn of(namespace: &Namespace) -> Result<NamespaceNews, NetError> {
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Rule,
+        ];
+        let runtime = tokio::runtime::Handle::current();
+        let opened = namespace.run(|| {
+            let _registers_here = runtime.enter();
+            new_multicast_connection(&groups)
+        })?;
+        let action = "listen for changes in";
+        let (connection, _, messages) =
+            opened.map_err(|error| NetError::Namespace { path: namespace.path().into(), action, error })?;
+        Ok(NamespaceNews { messages, connection: runtime.spawn(connection) })
+    }
+
+    /// Waits for the next change. `false`: there will be none any more.
+    pub async fn changed(&mut self) -> bool {
+        self.messages.next().await.is_some()
+    }
+}
+
+impl Drop for NamespaceNews {
+    fn drop(&mut self) {
+        // It would wait for news, and keep the namespace.
+        self.connection.abort();
     }
 }
 

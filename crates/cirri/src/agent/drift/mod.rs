@@ -8,6 +8,7 @@
 //! Two who manage the same thing could repair it for ever, so repairs of one thing are rationed ([`Repairs`]).
 //! Until it has been left alone for a while it is a problem of status.
 
+mod containers;
 mod devices;
 mod files;
 mod programs;
@@ -32,6 +33,7 @@ use super::problems::Finding;
 use crate::api::ProblemKind;
 use crate::listener::ServerSocket;
 
+pub use containers::Containers;
 pub use files::{Instead, OpenFile};
 pub use programs::judge;
 pub use records::Mend;
@@ -79,6 +81,8 @@ pub struct Drift {
     pub server_socket: Option<Arc<ServerSocket>>,
     /// Networks of others' routes inside networks of ours.
     strangers: Strangers,
+    /// What is heard from inside of containers.
+    pub containers: Containers,
     /// Since when workloads have no device any more.
     gone: BTreeMap<u16, Instant>,
 }
@@ -172,6 +176,9 @@ impl Shared {
                 outcome = outcome.and(core.compare_network(now).await);
             }
         }
+        if rest {
+            self.follow_containers(&mut core);
+        }
         core.compare_stored(now);
         if let Err(error) = outcome {
             tracing::warn!(%error, "the kernel cannot be compared with what should be there; it is tried again");
@@ -195,6 +202,7 @@ impl Core {
         self.drift.up = links.iter().filter(|link| link.up).map(|link| link.index).collect();
         self.compare_devices(&links, now, &mut findings).await?;
         self.compare_workloads(&links, now, &mut findings).await?;
+        self.compare_containers(&links, &mut findings);
         self.compare_addresses(&mut findings).await?;
         self.desire();
         if self.filled {

@@ -93,8 +93,7 @@ impl Core {
                 let found = format!("{found}, and so is its network namespace, and nobody said DEL");
                 Finding::new(found, format!("none; its addresses are free again {grace} s after that"))
             };
-            let object = format!("{}/{} ({})", endpoint.namespace, endpoint.pod, endpoint.attachment.container_id);
-            findings.push((ProblemKind::Endpoint, object, finding.wanted("as it was attached")));
+            findings.push((ProblemKind::Endpoint, name(endpoint), finding.wanted("as it was attached")));
         }
         Ok(())
     }
@@ -145,6 +144,11 @@ impl Core {
         }
         any
     }
+}
+
+/// What a workload is called in status.
+pub(super) fn name(endpoint: &Endpoint) -> String {
+    format!("{}/{} ({})", endpoint.namespace, endpoint.pod, endpoint.attachment.container_id)
 }
 
 fn wrong_with<'a>(link: &'a Link, endpoint: &Endpoint, mtu: u32) -> Option<Wrong<'a>> {
