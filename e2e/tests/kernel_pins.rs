@@ -46,7 +46,7 @@ fn what_stands_in_the_maps_survives_the_process_that_loaded_them() {
     let second = instance.load();
     assert!(second.resumed());
     assert_eq!(second.tables().endpoints.get(&POD).expect("read"), Some(endpoint(7)));
-    assert_eq!(second.tables().epoch(9).expect("read"), 1);
+    assert_eq!(second.tables().epoch(9).expect("read"), 8);
 }
 
 #[test]

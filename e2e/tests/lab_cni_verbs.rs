@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -524,6 +525,33 @@ fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     eventually("the note is done with", PATIENCE, || fs::read_dir(&notes).unwrap().count() == 0);
     assert_leftovers(&lab, 0);
     assert_eq!(container(0).call("STATUS", json!({})), Ok(Value::Null));
+}
+
+#[test]
+fn an_attachment_is_undone_whose_plugin_is_killed_while_others_are_told_of_it() {
+    let lab = Lab::up("cnitell", 2, &["--set", "pods.unseen=attach", "--set", "pods.patienceSeconds=1"]).unwrap();
+    let places: Vec<TestNamespace> = (0..2).map(|_| TestNamespace::new()).collect();
+    let containers: Vec<Attachment> = ["first", "second"]
+        .iter()
+        .zip(&places)
+        .map(|(id, place)| Attachment::new(&lab, id, place.namespace.path()))
+        .collect();
+    containers[0].call("ADD", json!({})).unwrap();
+    let record = fs::read_to_string(format!("/run/cirri/lab/{}/etcd.pid", lab.name())).unwrap();
+    let etcd = record.split_whitespace().next().unwrap();
+    run("kill", &["-STOP", etcd]);
+    let mut plugin = containers[1].start("ADD", &json!({}));
+    eventually("it is attached", PATIENCE, || endpoints(&lab).len() == 2);
+    plugin.kill().unwrap();
+    let ended = plugin.wait().unwrap();
+    assert_eq!(ended.signal(), Some(9), "it had its answer already: {ended}");
+    eventually("it is undone", PATIENCE, || endpoints(&lab).len() == 1);
+    run("kill", &["-CONT", etcd]);
+    assert!(!printed(&places[1].namespace, &["ip", "link"]).contains("eth0"));
+    eventually("the store answers", PATIENCE, || containers[1].call("STATUS", json!({})).is_ok());
+    assert_leftovers(&lab, 1);
+    containers[1].call("ADD", json!({})).unwrap();
+    assert_leftovers(&lab, 2);
 }
 
 #[test]

@@ -181,7 +181,7 @@ fn a_neighbour_that_is_found_elsewhere_makes_connections_look_for_it_again() {
     found("02:00:00:00:00:01", "stale");
     found("02:00:00:00:00:02", "reachable");
     eventually("the node's epoch moves", PATIENCE, || epoch() > before);
-    assert_eq!(epoch(), before + 1, "only the change of the address moves it");
+    assert_eq!(epoch(), before + u64::from(cirri_abi::epoch::STEP), "only the change of the address moves it");
 }
 
 /// A client that talks to a service once, waits for a line, and talks again, each time over one socket.

@@ -52,8 +52,7 @@ pub async fn add(
     let mut made = create(&mut core, &mut endpoint, &place.inside, started).await;
     if made.is_ok() && !is_heard() {
         // Its DEL may have come and gone while this waited.
-        tracing::info!(container = asked.container_id, "not attached: the plugin went away before it had its answer");
-        made = Err(ApiError::new("unavailable", "the plugin went away"));
+        made = Err(unheard(asked));
     }
     if let Err(error) = made {
         if let Err(left) = remove(&mut core, &wanted.attachment, Some(&wanted.netns)).await {
@@ -62,6 +61,7 @@ pub async fn add(
         return Err(error);
     }
     let answer = answer(&core, &endpoint);
+    core.unanswered.insert(endpoint.id);
     drop(core);
     tracing::info!(
         endpoint = answer.id,
@@ -74,7 +74,18 @@ pub async fn add(
     shared.publish.notify_one();
     // Best effort: it works here already, and the publisher goes on by itself.
     let _ = tokio::time::timeout(PUBLISH_PATIENCE, shared.published(answer.addresses.iter().map(|a| a.ip))).await;
+    let mut core = shared.core.lock().await;
+    // If the runtime has asked again meanwhile, it is that answer that counts.
+    if core.unanswered.remove(&endpoint.id) && !is_heard() {
+        remove(&mut core, &wanted.attachment, Some(&wanted.netns)).await?;
+        return Err(unheard(asked));
+    }
     Ok(answer)
+}
+
+fn unheard(asked: &EndpointAdd) -> ApiError {
+    tracing::info!(container = asked.container_id, "not attached: the plugin went away before it had its answer");
+    ApiError::new("unavailable", "the plugin went away")
 }
 
 /// The answer for an attachment that is there already. One that the runtime deleted meanwhile or lost goes,
@@ -88,6 +99,7 @@ async fn attached(core: &mut Core, wanted: &Wanted) -> Result<Option<EndpointAdd
         // The newest path is the likeliest to lead there later.
         let (netns, answered) = (wanted.netns.clone(), endpoint.has_default);
         let endpoint = Endpoint { netns, answered, ..endpoint.clone() };
+        core.unanswered.remove(&endpoint.id);
         if core.endpoints.get(&endpoint.id) != Some(&endpoint) {
             if let Err(error) = core.ledger.save(&endpoint) {
                 tracing::warn!(endpoint = endpoint.id, %error, "its file is behind");
@@ -261,6 +273,7 @@ async fn reserve(
         mtu: core.node.mtu,
         has_default: HasDefault { v4: false, v6: false },
         answered: HasDefault { v4: false, v6: false },
+        chain_noted: false,
         chained: Vec::new(),
         gc: wanted.gc,
         ruleset,
@@ -367,6 +380,7 @@ pub async fn remove(core: &mut Core, attachment: &Attachment, netns: Option<&str
     core.endpoint_ids.release(&endpoint.attachment);
     core.endpoints.remove(&endpoint.id);
     core.drift.containers.forget(endpoint.id);
+    core.unanswered.remove(&endpoint.id);
     core.release(&endpoint.addresses().collect::<Vec<_>>());
     leave(core, &endpoint, netns).await;
     core.place(&(endpoint.namespace.clone(), endpoint.pod.clone()));

@@ -24,6 +24,7 @@ use super::drift::{Drift, Mend};
 use super::endpoint::{Endpoint, Seen, is_meant};
 use super::latency::Latency;
 use super::ledger::Ledger;
+use super::narrowed::Narrowed;
 use super::node::Node;
 use super::problems::Problems;
 use super::records::{self, IpRecord};
@@ -66,6 +67,8 @@ pub struct Core {
     pub endpoints: BTreeMap<u16, Endpoint>,
     /// Numbers of workloads.
     pub endpoint_ids: Slots<Attachment>,
+    /// Workloads that are attached, and whose runtimes have no answer yet.
+    pub unanswered: BTreeSet<u16>,
     /// The workload whose device is not up yet: no route can lead to it.
     pub raising: Option<u16>,
     /// Slots of rule sets, by [`Endpoint::ruleset_of`].
@@ -119,6 +122,8 @@ pub struct Core {
     pub interrupted: bool,
     /// Slots whose rule set in force is an earlier one: the kernel refused the one that is desired.
     pub(super) rulesets_behind: BTreeSet<u16>,
+    /// Rule sets that allow less than they should, as networks cannot be told apart.
+    pub(super) narrowed: Narrowed,
     /// Whether what other versions left was removed.
     pub retired: bool,
     /// Identities whose rule set must be compiled again.
@@ -179,6 +184,8 @@ impl Core {
             filled: false,
             interrupted: false,
             rulesets_behind: BTreeSet::new(),
+            narrowed: Narrowed::default(),
+            unanswered: BTreeSet::new(),
             retired: false,
             dirty: BTreeSet::new(),
             labels_stale: true,

@@ -58,7 +58,10 @@ pub struct Endpoint {
     /// took away.
     #[serde(default)]
     pub answered: HasDefault,
-    /// What later plugins of the chain had made otherwise in the container when it was attached.
+    /// Whether it was looked what later plugins of the chain have made otherwise in the container.
+    #[serde(default)]
+    pub chain_noted: bool,
+    /// What that was.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chained: Vec<String>,
     /// Whether GC may take it away.

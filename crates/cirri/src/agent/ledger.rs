@@ -220,6 +220,7 @@ mod tests {
             mtu: 1450,
             has_default: HasDefault { v4: true, v6: false },
             answered: HasDefault { v4: false, v6: false },
+            chain_noted: false,
             chained: Vec::new(),
             gc: true,
             ruleset: 1,

@@ -21,6 +21,7 @@ mod inside;
 mod latency;
 mod ledger;
 mod mirror;
+mod narrowed;
 mod node;
 mod policies;
 mod pools;
@@ -45,6 +46,7 @@ mod ways;
 mod withdraw;
 
 use std::net::IpAddr;
+use std::os::unix::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -125,6 +127,14 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
     let config = loaded.config.clone();
     start::allow_files();
+    // What may fail before anything is made that would stay.
+    let socket = config.socket();
+    SocketAddr::from_pathname(&socket)
+        .map_err(|error| format!("cannot listen on {}: {error}", socket.display()))
+        .because(Failure::BadInput)?;
+    let routes = ForeignRoutes::here().because(Failure::Failed)?;
+    let neighbours = Neighbours::here().because(Failure::Failed)?;
+    let news = NetworkNews::here().because(Failure::Failed)?;
     let lock = start::lock(&config)?;
     let start::Started { shared, events, folder } = match start::start(loaded).await {
         Ok(started) => started,
@@ -139,11 +149,8 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     let spawn = |task| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(tasks::watch(Arc::clone(&shared))) as std::pin::Pin<Box<dyn Future<Output = ()>>>);
     spawn(Box::pin(tasks::reconcile(Arc::clone(&shared))));
-    let routes = ForeignRoutes::here().because(Failure::Failed)?;
     spawn(Box::pin(tasks::routes(Arc::clone(&shared), routes)));
-    let neighbours = Neighbours::here().because(Failure::Failed)?;
     spawn(Box::pin(tasks::neighbours(Arc::clone(&shared), neighbours)));
-    let news = NetworkNews::here().because(Failure::Failed)?;
     spawn(Box::pin(drift::watch(Arc::clone(&shared), news)));
     spawn(Box::pin(tasks::publish(Arc::clone(&shared))));
     spawn(Box::pin(tasks::number(Arc::clone(&shared))));
@@ -170,7 +177,6 @@ async fn run_local(loaded: Loaded) -> Result<()> {
     }
     // First what was asked for while the agent was away: a new ADD may be for the same container.
     deletions::carry_out(&shared).await;
-    let socket = config.socket();
     let server_socket = ServerSocket::open(socket.clone()).because(Failure::Failed)?;
     shared.core.lock().await.drift.server_socket = Some(Arc::clone(&server_socket));
     spawn(Box::pin(server::serve(Arc::clone(&shared), Arc::clone(&server_socket))));

@@ -14,6 +14,8 @@ use crate::files;
 /// Where turns are written down, in the state directory.
 pub const FILE: &str = "addresses.json";
 
+const SOON_AGAIN: &str = "after a restart addresses of pods that left may be given out again soon";
+
 impl Core {
     /// The node's ranges are known: reserves in them what its workloads have, and goes on where an earlier run was.
     ///
@@ -54,8 +56,15 @@ impl Core {
         }
     }
 
-    /// Gives addresses back to the node's ranges.
+    /// Gives addresses back to the node's ranges. Before these are known it is written down for [`Core::set_ranges`].
     pub fn release(&mut self, addresses: &[IpAddr]) {
+        if self.pools.is_empty() {
+            let noted = read(&self.turns()).map(|mut turns| {
+                note_released(&mut turns, addresses);
+                self.write_turns(&turns);
+            });
+            return noted.unwrap_or_else(|error| tracing::warn!(%error, "{SOON_AGAIN}"));
+        }
         for ip in addresses {
             for pool in &mut self.pools {
                 pool.release(*ip);
@@ -66,10 +75,13 @@ impl Core {
 
     /// Writes down whose turn it is.
     pub fn save_turns(&self) {
-        let turns: Vec<Turn> = self.pools.iter().map(Pool::turn).collect();
-        let text = serde_json::to_vec(&turns).unwrap_or_default();
+        self.write_turns(&self.pools.iter().map(Pool::turn).collect::<Vec<_>>());
+    }
+
+    fn write_turns(&self, turns: &[Turn]) {
+        let text = serde_json::to_vec(turns).unwrap_or_default();
         if let Err(error) = files::write_atomic(&self.turns(), &text) {
-            tracing::warn!(%error, "after a restart addresses of pods that left may be given out again soon");
+            tracing::warn!(%error, "{SOON_AGAIN}");
         }
     }
 
@@ -83,5 +95,35 @@ fn read(file: &Path) -> std::io::Result<Vec<Turn>> {
         Ok(text) => Ok(serde_json::from_slice(&text)?),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
+    }
+}
+
+fn note_released(turns: &mut [Turn], addresses: &[IpAddr]) {
+    for turn in turns {
+        let here = addresses.iter().filter(|ip| turn.cidr.contains(*ip));
+        turn.released.extend(here);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_released_before_the_ranges_are_known_has_its_turn_last() {
+        let range: IpNet = "10.1.0.0/29".parse().unwrap();
+        let ip = |last: u8| IpAddr::from([10, 1, 0, last]);
+        let mut before = Pool::new(range).unwrap();
+        let given: Vec<IpAddr> = (0..3).map(|_| before.allocate().unwrap()).collect();
+        assert_eq!(given, [ip(1), ip(2), ip(3)]);
+        before.release(ip(2));
+
+        let mut turns = vec![before.turn()];
+        note_released(&mut turns, &[ip(1), "fd00::1".parse().unwrap()]);
+        let mut after = Pool::new(range).unwrap();
+        turns.iter().for_each(|turn| after.resume(turn));
+        after.reserve(ip(3)).unwrap();
+        let next: Vec<IpAddr> = std::iter::from_fn(|| after.allocate().ok()).collect();
+        assert_eq!(next, [ip(4), ip(5), ip(6), ip(2), ip(1)]);
     }
 }

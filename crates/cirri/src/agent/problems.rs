@@ -14,6 +14,7 @@ use cirri_store::{STORE_ID, folder};
 
 use super::core::Core;
 use super::mirror;
+use super::narrowed::NO_ROOM;
 use super::policies::refused;
 use super::rulesets::{Flaw, without_slot};
 use super::view::Missing;
@@ -150,6 +151,11 @@ impl Core {
             let remedy = if of_policies { "correct its policies" } else { "wait; the store is asked for a number" };
             let found: Vec<String> = flaws.iter().map(ToString::to_string).collect();
             note(ProblemKind::RuleSet, &object, Finding::new(found.join("; "), remedy));
+        }
+        for slot in self.narrowed.rules.keys() {
+            let Some(whose) = self.endpoints.values().find(|endpoint| endpoint.ruleset == *slot) else { continue };
+            let finding = Finding::new(NO_ROOM, "raise bpf.maps.ipcache and restart the agent");
+            note(ProblemKind::RuleSet, &format!("of {}/{}", whose.namespace, whose.pod), finding);
         }
         if self.filled {
             for (object, finding) in without_slot(&self.endpoints) {

@@ -11,6 +11,7 @@ use cirri_loader::Tables;
 
 use super::core::Core;
 use super::endpoint::Endpoint;
+use super::narrowed::NO_ROOM;
 use crate::api::{
     ApiError, CounterInfo, EndpointInfo, ExplainedDirection, ExplainedParty, Explanation, IdentityInfo, MapInfo,
     PeerStatus, PolicyExplain,
@@ -118,16 +119,18 @@ impl Core {
             explained.rule.push_str("; but no slot is left for its rule set, and nothing passes");
             return;
         }
-        let flaws = slot.and_then(|slot| self.flawed.get(&slot));
-        let in_force = slot.and_then(|slot| self.rows.rulesets.desired(&slot));
-        let (Some(flaws), Some(in_force)) = (flaws, in_force) else { return };
+        let Some(slot) = slot else { return };
+        let narrowed = self.narrowed.rules.get(&slot);
+        let flaws = self.flawed.get(&slot).into_iter().flatten().map(ToString::to_string);
+        let flaws: Vec<String> = flaws.chain(narrowed.map(|_| NO_ROOM.to_owned())).collect();
+        let in_force = narrowed.or_else(|| self.rows.rulesets.desired(&slot).map(AsRef::as_ref));
+        let Some(in_force) = in_force.filter(|_| !flaws.is_empty()) else { return };
         let block = peer.address.map_or(0, |ip| self.cluster.blocks().block_of(ip.into()));
         let passes = policy::allows(in_force, [peer.identity.id, block], direction, protocol, port);
         if peer.identity == Identity::HOST || passes == (explained.verdict == "allow") {
             return;
         }
         explained.verdict = if passes { "allow" } else { "deny" }.to_owned();
-        let flaws: Vec<String> = flaws.iter().map(ToString::to_string).collect();
         explained.rule.push_str(&format!("; but the rule set is not just what its policies say: {}", flaws.join("; ")));
     }
 

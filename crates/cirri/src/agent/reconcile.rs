@@ -6,12 +6,13 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cirri_abi::{Addr, Identity, Ipcache, PolicyEntry, PolicyKey, Tick, epoch, epoch_slot, ipcache_flag, policy_flag};
+use cirri_abi::{Addr, Identity, Ipcache, Tick, epoch, epoch_slot, ipcache_flag};
 use cirri_loader::net::Neighbour;
 use cirri_loader::{EdgeWanted, MapError, gc};
 use ipnet::IpNet;
 
 use super::core::Core;
+use super::narrowed::NO_ROOM;
 use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
 use super::table::Due;
 use crate::config::Acceleration;
@@ -26,9 +27,6 @@ const LONGEST_SILENCE: Duration = Duration::from_nanos(1 << Tick::SHIFT);
 /// Since when a change goes on in which nothing disagrees: no connection goes on without being judged by what is
 /// in force already. That it stands there tells the next run that this one was interrupted.
 const LONG_AGO: Tick = Tick { count: 1 };
-
-/// The entries of a rule set.
-type Rules = Vec<(PolicyKey, PolicyEntry)>;
 
 /// A row of the address cache to work on.
 type DueAddress = Due<IpNet, Ipcache>;
@@ -91,6 +89,7 @@ impl Core {
             // Before this change begins, so that nothing from before the other goes on in the middle of it.
             self.bump(self.slots_in_use().collect());
         }
+        self.rulesets_behind.retain(|slot| self.rows.rulesets.state(slot).is_some());
         let mut bumps = BTreeSet::new();
         // Rule sets alone, or addresses alone, are right after each write: nothing disagrees meanwhile.
         let rulesets = self.rows.rulesets.due(now).iter().any(|due| due.desired.is_some());
@@ -102,7 +101,11 @@ impl Core {
         }
         self.reconcile_node(now, &mut bumps);
         let (early, late) = self.split_ipcache(now);
+        let rows_tried = !early.is_empty() || !late.is_empty();
         self.reconcile_ipcache(early, now, &mut bumps);
+        if rows_tried {
+            self.note_mistaken();
+        }
         let changed_rulesets = self.reconcile_rulesets(now, disagree.then_some(began));
         self.reconcile_endpoints(now, &mut bumps);
         // What was decided meanwhile is decided again.
@@ -208,16 +211,6 @@ impl Core {
         late.into_iter().filter(|due| all_written || !needed(due)).collect()
     }
 
-    /// The blocks that addresses are taken for which have one of their own, as long as its row cannot be written.
-    fn blocks_too_wide(&self) -> BTreeSet<u32> {
-        let lacking = self.rows.ipcache.failed().filter(|(_, row)| row.block != 0);
-        let taken_for = |net: &IpNet| {
-            let wider = (0..=net.prefix_len()).rev().filter_map(|length| IpNet::new(net.addr(), length).ok());
-            wider.map(|wider| wider.trunc()).find_map(|wider| self.rows.ipcache.actual(&wider).map(|row| row.block))
-        };
-        lacking.filter_map(|(net, _)| taken_for(net)).filter(|block| *block != 0).collect()
-    }
-
     fn reconcile_ipcache(&mut self, due: Vec<DueAddress>, now: Instant, bumps: &mut BTreeSet<u16>) {
         for Due { key, desired, actual } in due {
             let outcome = match &desired {
@@ -258,7 +251,6 @@ impl Core {
     /// go on as they were decided.
     fn reconcile_rulesets(&mut self, now: Instant, mut seen: Option<Instant>) -> Vec<u16> {
         let mut changed = Vec::new();
-        let too_wide = self.blocks_too_wide();
         for Due { key, desired, .. } in self.rows.rulesets.due(now) {
             let Some(entries) = &desired else { continue };
             if let Some(last) = seen.filter(|last| last.elapsed() > SIGN_OF_LIFE) {
@@ -266,18 +258,17 @@ impl Core {
                 seen = (last.elapsed() < LONGEST_SILENCE).then(Instant::now);
                 self.set_writing(Some(if seen.is_some() { gc::now() } else { LONG_AGO }));
             }
-            let narrowed = without_blocks(entries, &too_wide);
-            let installed = self.tables.install_ruleset(key, narrowed.as_deref().unwrap_or(entries));
-            match installed {
-                Ok(_) => self.rulesets_behind.remove(&key),
+            let narrowed = self.narrow(entries);
+            let outcome = self.tables.install_ruleset(key, narrowed.as_deref().unwrap_or(entries)).map(drop);
+            match outcome {
+                Ok(()) => self.rulesets_behind.remove(&key),
                 Err(_) => self.rulesets_behind.insert(key),
             };
-            let outcome = match installed {
-                Ok(_) if narrowed.is_some() => Err("networks that it does not allow cannot be told from those around \
-                    them, which it allows: none of these is allowed"
-                    .to_owned()),
-                other => other.map(drop).map_err(|error| error.to_string()),
-            };
+            self.narrowed.rules.remove(&key);
+            if let Some(rules) = narrowed.filter(|_| outcome.is_ok()) {
+                tracing::error!(slot = key, "{NO_ROOM}");
+                self.narrowed.rules.insert(key, rules);
+            }
             report("rule set", &key, &outcome);
             changed.push(key);
             self.rows.rulesets.settle(&key, desired, outcome, now);
@@ -293,7 +284,7 @@ impl Core {
             }
             let outcome = self.tables.remove_ruleset(key).map(drop);
             report("rule set", &key, &outcome);
-            self.rulesets_behind.remove(&key);
+            self.narrowed.rules.remove(&key);
             self.rows.rulesets.settle(&key, None, outcome, now);
         }
         // A slot is free once its rule set is gone and no workload has it.
@@ -467,44 +458,9 @@ fn is_world(identity: Identity) -> bool {
     [Identity::WORLD, Identity::WORLD_IPV4, Identity::WORLD_IPV6].contains(&identity)
 }
 
-/// A rule set that allows none of these blocks; `None` if it does not anyway.
-fn without_blocks(entries: &Rules, blocks: &BTreeSet<u32>) -> Option<Rules> {
-    let allows = |(key, entry): &(PolicyKey, PolicyEntry)| {
-        blocks.contains(&key.peer) && entry.flags & (policy_flag::ALLOW | policy_flag::AUDIT) != 0
-    };
-    entries.iter().any(allows).then(|| entries.iter().filter(|entry| !allows(entry)).copied().collect())
-}
-
 fn report<E: Display>(table: &str, key: &dyn Display, outcome: &Result<(), E>) {
     match outcome {
         Ok(()) => tracing::debug!(table, %key, "done"),
         Err(error) => tracing::warn!(table, %key, %error, "not done; it is tried again"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use cirri_abi::{Direction, policy_flag};
-
-    use super::*;
-
-    #[test]
-    fn a_rule_set_allows_no_block_that_is_too_wide_and_goes_on_to_refuse_it() {
-        let rule = |peer: u32, direction: u8, flags: u8| {
-            let key = PolicyKey { peer, direction, ..PolicyKey::default() };
-            (key, PolicyEntry { flags, ..PolicyEntry::default() })
-        };
-        let (wide, other) = (Identity::MIN_BLOCK, Identity::MIN_BLOCK + 1);
-        let allowed = rule(other, Direction::EGRESS, policy_flag::ALLOW);
-        let refused = rule(wide, Direction::INGRESS, 0);
-        let rules = vec![
-            rule(wide, Direction::EGRESS, policy_flag::ALLOW),
-            rule(wide, 9, policy_flag::AUDIT),
-            allowed,
-            refused,
-        ];
-        assert_eq!(without_blocks(&rules, &BTreeSet::from([wide])), Some(vec![allowed, refused]));
-        assert_eq!(without_blocks(&rules, &BTreeSet::new()), None);
-        assert_eq!(without_blocks(&vec![allowed, refused], &BTreeSet::from([wide])), None);
     }
 }

@@ -78,7 +78,8 @@ pub fn lock(config: &Config) -> Result<Lock> {
     match lock_file(state_dir) {
         Ok(file) => Ok(Lock { _file: file, made }),
         Err(error) => {
-            made.remove(config);
+            // Another agent may have begun at the same moment, and have the lock: what is in there is its.
+            made.forget_directories(config);
             Err(error)
         }
     }
@@ -112,6 +113,11 @@ impl Made {
         {
             tracing::warn!(%error, "files of a start that failed stay");
         }
+        self.forget_directories(config);
+    }
+
+    /// Removes the directories that were recorded, if they are empty.
+    fn forget_directories(&self, config: &Config) {
         let owner = owner(config);
         let settings = Net::here().map_err(Into::into).and_then(|net| Settings::of(&net, owner));
         if let Err(error) = settings.and_then(|mut settings| settings.remove_directories(Some(&self.directories))) {
@@ -181,7 +187,6 @@ async fn take_over(
         core.drift.files.extend(OpenFile::at(file.path().to_owned()));
     }
     restore(&mut core).await?;
-    core.drift.containers.restored(core.endpoints.keys().copied());
     leave_devices(&mut core)?;
     core.adopt()
         .await

@@ -22,7 +22,7 @@ enum Kept {
     Another,
     #[error("its record there is of a machine with the address {0}, which this one does not have")]
     OtherMachine(IpAddr),
-    #[error("nothing here says that it was in this store, as the state directory is lost")]
+    #[error("nothing here says that it is this node, as its state directory is lost or another node's")]
     Unknown,
 }
 
@@ -34,12 +34,12 @@ pub async fn withdraw(config: &Config, net: &Net) -> Result<()> {
     }
     let name = node::name(config).because(Failure::BadInput)?;
     let addresses = node::addresses(net).await.because(Failure::Failed)?;
-    let known = former_id(&config.state_dir.0.join("seen.redb")).await;
+    let former = former(&config.state_dir.0.join("seen.redb"), &name).await;
     let etcd = &config.store.etcd;
     let options =
         EtcdOptions { lease_ttl: Duration::from_secs(etcd.lease_seconds), ..EtcdOptions::new(etcd.endpoints.clone()) };
     let store = Etcd::new(&options).because(Failure::BadInput)?;
-    let line = match remove(&store, &name, &addresses, known.as_deref()).await {
+    let line = match remove(&store, &name, &addresses, former.as_ref()).await {
         Ok(0) => return Ok(()),
         Ok(count) => format!("removed the {count} keys of node {name} from the store"),
         Err(why) => format!(
@@ -52,8 +52,15 @@ pub async fn withdraw(config: &Config, net: &Net) -> Result<()> {
     Ok(())
 }
 
-/// The id of the store that the agent knew last.
-async fn former_id(file: &Path) -> Option<Vec<u8>> {
+/// What the agent knew last.
+struct Former {
+    /// The id of its store.
+    store: Vec<u8>,
+    /// The address of the node with this name.
+    v4: Option<IpAddr>,
+}
+
+async fn former(file: &Path, name: &str) -> Option<Former> {
     // It is made where it is not there.
     if !file.exists() {
         return None;
@@ -63,19 +70,26 @@ async fn former_id(file: &Path) -> Option<Vec<u8>> {
         // It would have gone with the others.
         let _ = crate::files::remove(&aside.path);
     }
-    saved.get(STORE_ID).await.ok()?.map(|entry| entry.value)
+    let store = saved.get(STORE_ID).await.ok()??.value;
+    let record = saved.get(&records::node_key(name)).await.ok()?;
+    Some(Former { store, v4: record.and_then(|entry| address(&entry.value)) })
 }
 
-/// Removes what has this node's name, if it is sure that this is the node: by the store's id, or by its record there.
-/// `known`: the store that it was in. Answers how many keys there were.
+/// The address that the record of a node says.
+fn address(record: &[u8]) -> Option<IpAddr> {
+    serde_json::from_slice::<NodeRecord>(record).ok()?.v4.map(IpAddr::V4)
+}
+
+/// Removes what has this node's name, if it is sure that this is the node: by its record there, or, if that is gone, by
+/// what it knew of itself and of this store. Answers how many keys there were.
 async fn remove(
     store: &dyn Store,
     name: &str,
     addresses: &[IpAddr],
-    known: Option<&[u8]>,
+    former: Option<&Former>,
 ) -> std::result::Result<usize, Kept> {
     let now = store.health().await?.id;
-    if known.is_some() && known != now.as_deref() {
+    if former.is_some_and(|former| now.as_deref() != Some(former.store.as_slice())) {
         return Err(Kept::Another);
     }
     let mut keys = BTreeSet::new();
@@ -87,12 +101,11 @@ async fn remove(
     let (entries, _) = store.list(&prefix).await?;
     let of_address = |key: &String| key[prefix.len()..].parse::<IpAddr>().is_ok();
     keys.extend(entries.into_iter().map(|entry| entry.key).filter(of_address));
-    let mut is_ours = known.is_some();
+    // That it knows the store is no proof of its name.
+    let mut is_ours = former.and_then(|former| former.v4).is_some_and(|v4| addresses.contains(&v4));
     for key in [records::node_key(name), records::enforced_key(name), records::caught_up_key(name)] {
         let Some(entry) = store.get(&key).await? else { continue };
-        if let Ok(record) = serde_json::from_slice::<NodeRecord>(&entry.value)
-            && let Some(v4) = record.v4.map(IpAddr::V4)
-        {
+        if let Some(v4) = address(&entry.value) {
             if !addresses.contains(&v4) {
                 return Err(Kept::OtherMachine(v4));
             }
@@ -144,20 +157,29 @@ mod tests {
         let before = keys().await;
         let here = [IpAddr::from([192, 0, 2, 1])];
         let other = [IpAddr::from([192, 0, 2, 9])];
+        let knew = |store: &str, v4: Option<[u8; 4]>| Former { store: store.into(), v4: v4.map(IpAddr::from) };
         let refused = [
-            (&here, Some(&b"two"[..]), "another one"),
-            (&other, Some(&b"one"[..]), "192.0.2.1"),
+            (&here, Some(knew("two", Some([192, 0, 2, 1]))), "another one"),
+            (&other, Some(knew("one", Some([192, 0, 2, 9]))), "192.0.2.1"),
             (&other, None, "192.0.2.1"),
         ];
-        for (addresses, known, says) in refused {
-            let why = remove(&store, "a", addresses, known).await.unwrap_err().to_string();
+        for (addresses, former, says) in refused {
+            let why = remove(&store, "a", addresses, former.as_ref()).await.unwrap_err().to_string();
             assert!(why.contains(says), "{why}");
             assert_eq!(keys().await, before, "{why}");
         }
         // Nobody has renewed its record, and it lost its state.
         store.delete(&records::node_key("a")).await.unwrap();
-        assert!(matches!(remove(&store, "a", &here, None).await, Err(Kept::Unknown)));
+        // Here was another node, or one of that name on another machine.
+        for former in [None, Some(knew("one", None)), Some(knew("one", Some([192, 0, 2, 9])))] {
+            assert!(matches!(remove(&store, "a", &here, former.as_ref()).await, Err(Kept::Unknown)));
+        }
         assert_eq!(keys().await.len(), before.len() - 1);
+        let before_again = keys().await;
+        assert_eq!(remove(&store, "a", &here, Some(&knew("one", Some([192, 0, 2, 1])))).await.unwrap(), 4);
+        for key in before_again.difference(&keys().await) {
+            store.put(key, if key.contains("/pools/") { b"a" } else { b"{}" }, false).await.unwrap();
+        }
         store.put(&records::node_key("a"), node("a", 1).to_string().as_bytes(), false).await.unwrap();
 
         assert_eq!(remove(&store, "a", &here, None).await.unwrap(), 5);

@@ -33,6 +33,10 @@ pub(crate) struct Filter {
     pub name: String,
 }
 
+/// What the kernel answers of a device or qdisc that is gone, or if it has no filters at all (no `CONFIG_NET_CLS`, where
+/// programs are attached by tcx).
+const NONE: [i32; 4] = [libc::ENODEV, libc::ENOENT, libc::EINVAL, libc::EOPNOTSUPP];
+
 /// The filters of a device of the calling thread's namespace, those of a chain in the order in which they run. A device
 /// or qdisc that is gone has none.
 pub(crate) fn filters_on(ifindex: u32, ingress: bool) -> io::Result<Vec<Filter>> {
@@ -40,7 +44,7 @@ pub(crate) fn filters_on(ifindex: u32, ingress: bool) -> io::Result<Vec<Filter>>
     request.header.parent = place(ingress);
     let answers = match ask(NETLINK_ROUTE, RouteNetlinkMessage::GetTrafficFilter(request), Scope::All) {
         Ok(answers) => answers,
-        Err(error) if [libc::ENODEV, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => return Ok(Vec::new()),
+        Err(error) if NONE.map(Some).contains(&error.raw_os_error()) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
     let filter = |answer| if let RouteNetlinkMessage::NewTrafficFilter(it) = answer { Some(it) } else { None };
@@ -68,9 +72,7 @@ pub(crate) fn delete_clsact(ifindex: u32) -> io::Result<()> {
 
 fn gone_is_well(answer: io::Result<Vec<RouteNetlinkMessage>>) -> io::Result<()> {
     match answer {
-        Err(error) if ![libc::ENODEV, libc::ENOENT, libc::EINVAL].map(Some).contains(&error.raw_os_error()) => {
-            Err(error)
-        }
+        Err(error) if !NONE.map(Some).contains(&error.raw_os_error()) => Err(error),
         _ => Ok(()),
     }
 }

@@ -3,7 +3,7 @@
 //! The kernel tells of devices, addresses, routes and rules there, so a container in which nothing changes costs next to
 //! nothing. Who listens in a namespace keeps it alive, so nobody listens any more where the name that leads to it is gone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,8 +28,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 #[derive(Debug, Default)]
 pub struct Containers {
     followed: BTreeMap<u16, Followed>,
-    /// Endpoints of an earlier run: their chains have long been through.
-    restored: BTreeSet<u16>,
 }
 
 #[derive(Debug)]
@@ -49,15 +47,9 @@ impl Drop for Followed {
 }
 
 impl Containers {
-    /// These are an earlier run's.
-    pub fn restored(&mut self, endpoints: impl Iterator<Item = u16>) {
-        self.restored = endpoints.collect();
-    }
-
     /// It is detached.
     pub fn forget(&mut self, id: u16) {
         self.followed.remove(&id);
-        self.restored.remove(&id);
     }
 }
 
@@ -74,8 +66,7 @@ impl Shared {
             let Some(inside) = inside else { continue };
             let name = inside.path().to_owned();
             let Some(inode) = inode(&name) else { continue };
-            let is_restored = core.drift.containers.restored.contains(&id);
-            let task = tokio::task::spawn_local(follow(Arc::clone(self), id, is_restored));
+            let task = tokio::task::spawn_local(follow(Arc::clone(self), id));
             core.drift.containers.followed.insert(id, Followed { name, inode, found: Vec::new(), task });
         }
     }
@@ -103,11 +94,12 @@ impl Core {
 }
 
 /// Compares a container when there is news of it, and now and then.
-async fn follow(shared: Arc<Shared>, id: u16, is_restored: bool) {
-    if !is_restored {
+async fn follow(shared: Arc<Shared>, id: u16) {
+    while !shared.core.lock().await.endpoints.get(&id).is_none_or(|endpoint| endpoint.chain_noted) {
         tokio::time::sleep(CHAIN).await;
         note_chain(&shared, id).await;
     }
+    let mut is_first = true;
     loop {
         let began = cpu_time();
         // Listening before it is compared, nothing is missed; and not at all in the pause, whatever happens there.
@@ -117,8 +109,10 @@ async fn follow(shared: Arc<Shared>, id: u16, is_restored: bool) {
             1
         });
         let took = cpu_time().saturating_sub(began);
-        // Each in its turn.
-        let _ = tokio::time::timeout(EVERY * NETWORK * count, told(news)).await;
+        // Each in its turn, also those that began together.
+        let turn = EVERY * NETWORK * if is_first { u32::from(id) % count + 1 } else { count };
+        is_first = false;
+        let _ = tokio::time::timeout(turn, told(news)).await;
         tokio::time::sleep(took.saturating_mul(BUSY).max(PAUSE)).await;
     }
 }
@@ -147,12 +141,15 @@ async fn note_chain(shared: &Shared, id: u16) {
     let Ok(chained) = inside::compare_made(&endpoint, inside).await else { return };
     let mut core = shared.core.lock().await;
     let Core { endpoints, ledger, .. } = &mut *core;
-    let Some(endpoint) = endpoints.get_mut(&id).filter(|_| !chained.is_empty()) else { return };
-    tracing::info!(
-        endpoint = id,
-        ?chained,
-        "the container is otherwise than ADD made it, by a later plugin of the chain"
-    );
+    let Some(endpoint) = endpoints.get_mut(&id) else { return };
+    if !chained.is_empty() {
+        tracing::info!(
+            endpoint = id,
+            ?chained,
+            "a later plugin of the chain has made the container otherwise than ADD"
+        );
+    }
+    endpoint.chain_noted = true;
     endpoint.chained = chained;
     if let Err(error) = ledger.save(endpoint) {
         tracing::warn!(endpoint = id, %error, "its file is behind");
