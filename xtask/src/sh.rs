@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IsTerminal};
 use std::os::unix::process::CommandExt;
@@ -20,11 +20,11 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// The programs being waited for.
 static CHILDREN: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
-/// From here on Ctrl-C and SIGTERM end the children, and this process only after them, so that guards
-/// on both sides can clean up. The terminal sends Ctrl-C to the children by itself; SIGTERM comes to
-/// this process alone and is passed on.
+/// From here on Ctrl-C, SIGTERM and a terminal that hangs up end the children, and this process only after them, so that
+/// guards on both sides can clean up. The terminal sends the others to the children by itself; SIGTERM comes to this
+/// process alone and is passed on.
 pub fn catch_interrupts() {
-    let Ok(mut signals) = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]) else {
+    let Ok(mut signals) = signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM]) else {
         return; // Signals then end this process at once, as they would by default.
     };
     std::thread::spawn(move || {
