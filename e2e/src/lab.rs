@@ -21,7 +21,7 @@ use serde_json::Value;
 
 pub use flood::{Flood, Flooded};
 pub use recipes::{Recipe, Recipes};
-pub use traffic::{Conversation, Load, LoadReport, LongReport, QUIET};
+pub use traffic::{Conversation, LOAD_PATIENCE, Load, LoadReport, LongReport, QUIET};
 
 /// A lab that is up. Dropping it takes it down.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use cirri_e2e::lab::{Lab, Load, eventually};
+use cirri_e2e::lab::{LOAD_PATIENCE, Lab, Load, eventually};
 use serde_json::Value;
 
 /// How often everything is replaced.
@@ -50,7 +50,9 @@ fn backends_are_replaced_five_times_and_no_connection_fails() {
     lab.apply(&manifests(&[(0, "ready")])).unwrap();
     let (inside, outside): (SocketAddr, SocketAddr) =
         ("10.96.0.80:80".parse().unwrap(), "203.0.113.180:80".parse().unwrap());
-    let arguments = ["--rate", RATE, "--seconds", "600", "--longs", "4", "--long-seconds", LONG_SECONDS];
+    let patience = ["--timeout", LOAD_PATIENCE];
+    let load = ["--rate", RATE, "--seconds", "600", "--longs", "4", "--long-seconds", LONG_SECONDS];
+    let arguments = [&load[..], &patience[..]].concat();
     let start = |from, to| Load::with(&lab, from, to, &arguments).unwrap();
     let loads = [start("shop/client", inside), start("shop/packets", inside), start("world", outside)];
 

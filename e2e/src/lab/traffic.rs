@@ -12,10 +12,10 @@ use super::{Lab, LabError, binary};
 /// How long nothing must arrive before it counts as stopped: several times TCP's first
 /// retransmission timeout.
 pub const QUIET: Duration = Duration::from_millis(900);
-/// How long what passes may take: beyond any retransmission that a short loss needs.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long what passes may take: beyond any retransmission that a short loss needs, and a machine that stands still.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long one connection of a load may take, in milliseconds: whether it works is asked, not how soon.
-const LOAD_PATIENCE: &str = "60000";
+pub const LOAD_PATIENCE: &str = "60000";
 
 /// An established TCP connection, both ends of which the test holds.
 #[derive(Debug)]
