@@ -444,6 +444,29 @@ fn names_that_no_pod_can_have_are_refused() {
 }
 
 #[test]
+fn a_container_that_is_added_again_for_another_pod_is_refused() {
+    let lab = Lab::up("cniwho", 1, &[]).unwrap();
+    let place = TestNamespace::new();
+    let add = |args: &str| {
+        let container = Attachment::new(&lab, "who", place.namespace.path());
+        Attachment { args: args.to_owned(), ..container }.call("ADD", json!({}))
+    };
+    let added = add("K8S_POD_NAME=web;K8S_POD_UID=a").unwrap();
+    let before = endpoints(&lab);
+    for other in ["K8S_POD_NAME=vault", "K8S_POD_NAME=web;K8S_POD_NAMESPACE=shop", "K8S_POD_NAME=web;K8S_POD_UID=b"] {
+        let error = add(other).expect_err("it has the identity of another");
+        assert_eq!(error["code"], 100, "{other}: {error}");
+        assert!(error["msg"].as_str().unwrap().contains("attached already as default/web"), "{other}: {error}");
+        assert_eq!(endpoints(&lab), before, "{other}");
+    }
+    for same in ["K8S_POD_NAME=web;K8S_POD_UID=a", "K8S_POD_NAME=web"] {
+        assert_eq!(add(same).unwrap()["ips"], added["ips"], "{same}: asked again, it is the same");
+    }
+    Attachment::new(&lab, "who", place.namespace.path()).call("DEL", json!({})).unwrap();
+    assert_eq!(add("K8S_POD_NAME=vault").map(drop), Ok(()), "after DEL it may be another");
+}
+
+#[test]
 fn an_agent_that_dies_or_sleeps_while_it_is_asked_loses_nothing() {
     let lab = Lab::up("cnidie", 1, &[]).unwrap();
     let places: Vec<TestNamespace> = (0..3).map(|_| TestNamespace::new()).collect();

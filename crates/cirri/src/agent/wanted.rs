@@ -131,8 +131,16 @@ impl Wanted {
     /// Whether an attachment that is there already is what is asked for.
     ///
     /// # Errors
-    /// `conflict`: it has other addresses.
+    /// `conflict`: it is of another pod, or has other addresses.
     pub fn agrees_with(&self, endpoint: &Endpoint) -> Result<(), ApiError> {
+        let Endpoint { namespace, pod, pod_uid, .. } = endpoint;
+        let other_uid = ![pod_uid, &self.pod_uid].iter().any(|uid| uid.is_empty()) && *pod_uid != self.pod_uid;
+        if (namespace, pod) != (&self.namespace, &self.pod) || other_uid {
+            // Who it is decides which policies hold.
+            let uid = if other_uid { format!(" (UID {})", shown(pod_uid)) } else { String::new() };
+            let text = format!("it is attached already as {namespace}/{pod}{uid}");
+            return Err(ApiError::new("conflict", text).hint("delete it first"));
+        }
         let same = self.mac.is_none_or(|mac| mac == endpoint.mac)
             && [self.v4, self.v6].into_iter().flatten().all(|ip| endpoint.addresses().any(|has| has == ip));
         if same {
