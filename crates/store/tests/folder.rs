@@ -398,3 +398,49 @@ async fn a_directory_in_the_place_of_a_file_takes_nothing_away() {
     fs::remove_dir(&path).expect("remove");
     while next(&mut changes).await.removed.is_empty() {}
 }
+
+#[tokio::test]
+async fn a_file_whose_name_is_no_utf8_is_read_like_any_other() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &[u8]| dir.path().join(OsStr::from_bytes(name));
+    fs::write(at(b"deny.yaml"), namespace("one", "x")).expect("write");
+    fs::write(at(b"other\xff.yaml"), namespace("two", "x")).expect("write");
+    let mut changes = start(dir.path());
+    assert_eq!(names(&next(&mut changes).await), ["one", "two"]);
+    // Beside it one of nearly the same name.
+    fs::rename(at(b"deny.yaml"), at(b"deny\xff.yaml")).expect("rename");
+    fs::write(at(b"deny\xfe.yaml"), namespace("three", "x")).expect("write");
+    let (mut seen, mut gone) = (Vec::new(), Vec::new());
+    let until = tokio::time::Instant::now() + Duration::from_secs(2);
+    while let Ok(Some(change)) = tokio::time::timeout_at(until, changes.next()).await {
+        seen.extend(names(&change).into_iter().map(str::to_owned));
+        gone.extend(change.removed);
+    }
+    assert_eq!((seen, gone), (vec!["three".to_owned()], Vec::new()));
+    fs::write(at(b"deny\xff.yaml"), namespace("one", "y")).expect("write");
+    assert_eq!(label(&next(&mut changes).await), "y");
+    fs::write(at(b"deny\xff.yaml"), "kind: [\n").expect("write");
+    let change = next(&mut changes).await;
+    assert!(change.errors[0].file.ends_with("/deny\\xff.yaml"), "{change:?}");
+    fs::remove_file(at(b"deny\xff.yaml")).expect("remove");
+    while next(&mut changes).await.removed != ["resources/Namespace/_/one"] {}
+}
+
+#[tokio::test]
+async fn a_manifest_with_an_ending_in_capitals_is_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    fs::write(at("a.yaml"), namespace("one", "x")).expect("write");
+    let mut changes = start(dir.path());
+    assert_eq!(next(&mut changes).await.errors, []);
+    fs::write(at("b.YAML"), namespace("two", "x")).expect("write");
+    let change = next(&mut changes).await;
+    let error = &change.errors[0];
+    assert!(error.file.ends_with("/b.YAML") && error.message.contains("is not read; manifests end in"), "{change:?}");
+    fs::rename(at("b.YAML"), at("b.yaml")).expect("rename");
+    let change = next(&mut changes).await;
+    assert_eq!((names(&change), change.errors.len()), (vec!["two"], 0));
+}

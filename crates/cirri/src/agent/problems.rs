@@ -204,7 +204,7 @@ impl Core {
             let text = self.view.value(file).and_then(|text| std::str::from_utf8(text).ok());
             text.is_some_and(|text| folder::defines(text, &key))
         };
-        Some(self.config.store.folder.join(&self.view.below(&prefix).find(defines)?[prefix.len()..]))
+        Some(folder::path_of(&self.config.store.folder, &self.view.below(&prefix).find(defines)?[prefix.len()..]))
     }
 }
 

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use cirri_control::resource::{MAX_ERRORS, Resource, STAND_IN};
 
+use super::names::shown;
 use super::{Change, FileError, Memory};
 use file::{Errors, File, Hold, Reading, at, digest, not_used, says_nothing};
 use record::InForce;
@@ -70,6 +71,8 @@ pub(super) struct Manifests {
     errors: Vec<FileError>,
     /// What is wrong with the folder itself.
     folder_error: Option<FileError>,
+    /// Names of files that are not read, and seem to be meant to be.
+    misnamed: Vec<String>,
 }
 
 impl Manifests {
@@ -195,6 +198,10 @@ impl Manifests {
         self.held = held;
     }
 
+    pub(super) fn set_misnamed(&mut self, names: Vec<String>) {
+        self.misnamed = names;
+    }
+
     /// That nothing is different from what was last handed out.
     pub(super) fn nothing_new(&self) -> Change {
         Change { errors: self.errors.clone(), ..Change::default() }
@@ -223,7 +230,7 @@ impl Manifests {
     }
 
     fn path_of(&self, name: &str) -> String {
-        self.dir.join(name).display().to_string()
+        shown(&self.dir, name)
     }
 
     fn put(&mut self, name: String, file: File) {
@@ -444,6 +451,15 @@ impl Manifests {
     /// All that is wrong, file by file.
     fn wrong(&self) -> Vec<FileError> {
         let mut all: Vec<FileError> = self.folder_error.iter().cloned().collect();
+        if let Some(first) = self.misnamed.first() {
+            let others = match self.misnamed.len() - 1 {
+                0 => String::new(),
+                others => format!(", nor are {others} more of such names"),
+            };
+            let path = self.path_of(first);
+            let why = "manifests end in `.yaml`, `.yml` or `.json`, in small letters: rename it";
+            all.push(FileError::new(path.clone(), &format!("{path}: is not read{others}; {why}")));
+        }
         let mut more = 0;
         for (name, file) in &self.files {
             let contested = self.contested.get(name);

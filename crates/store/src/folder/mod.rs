@@ -1,16 +1,19 @@
 //! A directory of manifests as a source of resources.
 //!
-//! Every `*.yaml`, `*.yml` and `*.json` directly in the directory counts; names that start with a
-//! dot do not. The kernel reports changes (inotify), also of the links that lead to the directory or from it,
-//! and everything is looked at now and then, for what no kernel reports: a volume mounted over it, a file
-//! written elsewhere. A file that is being written is not read until its writer closes it. Each document of a
-//! file stands for itself: what is understood is handed out, and one that cannot be read keeps its last good
-//! version, and is reported.
+//! Every `*.yaml`, `*.yml` and `*.json` directly in the directory counts; names that start with a dot do not, and
+//! such an ending in capitals is reported. The kernel reports changes (inotify), also of the links that lead to the
+//! directory or from it, and everything is looked at now and then, for what no kernel reports: a volume mounted over
+//! it, a file written elsewhere. A file that is being written is not read until its writer closes it. Each document of
+//! a file stands for itself: what is understood is handed out, and one that cannot be read keeps its last good version,
+//! and is reported.
 
 mod manifests;
+mod names;
 mod read;
+mod survey;
 
 pub use manifests::defines;
+pub use names::path_of;
 pub use read::{Writers, read_bounded, read_file};
 
 use std::{
@@ -32,7 +35,9 @@ use tokio::sync::watch;
 use crate::StoreError;
 use crate::paths::{News, Paths};
 use manifests::Manifests;
+use names::{Kind, kind_of, shown, text_of};
 use read::{Found, Stamp};
+use survey::{Identity, Survey, survey};
 
 /// How often everything is looked at, for what is not reported.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -158,21 +163,6 @@ enum Occasion {
     Time,
 }
 
-/// A directory: device, inode, and the number of the watch on it. A volume that is mounted again, or a directory that is
-/// made anew, may have the device and the inode of the one before it, but ends the watch.
-type Identity = (u64, u64, Option<i32>);
-
-/// What the directory holds.
-struct Survey {
-    identity: Identity,
-    /// What keeps it from being watched.
-    unwatched: Option<io::Error>,
-    /// Manifests by name, with how they look now; `None`: it cannot be told.
-    files: BTreeMap<String, Option<Stamp>>,
-    /// Those that are links.
-    links: Vec<PathBuf>,
-}
-
 impl Folder {
     fn open(dir: &Path, before: Memory, writers: Writers, questions: watch::Receiver<u64>) -> Result<Self, StoreError> {
         let failed = |source: io::Error| StoreError::Folder { path: dir.to_owned(), hint: hint(&source), source };
@@ -246,12 +236,21 @@ impl Folder {
             match one {
                 News::Way | News::Written => all = true,
                 News::Inside(name, mask) => {
-                    let Some(name) = name.to_str().filter(|name| is_manifest(name)) else { continue };
+                    match kind_of(&name) {
+                        Kind::Manifest => {}
+                        Kind::Misnamed => {
+                            all = true;
+                            continue;
+                        }
+                        Kind::Other => continue,
+                    }
+                    let path = self.dir.join(&name);
+                    let name = text_of(&name);
                     // What was renamed within the folder is seen under both names at once, so that what it holds is
                     // not gone between them; and a link has a way of its own.
-                    all |= mask.contains(EventMask::MOVED_FROM) || self.dir.join(name).is_symlink();
-                    if self.is_complete(name, mask) {
-                        stale.insert(name.to_owned());
+                    all |= mask.contains(EventMask::MOVED_FROM) || path.is_symlink();
+                    if self.is_complete(&name, mask) {
+                        stale.insert(name);
                     }
                 }
             }
@@ -267,7 +266,7 @@ impl Folder {
     fn is_complete(&self, name: &str, mask: EventMask) -> bool {
         if mask.contains(EventMask::CREATE) {
             // Its writer has yet to close it, unless it is a link to what was there before.
-            let metadata = std::fs::symlink_metadata(self.dir.join(name));
+            let metadata = std::fs::symlink_metadata(path_of(&self.dir, name));
             return metadata.is_ok_and(|it| it.is_symlink() || it.nlink() > 1);
         }
         if mask.contains(EventMask::ATTRIB) {
@@ -316,6 +315,7 @@ impl Folder {
                 let every = LOOK_EVERY.as_secs();
                 format!("cannot be watched ({error}), and is looked at every {every} s. {}", hint(error))
             });
+            self.manifests.set_misnamed(after.misnamed.clone());
             return self.believe(survey.identity, found, error, occasion);
         }
         self.fail("changes faster than it can be read; its last content stays in force".to_owned());
@@ -397,10 +397,10 @@ impl Folder {
     async fn fetch(&self, names: BTreeSet<String>) -> Vec<(String, Found)> {
         let mut all = Vec::new();
         for name in names {
-            let (path, writers) = (self.dir.join(&name), self.writers);
-            let found = match is_manifest(&name) {
-                true => tokio::task::spawn_blocking(move || read::fetch(&path, writers)).await,
-                false => Ok(Found::Nothing),
+            let (path, writers) = (path_of(&self.dir, &name), self.writers);
+            let found = match path.file_name().map(kind_of) {
+                Some(Kind::Manifest) => tokio::task::spawn_blocking(move || read::fetch(&path, writers)).await,
+                _ => Ok(Found::Nothing),
             };
             all.push((name, found.unwrap_or_else(|error| Found::Unreadable(error.to_string()))));
         }
@@ -409,7 +409,7 @@ impl Folder {
 
     fn take_in(&mut self, found: Vec<(String, Found)>, occasion: Occasion) {
         for (name, found) in found {
-            let path = self.dir.join(&name).display().to_string();
+            let path = shown(&self.dir, &name);
             self.seen.remove(&name);
             if !matches!(found, Found::Nothing) {
                 self.leaving.remove(&name);
@@ -437,30 +437,6 @@ impl Folder {
             }
         }
     }
-}
-
-fn survey(dir: &Path) -> io::Result<Survey> {
-    let metadata = std::fs::metadata(dir)?;
-    let identity = (metadata.dev(), metadata.ino(), None);
-    let mut survey = Survey { identity, unwatched: None, files: BTreeMap::new(), links: Vec::new() };
-    for item in std::fs::read_dir(dir)? {
-        let item = item?;
-        let name = item.file_name();
-        let Some(name) = name.to_str().filter(|name| is_manifest(name)) else { continue };
-        // Below the path that was configured, wherever that leads now.
-        let path = item.path();
-        if item.file_type().is_ok_and(|kind| kind.is_symlink()) {
-            survey.links.push(path.clone());
-        }
-        let stamp = std::fs::metadata(&path).ok().as_ref().map(Stamp::of);
-        survey.files.insert(name.to_owned(), stamp);
-    }
-    Ok(survey)
-}
-
-fn is_manifest(name: &str) -> bool {
-    let kind = Path::new(name).extension().and_then(|kind| kind.to_str());
-    !name.starts_with('.') && matches!(kind, Some("yaml" | "yml" | "json"))
 }
 
 fn hint(error: &io::Error) -> &'static str {
