@@ -444,3 +444,60 @@ async fn a_manifest_with_an_ending_in_capitals_is_named() {
     let change = next(&mut changes).await;
     assert_eq!((names(&change), change.errors.len()), (vec!["two"], 0));
 }
+
+/// All changes of this time.
+async fn during(changes: &mut BoxStream<'static, Change>, time: Duration) -> Vec<Change> {
+    let (mut all, until) = (Vec::new(), tokio::time::Instant::now() + time);
+    while let Ok(Some(change)) = tokio::time::timeout_at(until, changes.next()).await {
+        all.push(change);
+    }
+    all
+}
+
+fn removed(changes: &[Change]) -> Vec<&str> {
+    changes.iter().flat_map(|change| &change.removed).map(String::as_str).collect()
+}
+
+#[tokio::test]
+async fn a_folder_that_comes_back_keeps_what_it_held_until_nobody_fills_it_any_more() {
+    let parent = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| parent.path().join(name);
+    // It is seen that it is away, or not: then another is in its place at once.
+    for at_once in [false, true] {
+        fs::create_dir(at("d")).expect("create");
+        for name in ["a", "y", "z"] {
+            fs::write(at("d").join(format!("{name}.yaml")), namespace(name, "x")).expect("write");
+        }
+        let mut changes = start(&at("d"));
+        next(&mut changes).await;
+        if at_once {
+            fs::create_dir(at("new")).expect("create");
+            fs::copy(at("d/a.yaml"), at("new/a.yaml")).expect("copy");
+        }
+        fs::rename(at("d"), at("old")).expect("rename");
+        if at_once {
+            fs::rename(at("new"), at("d")).expect("rename");
+        } else {
+            fs::create_dir(at("d")).expect("create");
+            fs::copy(at("old/a.yaml"), at("d/a.yaml")).expect("copy");
+        }
+        let mut held = Vec::new();
+        for round in 0..3 {
+            held.extend(during(&mut changes, Duration::from_secs(2)).await);
+            fs::write(at("d").join(format!("b{round}.yaml")), namespace(&format!("b{round}"), "x")).expect("write");
+        }
+        held.extend(during(&mut changes, Duration::from_secs(2)).await);
+        assert_eq!(removed(&held), [""; 0], "at once: {at_once}");
+        let read: Vec<&str> = held.iter().flat_map(names).collect();
+        assert_eq!(read, ["b0", "b1", "b2"], "what is put there counts at once");
+        fs::copy(at("old/z.yaml"), at("d/z.yaml")).expect("copy");
+        let changes_then = during(&mut changes, Duration::from_secs(8)).await;
+        assert_eq!(removed(&changes_then), ["resources/Namespace/_/y"], "at once: {at_once}");
+        // It is a folder like any other again.
+        fs::remove_file(at("d/z.yaml")).expect("remove");
+        let changes_then = during(&mut changes, Duration::from_secs(3)).await;
+        assert_eq!(removed(&changes_then), ["resources/Namespace/_/z"], "at once: {at_once}");
+        fs::remove_dir_all(at("d")).expect("remove");
+        fs::remove_dir_all(at("old")).expect("remove");
+    }
+}

@@ -44,6 +44,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// A file is gone when it is gone for so long: editors and version control take one away before they put the next
 /// in its place, and what it protects must not lie open in between.
 const GONE_AFTER: Duration = Duration::from_millis(500);
+/// A folder that was away, or is another one, may be filled yet as long as there was something new in it so lately.
+const QUIET_AFTER: Duration = Duration::from_secs(5);
 
 /// How often everything is read again that another directory was put in place of meanwhile, before that is an error.
 const MAX_TRIES: usize = 8;
@@ -87,7 +89,7 @@ pub struct CatchUp {
 impl CatchUp {
     /// The number of this question: the first change with a `caught_up` as large holds, with those
     /// before it, every file that was complete when this was called. It comes even if there is
-    /// nothing new to say.
+    /// nothing new to say. Of a folder that was away or replaced, and is being filled, what it held counts as there.
     pub fn ask(&self) -> u64 {
         let mut number = 0;
         self.asked.send_modify(|asked| {
@@ -150,6 +152,8 @@ struct Folder {
     manifests: Manifests,
     /// Files that are not there, and when that counts.
     leaving: BTreeMap<String, Instant>,
+    /// The directory is being filled, and until when nothing counts as gone.
+    filling: Option<Instant>,
     /// The first change has been handed out.
     started: bool,
 }
@@ -182,6 +186,7 @@ impl Folder {
             seen: BTreeMap::new(),
             manifests,
             leaving: BTreeMap::new(),
+            filling: None,
             started: false,
         })
     }
@@ -201,7 +206,7 @@ impl Folder {
             return Change { caught_up: self.answered, ..self.manifests.settle().unwrap_or_default() };
         }
         loop {
-            let until = self.leaving.values().min().copied();
+            let until = self.leaving.values().min().copied().map(|at| self.filling.map_or(at, |quiet| quiet.max(at)));
             let wait = until.map_or(LOOK_EVERY, |until| until.saturating_duration_since(Instant::now()));
             let mut asked = None;
             tokio::select! {
@@ -210,7 +215,9 @@ impl Folder {
                     asked = Some(*self.questions.borrow_and_update());
                     // What the kernel has reported may not have come here yet.
                     self.look(Occasion::News, BTreeSet::new()).await;
-                    if let Some(until) = self.leaving.values().max().copied() {
+                    let until = self.leaving.values().max().copied();
+                    // How long it is filled nobody knows, and what it held is in force meanwhile.
+                    if let Some(until) = until.filter(|_| self.filling.is_none()) {
                         // What is leaving is gone or back before the answer.
                         tokio::time::sleep(until.saturating_duration_since(Instant::now())).await;
                         self.let_go().await;
@@ -287,7 +294,7 @@ impl Folder {
                     return self.fail(format!("cannot be read: {error}; {what}"));
                 }
             };
-            if survey.files.is_empty() && self.manifests.len() > 0 && !self.was_read(survey.identity) {
+            if survey.files.is_empty() && self.manifests.len() > 0 && !self.was_read(&survey.identity) {
                 // As a volume leaves it that is unmounted, or whoever is about to fill it.
                 let count = self.manifests.len();
                 return self.fail(format!(
@@ -321,16 +328,21 @@ impl Folder {
         self.fail("changes faster than it can be read; its last content stays in force".to_owned());
     }
 
-    fn was_read(&self, identity: Identity) -> bool {
+    fn was_read(&self, identity: &Identity) -> bool {
         // Without a watch nobody knows.
-        identity.2.is_some() && self.read == Some(identity)
+        identity.watch.is_some() && self.read.as_ref() == Some(identity)
     }
 
     /// This is what the directory holds.
     fn believe(&mut self, identity: Identity, found: Vec<(String, Found)>, error: Option<String>, occasion: Occasion) {
-        // Another directory was put in place whole: what it lacks is gone, not on its way back. One that was away
-        // before may be filled yet.
-        let swapped = !self.failed && self.read.is_some_and(|before| before != identity);
+        // A link that leads elsewhere now: there all was put in place whole, and what it lacks is gone. A directory that
+        // was away, or is another one at the same path, may be filled yet.
+        let other = self.read.as_ref().filter(|before| **before != identity);
+        let elsewhere = other.map(|before| before.path != identity.path);
+        let swapped = !self.failed && elsewhere == Some(true);
+        if self.failed || elsewhere == Some(false) {
+            self.filling = Some(Instant::now() + QUIET_AFTER);
+        }
         self.read = Some(identity);
         self.failed = false;
         match error {
@@ -339,6 +351,7 @@ impl Folder {
         }
         self.take_in(found, occasion);
         if swapped {
+            self.filling = None;
             self.leaving.values_mut().for_each(|at| *at = Instant::now());
             self.remove_due();
         }
@@ -346,12 +359,17 @@ impl Folder {
 
     /// Files that did not come back are gone, if the directory is still there.
     async fn let_go(&mut self) {
-        self.look(Occasion::News, BTreeSet::new()).await;
+        let occasion = if self.filling.is_some() { Occasion::Time } else { Occasion::News };
+        self.look(occasion, BTreeSet::new()).await;
         self.remove_due();
     }
 
     fn remove_due(&mut self) {
         let now = Instant::now();
+        if self.filling.is_some_and(|quiet| quiet > now) {
+            return;
+        }
+        self.filling = None;
         let due: Vec<String> =
             self.leaving.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
         for name in due {
@@ -374,7 +392,7 @@ impl Folder {
         };
         let followed = self.paths.follow(Some(&self.dir), &links);
         let mut survey = survey().await?;
-        survey.identity.2 = self.paths.number();
+        survey.identity.watch = self.paths.number();
         survey.unwatched = followed.err();
         Ok(survey)
     }
@@ -384,6 +402,7 @@ impl Folder {
         for name in std::mem::take(&mut self.leaving).into_keys() {
             self.manifests.stay(&name);
         }
+        self.filling = None;
         self.failed = true;
         self.report(&why, true);
     }
@@ -414,6 +433,9 @@ impl Folder {
             if !matches!(found, Found::Nothing) {
                 self.leaving.remove(&name);
             }
+            if matches!(found, Found::Content(..) | Found::BeingWritten) && self.filling.is_some() {
+                self.filling = Some(Instant::now() + QUIET_AFTER);
+            }
             match found {
                 Found::Content(bytes, stamp) => {
                     self.manifests.set(&name, Ok(&bytes));
@@ -435,6 +457,10 @@ impl Folder {
                     self.manifests.set(&name, Err(why));
                 }
             }
+        }
+        if self.leaving.is_empty() {
+            // All that it held is back.
+            self.filling = None;
         }
     }
 }

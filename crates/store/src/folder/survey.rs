@@ -8,9 +8,17 @@ use std::path::{Path, PathBuf};
 use super::names::{Kind, kind_of, text_of};
 use super::read::Stamp;
 
-/// A directory: device, inode, and the number of the watch on it. A volume that is mounted again, or a directory that is
-/// made anew, may have the device and the inode of the one before it, but ends the watch.
-pub(super) type Identity = (u64, u64, Option<i32>);
+/// A directory. A volume that is mounted again, or a directory that is made anew, may have the device and the inode of
+/// the one before it, but ends the watch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    /// Without links.
+    pub(super) path: PathBuf,
+    device: u64,
+    inode: u64,
+    /// The number of the watch on it.
+    pub(super) watch: Option<i32>,
+}
 
 /// What the directory holds.
 pub(super) struct Survey {
@@ -27,7 +35,8 @@ pub(super) struct Survey {
 
 pub(super) fn survey(dir: &Path) -> io::Result<Survey> {
     let metadata = std::fs::metadata(dir)?;
-    let identity = (metadata.dev(), metadata.ino(), None);
+    let path = std::fs::canonicalize(dir)?;
+    let identity = Identity { path, device: metadata.dev(), inode: metadata.ino(), watch: None };
     let (files, links, misnamed) = (BTreeMap::new(), Vec::new(), Vec::new());
     let mut survey = Survey { identity, unwatched: None, files, links, misnamed };
     for item in std::fs::read_dir(dir)? {
