@@ -13,8 +13,10 @@ use futures::{FutureExt as _, StreamExt as _};
 use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask};
 
 /// Watches paths. Dropping it ends that.
+#[derive(Default)]
 pub struct Paths {
-    events: EventStream<Vec<u8>>,
+    /// `None`: the kernel gives none (yet).
+    events: Option<EventStream<Vec<u8>>>,
     watched: HashMap<WatchDescriptor, Watched>,
     /// The number of the watch on the directory whose content counts.
     number: Option<i32>,
@@ -43,20 +45,17 @@ pub enum News {
 }
 
 impl Paths {
-    /// Watches nothing yet. Must be called within a runtime.
-    ///
-    /// # Errors
-    /// The user has too many inotify instances.
-    pub fn new() -> io::Result<Paths> {
-        let events = Inotify::init()?.into_event_stream(vec![0; 16 << 10])?;
-        Ok(Paths { events, watched: HashMap::new(), number: None })
+    /// Watches nothing yet.
+    pub fn new() -> Paths {
+        Paths::default()
     }
 
-    /// From now on watches the ways to these files, and to the directory and what is in it. Answers the directory,
-    /// all links resolved; `None` if it is not there.
+    /// From now on watches the ways to these files, and to the directory and what is in it. Must be called within a
+    /// runtime. Answers the directory, all links resolved; `None` if it is not there.
     ///
     /// # Errors
-    /// A directory cannot be watched: mostly a limit. The others are watched all the same.
+    /// A directory cannot be watched: mostly a limit. The others are watched all the same. If the user has too many inotify
+    /// instances, nothing is, and the next call tries again.
     pub fn follow(&mut self, directory: Option<&Path>, files: &[PathBuf]) -> io::Result<Option<PathBuf>> {
         let mut result = Ok(());
         let mut before = None;
@@ -79,12 +78,16 @@ impl Paths {
         self.number
     }
 
-    /// Waits for news; what has happened by then comes at once, each once. Cancel-safe.
+    /// Waits for news; what has happened by then comes at once, each once. As long as nothing can be watched there are
+    /// none. Cancel-safe.
     pub async fn next(&mut self) -> Vec<News> {
         loop {
-            let first = self.events.next().await;
+            let first = match &mut self.events {
+                Some(events) => events.next().await,
+                None => std::future::pending().await,
+            };
             let mut news = self.news(first);
-            while let Some(more) = self.events.next().now_or_never() {
+            while let Some(more) = self.events.as_mut().and_then(|events| events.next().now_or_never()) {
                 for one in self.news(more) {
                     if !news.contains(&one) {
                         news.push(one);
@@ -101,8 +104,12 @@ impl Paths {
         let mut result = Ok(());
         let mut watched = HashMap::new();
         self.number = None;
+        let events = match &mut self.events {
+            Some(events) => events,
+            none => none.insert(Inotify::init()?.into_event_stream(vec![0; 16 << 10])?),
+        };
         for (path, one) in wanted {
-            match self.events.watches().add(&path, one.mask()) {
+            match events.watches().add(&path, one.mask()) {
                 Ok(descriptor) => {
                     if one.content {
                         self.number = Some(descriptor.get_watch_descriptor_id());
@@ -116,7 +123,7 @@ impl Paths {
         }
         for descriptor in self.watched.keys().filter(|known| !watched.contains_key(*known)) {
             // Fails if the kernel has removed it by itself.
-            let _ = self.events.watches().remove(descriptor.clone());
+            let _ = events.watches().remove(descriptor.clone());
         }
         self.watched = watched;
         result

@@ -501,3 +501,36 @@ async fn a_folder_that_comes_back_keeps_what_it_held_until_nobody_fills_it_any_m
         fs::remove_dir_all(at("old")).expect("remove");
     }
 }
+
+#[tokio::test]
+async fn a_folder_that_cannot_be_watched_at_the_start_is_looked_at() {
+    // Limits of one's own.
+    if std::env::var_os("IN_A_NAMESPACE").is_none() {
+        let mut inside = std::process::Command::new("unshare");
+        inside.args(["--user", "--map-root-user"]).arg(std::env::current_exe().expect("this test"));
+        inside.args(["--exact", "a_folder_that_cannot_be_watched_at_the_start_is_looked_at", "--nocapture"]);
+        assert!(inside.env("IN_A_NAMESPACE", "1").status().expect("unshare, of util-linux").success());
+        return;
+    }
+    for limit in ["instances", "watches"] {
+        let limit = format!("/proc/sys/user/max_inotify_{limit}");
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = |name: &str| dir.path().join(name);
+        fs::write(file("a.yaml"), namespace("one", "x")).expect("write");
+        let before = fs::read_to_string(&limit).expect("a limit");
+        fs::write(&limit, "0").expect("none");
+        let mut changes = start(dir.path());
+        let change = next(&mut changes).await;
+        assert_eq!(names(&change), ["one"]);
+        assert!(change.errors[0].message.contains("cannot be watched"), "{change:?}");
+        fs::write(file("b.yaml"), namespace("two", "x")).expect("write");
+        assert_eq!(names(&next(&mut changes).await), ["two"], "{limit}");
+        fs::remove_file(file("b.yaml")).expect("remove");
+        assert_eq!(next(&mut changes).await.removed, ["resources/Namespace/_/two"], "{limit}");
+        fs::write(&limit, before.trim()).expect("as it was");
+        assert_eq!(next(&mut changes).await.errors, [], "{limit}");
+        fs::write(file("c.yaml"), namespace("three", "x")).expect("write");
+        let at_once = during(&mut changes, Duration::from_secs(2)).await;
+        assert_eq!(at_once.iter().flat_map(names).collect::<Vec<_>>(), ["three"], "{limit}");
+    }
+}

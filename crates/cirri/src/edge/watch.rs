@@ -30,7 +30,7 @@ impl Watch {
     pub fn new(file: &Path) -> io::Result<Watch> {
         let file = std::path::absolute(file)?;
         let hangup = signal(SignalKind::hangup())?;
-        let mut watch = Watch { paths: Paths::new()?, file, hangup, failed: false };
+        let mut watch = Watch { paths: Paths::new(), file, hangup, failed: false };
         watch.follow()?;
         Ok(watch)
     }

@@ -120,7 +120,8 @@ impl FileError {
 /// earlier run left. `writers` says whether a file is being written.
 ///
 /// # Errors
-/// [`StoreError::Folder`] if `dir` is not a directory that can be watched.
+/// [`StoreError::Folder`] if `dir` is not a directory that can be read. One that cannot be watched, as a limit is reached,
+/// is looked at every few seconds, and is reported.
 pub fn watch(
     dir: impl AsRef<Path>,
     before: Memory,
@@ -172,12 +173,10 @@ impl Folder {
         let failed = |source: io::Error| StoreError::Folder { path: dir.to_owned(), hint: hint(&source), source };
         let dir = std::path::absolute(dir).map_err(failed)?;
         std::fs::read_dir(&dir).map_err(failed)?;
-        let mut paths = Paths::new().map_err(failed)?;
-        paths.follow(Some(&dir), &[]).map_err(failed)?;
         let manifests = Manifests::new(&dir, before);
         Ok(Folder {
             dir,
-            paths,
+            paths: Paths::new(),
             writers,
             questions,
             answered: 0,
