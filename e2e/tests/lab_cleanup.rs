@@ -264,23 +264,9 @@ fn a_running_agent_keeps_its_instance_also_when_its_pins_were_removed() {
 fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_keeps_them() {
     let machine = Machine::new("lb");
     let before = machine.state();
-    let instance = machine.name.clone();
-    let write = |name: &str, more: &str| {
-        let file = machine.path(&format!("{name}.yaml"));
-        let text = format!(
-            "devices: [eth0]\nacceleration: off\nstateDir: {}\nbpf: {{instance: {instance}-{name}, maps: {{flows: 16384, pending: 16384}}}}\n\
-             services: [{{name: web, address: 203.0.113.10, port: 80, backends: [{{address: 192.0.2.7, port: 80}}]}}]\n{more}",
-            machine.path(&format!("state-{name}")).display()
-        );
-        fs::write(&file, text).unwrap();
-        file.display().to_string()
-    };
+    let write = |name: &str, more: &str| machine.lb_file(name, more);
+    let start = |name: &str, file: &str| machine.lb(name, file);
     let (first, second) = (write("one", ""), write("two", ""));
-    let start = |name: &str, file: &str| {
-        let running = machine.spawn(&["lb", "--config", file], name);
-        eventually("it runs", PATIENCE, || machine.path(&format!("state-{name}/lb.sock")).exists());
-        running
-    };
     let one = start("one", &first);
     let reserved = machine.get("ipv4/ip_local_reserved_ports");
     let running = machine.state();
@@ -309,6 +295,36 @@ fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_
     machine.assert_state(&before, "both are gone");
     assert!(!left.iter().any(|path| path.exists()), "of {left:?} something stays");
     assert!(!machine.path("state-one").exists());
+}
+
+#[test]
+fn an_agent_and_an_lb_on_one_machine_leave_it_as_it_was_whoever_comes_and_leaves_first() {
+    let machine = Machine::new("both");
+    let instance = machine.name.clone();
+    let before = machine.state();
+    let forwarding =
+        |device: &str| ["ipv4", "ipv6"].map(|family| machine.get(&format!("{family}/conf/{device}/forwarding")));
+    let (file, agent_file) = (machine.lb_file("one", ""), machine.agent_file(&instance, ""));
+    for (agent_comes_first, agent_leaves_first) in [(true, true), (true, false), (false, true), (false, false)] {
+        let what = format!("the agent comes first: {agent_comes_first}, leaves first: {agent_leaves_first}");
+        for agent in [agent_comes_first, !agent_comes_first] {
+            if agent { machine.agent(&instance) } else { machine.lb("one", &file) }.stop();
+        }
+        // One that comes while the agent has the machine.
+        machine.ip("link add eth9 type veth peer name wire9");
+        for agent in [agent_leaves_first, !agent_leaves_first] {
+            if agent {
+                machine.well(&["agent", "--config", &agent_file, "--cleanup"]);
+                assert_eq!(forwarding("eth9"), ["0", "0"], "{what}");
+            } else {
+                machine.well(&["lb", "down", "--config", &file]);
+            }
+            let is_needed = agent == agent_leaves_first;
+            assert_eq!(forwarding("eth0"), if is_needed { ["1", "1"] } else { ["0", "0"] }, "{what}");
+        }
+        machine.ip("link del eth9");
+        machine.assert_state(&before, &what);
+    }
 }
 
 #[test]

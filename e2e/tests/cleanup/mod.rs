@@ -141,6 +141,25 @@ impl Machine {
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
+    /// A file of a load balancer.
+    pub fn lb_file(&self, name: &str, more: &str) -> String {
+        let file = self.path(&format!("{name}.yaml"));
+        let text = format!(
+            "devices: [eth0]\nacceleration: off\nstateDir: {}\nbpf: {{instance: {}-{name}, maps: {{flows: 16384, pending: 16384}}}}\n\
+             services: [{{name: web, address: 203.0.113.10, port: 80, backends: [{{address: 192.0.2.7, port: 80}}]}}]\n{more}",
+            self.path(&format!("state-{name}")).display(),
+            self.name,
+        );
+        fs::write(&file, text).unwrap();
+        file.display().to_string()
+    }
+
+    pub fn lb(&self, name: &str, file: &str) -> Running {
+        let running = self.spawn(&["lb", "--config", file], name);
+        eventually("it runs", PATIENCE, || self.path(&format!("state-{name}/lb.sock")).exists());
+        running
+    }
+
     /// Attaches a pod as a runtime does.
     pub fn add_pod(&self, instance: &str) {
         self.add(instance, "eth0");

@@ -301,7 +301,8 @@ impl Settings {
         let owner = self.owner.clone();
         let _lock = self.lock()?;
         let mut record = self.read()?;
-        let done = self.put_all_back(&record.leave_settings(&owner, is_left))?;
+        let left = record.leave_settings(&owner, is_left);
+        let done = self.put_all_back(&left, &mut record)?;
         self.write(&record)?;
         self.wanted.retain(|name, _| !is_left(name));
         (self.kept, self.seen) = (record.of(&owner), self.stamp());
@@ -317,7 +318,7 @@ impl Settings {
         let _lock = self.lock()?;
         let mut record = self.read()?;
         let left = record.leave(&self.owner);
-        let mut done = self.put_all_back(&left.settings)?;
+        let mut done = self.put_all_back(&left.settings, &mut record)?;
         if let Some(ports) = &left.ports {
             let there = Ports::parse(&self.net.sysctl(RESERVED)?);
             let rest = there.without(ports);
@@ -340,11 +341,11 @@ impl Settings {
         Ok(done)
     }
 
-    /// Answers those that were written.
-    fn put_all_back(&self, left: &[(String, Changed)]) -> Result<Vec<String>, SettingsError> {
+    /// Answers those that were written. The record is what others need.
+    fn put_all_back(&self, left: &[(String, Changed)], rest: &mut Record) -> Result<Vec<String>, SettingsError> {
         let mut done = Vec::new();
         for (name, changed) in left {
-            if let Some(value) = self.put_back(name, changed)? {
+            if let Some(value) = self.put_back(name, changed, rest)? {
                 done.push(format!("{name}={value}"));
             }
         }
@@ -352,22 +353,36 @@ impl Settings {
     }
 
     /// Writes the value from before, if nobody changed it since; the value that was written.
-    fn put_back(&self, name: &str, changed: &Changed) -> Result<Option<String>, SettingsError> {
+    fn put_back(&self, name: &str, changed: &Changed, rest: &mut Record) -> Result<Option<String>, SettingsError> {
         let Some(name) = self.name_now(name, changed.device)? else { return Ok(None) };
         let now = self.net.sysctls([name.as_str()])?;
         let is_ours = now.first().and_then(Option::as_deref) == Some(changed.set.as_str());
         if !is_ours || changed.set == changed.before {
             return Ok(None);
         }
-        let followers: Vec<&str> = changed.follow.keys().map(String::as_str).collect();
-        let follow = self.net.sysctls(followers.iter().copied())?;
+        // Those of devices that came since are among them.
+        let followers = self.followers(&name)?;
+        let mut needed = BTreeMap::new();
+        for (recorded, known) in rest.settings.iter().filter(|_| !followers.is_empty()) {
+            needed.extend(self.name_now(recorded, known.device)?.map(|now| (now, recorded.clone())));
+        }
         self.net.set_sysctl(&name, &changed.before)?;
-        for (follower, now) in followers.iter().zip(follow) {
-            // Where it still is as our change made it, it becomes what it was; else it stays as somebody wanted it.
-            let Some(now) = now else { continue };
-            let caused = caused(follower, &changed.set);
-            let value = if now == caused { changed.follow[*follower].clone() } else { now };
-            self.net.set_sysctl(follower, &value)?;
+        for (follower, now) in followers {
+            let recorded = needed.get(&follower).unwrap_or(&follower);
+            let (caused, old) = (caused(&follower, &changed.set), followed(recorded, changed));
+            let value = match rest.settings.get_mut(recorded) {
+                Some(known) => {
+                    // What its owners found was our change, or else what somebody wanted.
+                    if known.before == caused {
+                        known.before = old;
+                    }
+                    now
+                }
+                // Where it still is as our change made it, it becomes what it was; else it stays as somebody wanted it.
+                None if now == caused => old,
+                None => now,
+            };
+            self.net.set_sysctl(&follower, &value)?;
         }
         Ok(Some(changed.before.clone()))
     }
@@ -414,7 +429,8 @@ impl Settings {
         match self.read() {
             // Somebody else's part is another.
             Ok(record) if !record.clone().add(&self.kept) => {
-                self.seen = stamp;
+                // Who left may have told what was before.
+                (self.kept, self.seen) = (record.of(&self.owner), stamp);
                 Ok(None)
             }
             _ => Ok(Some(self.file.clone())),
@@ -520,6 +536,15 @@ fn caused(follower: &str, value: &str) -> String {
     }
 }
 
+/// What a follower was before its setting was changed. One of a device that came since would be as those that come.
+fn followed(follower: &str, changed: &Changed) -> String {
+    let old = |name: &str| changed.follow.get(name).cloned();
+    let family = follower.split_once("/conf/").map_or("", |(family, _)| family);
+    old(follower)
+        .or_else(|| old(&format!("{family}/conf/default/forwarding")))
+        .unwrap_or_else(|| caused(follower, &changed.before))
+}
+
 /// What tells this boot from others.
 fn boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
@@ -548,5 +573,16 @@ mod tests {
     fn redirects_are_the_other_way_round_than_forwarding() {
         assert_eq!(caused("ipv4/conf/all/accept_redirects", "1"), "0");
         assert_eq!(caused("ipv4/conf/eth0/forwarding", "1"), "1");
+    }
+
+    #[test]
+    fn a_device_that_came_since_is_as_those_that_come_without_the_change() {
+        let follow = [("ipv4/conf/eth0/forwarding", "1"), ("ipv4/conf/default/forwarding", "0")];
+        let follow = follow.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let changed = Changed::new("0".to_owned(), "1", None, follow);
+        assert_eq!(followed("ipv4/conf/eth0/forwarding", &changed), "1");
+        assert_eq!(followed("ipv4/conf/eth9/forwarding", &changed), "0");
+        let changed = Changed { follow: BTreeMap::new(), ..changed };
+        assert_eq!(followed("ipv4/conf/all/accept_redirects", &changed), "1");
     }
 }
