@@ -298,6 +298,29 @@ fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_
 }
 
 #[test]
+fn a_file_that_an_lb_refuses_changes_nothing_of_the_machine() {
+    let machine = Machine::new("refused");
+    // A kind of device that has no native XDP.
+    machine.ip("link add vx0 type vxlan id 1 dstport 4790");
+    let file = machine.lb_file("one", "");
+    let lb = machine.lb("one", &file);
+    let mut running = machine.state();
+    // A program that was loaded once stays for the next time.
+    running.remove("pins");
+    assert_ne!(machine.get("ipv4/ip_local_reserved_ports"), "8472,32768-32800");
+    let text = fs::read_to_string(machine.lb_file("other", "snatPorts: 20000-20511\n")).unwrap();
+    let text = text.replace("state-other", "state-one").replace("-other", "-one");
+    let text = text.replace("acceleration: off", "acceleration: native").replace("[eth0]", "[eth0, vx0]");
+    fs::write(&file, text).unwrap();
+    eventually("the file is refused", PATIENCE, || {
+        fs::read_to_string(machine.path("one.log")).unwrap().contains("the file is not in force")
+    });
+    machine.assert_state(&running, "a file that was refused");
+    lb.stop();
+    machine.well(&["lb", "down", "--config", &file]);
+}
+
+#[test]
 fn an_agent_and_an_lb_on_one_machine_leave_it_as_it_was_whoever_comes_and_leaves_first() {
     let machine = Machine::new("both");
     let instance = machine.name.clone();

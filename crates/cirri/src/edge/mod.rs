@@ -303,14 +303,16 @@ async fn load(shared: &Shared) -> std::result::Result<usize, String> {
     }
     let seen = Machine::look(&plan, net).await.map_err(told)?;
     seen.check(&plan, net).await.map_err(told)?;
-    devices::apply_settings(&plan, &seen, net, settings).map_err(|error| error.to_string())?;
+    let set = devices::apply_settings(&plan, &seen, net, settings).map_err(MachineError::from);
     // Programs may be on a device before there is anything to do for them, not the other way round.
-    let applied = match attached.attach(&plan, &seen, datapath) {
+    let applied = match set.and_then(|()| attached.attach(&plan, &seen, datapath)) {
         Ok(()) => core.apply(plan).map_err(|error| (matches!(error, ApplyError::Kernel(_)), error.to_string())),
         Err(error) => Err((false, error.to_string())),
     };
     if let Err((false, error)) = &applied {
-        *trouble = attached.follow(&core.plan, machine, datapath, settings).err().map(|error| error.to_string());
+        let set = devices::apply_settings(&core.plan, machine, net, settings).map_err(MachineError::from);
+        let followed = attached.follow(&core.plan, machine, datapath, settings);
+        *trouble = set.and(followed).err().map(|error| error.to_string());
         return Err(error.clone());
     }
     *machine = seen;
