@@ -101,6 +101,42 @@ fn a_container_that_lives_on_is_as_before_after_the_cleanup() {
 }
 
 #[test]
+fn where_the_mtu_is_too_small_for_ipv6_pods_have_ipv4_alone_or_the_agent_refuses_to_start() {
+    let machine = Machine::new("mtu");
+    let instance = machine.name.clone();
+    // Too small for the overlay, with an IPv6 address on it; and too small for any.
+    for (mtu, more, least) in [(1300, "", "1330 or more"), (1200, "routing: {mode: direct}\n", "1280 or more")] {
+        machine.ip(&format!("link set eth0 mtu {mtu}"));
+        let before = machine.state();
+        let file = machine.agent_file(&instance, &format!("{more}cluster: {{podCidrV6: 'fd00:10:244::/48'}}\n"));
+        let refused = machine.cirri(&["agent", "--config", &file]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains("podCidrV6") && said.contains(least), "{said}");
+        machine.assert_state(&before, "refused");
+
+        let file = machine.agent_file(&instance, more);
+        let agent = machine.spawn(&["agent", "--config", &file], &instance);
+        let socket = machine.path(&format!("var/cirri/state-{instance}/agent.sock"));
+        eventually("the agent is ready", PATIENCE, || socket.exists());
+        let added = machine.add(&instance, "eth0");
+        let addresses: Vec<&str> =
+            added["ips"].as_array().unwrap().iter().filter_map(|it| it["address"].as_str()).collect();
+        assert!(addresses.len() == 1 && addresses[0].starts_with("10.244."), "{added}");
+        let check = machine.cni("CHECK", &instance, "eth0", &added);
+        assert!(check.status.success(), "CHECK: {}", String::from_utf8_lossy(&check.stdout));
+        let status = |()| {
+            let answer = machine.cirri(&["status", "-o", "json", "--socket", &socket.display().to_string()]).stdout;
+            serde_json::from_slice::<Value>(&answer).unwrap_or_default()
+        };
+        assert!(status(())["without_v6"].as_str().is_some_and(|why| why.contains(least)), "{}", status(()));
+        eventually("all is well", PATIENCE, || status(())["problems"] == Value::Array(Vec::new()));
+        agent.stop();
+        machine.well(&["agent", "--config", &file, "--cleanup"]);
+        machine.assert_state(&before, &format!("cleaned, with an MTU of {mtu}"));
+    }
+}
+
+#[test]
 fn what_somebody_else_changed_since_stays_as_he_wants_it() {
     let machine = Machine::new("since");
     let instance = machine.name.clone();

@@ -335,6 +335,9 @@ pub struct Status {
     pub addresses: Vec<IpAddr>,
     /// The node's pod ranges.
     pub pod_cidrs: Vec<String>,
+    /// Why pods have IPv4 alone on a node that has, or could have, IPv6; empty if they have both.
+    #[serde(default)]
+    pub without_v6: String,
     /// The store.
     pub store: StoreStatus,
     /// Newest store revision seen.

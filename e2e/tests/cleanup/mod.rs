@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{binary, eventually, printed};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// How long anything is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -166,16 +166,28 @@ impl Machine {
     }
 
     /// The same, with this name of the device in it.
-    pub fn add(&self, instance: &str, device: &str) {
+    pub fn add(&self, instance: &str, device: &str) -> Value {
+        fs::write(
+            self.path("manifests/web.yaml"),
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec: {containers: [{name: c, image: none}]}\n",
+        )
+        .unwrap();
+        let output = self.cni("ADD", instance, device, &Value::Null);
+        assert!(output.status.success(), "ADD: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Calls the plugin as a runtime does.
+    pub fn cni(&self, command: &str, instance: &str, device: &str, before: &Value) -> Output {
         let socket = self.path(&format!("var/cirri/state-{instance}/agent.sock"));
-        let configuration = format!(
-            r#"{{"cniVersion": "1.1.0", "name": "cirri", "type": "cirri-cni", "socket": "{}"}}"#,
-            socket.display()
-        );
+        let mut configuration = json!({"cniVersion": "1.1.0", "name": "cirri", "type": "cirri-cni", "socket": socket.display().to_string()});
+        if !before.is_null() {
+            configuration["prevResult"] = before.clone();
+        }
         let mut plugin = Command::new(binary().unwrap());
         plugin
             .arg("cni")
-            .env("CNI_COMMAND", "ADD")
+            .env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", "c1")
             .env("CNI_NETNS", format!("/run/netns/{}", self.pod.name()))
             .env("CNI_IFNAME", device)
@@ -183,15 +195,9 @@ impl Machine {
             .env("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
-        fs::write(
-            self.path("manifests/web.yaml"),
-            "apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec: {containers: [{name: c, image: none}]}\n",
-        )
-        .unwrap();
         let mut child = self.net.namespace.run(|| plugin.spawn()).unwrap().unwrap();
-        child.stdin.take().unwrap().write_all(configuration.as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "ADD: {output:?}");
+        child.stdin.take().unwrap().write_all(configuration.to_string().as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
     }
 
     /// Whether the kernel has done what it does by itself and in its own time, which must not look like a difference:
@@ -201,8 +207,9 @@ impl Machine {
         let has = |list: &Value, it: &str| list.as_array().unwrap().contains(&Value::from(it));
         devices.iter().all(|device| {
             let addresses = device["addr_info"].as_array().unwrap();
-            let gets_one =
-                device["link_type"] == "ether" && ["UP", "LOWER_UP"].iter().all(|it| has(&device["flags"], it));
+            // With an MTU below 1280 a device has no IPv6.
+            let can_have = device["link_type"] == "ether" && device["mtu"].as_u64().unwrap() >= 1280;
+            let gets_one = can_have && ["UP", "LOWER_UP"].iter().all(|it| has(&device["flags"], it));
             let own = |it: &Value| it["family"] == "inet6" && it["scope"] == "link";
             (!gets_one || addresses.iter().any(own)) && addresses.iter().all(|it| it["tentative"].is_null())
         })

@@ -301,7 +301,7 @@ async fn create(
     core.datapath
         .attach_workload(&endpoint.host_ifname)
         .map_err(|error| ApiError::new("internal", format!("no programs on its device: {error}")))?;
-    node::quiet(&net, &endpoint.host_ifname).map_err(internal)?;
+    node::quiet(&net, &endpoint.host_ifname, endpoint.mtu).map_err(internal)?;
 
     core.raising = Some(endpoint.id);
     core.endpoints.insert(endpoint.id, endpoint.clone());

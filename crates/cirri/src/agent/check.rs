@@ -103,7 +103,8 @@ fn of_device(core: &Core, endpoint: &Endpoint, outer: &Link, inner: Option<u32>)
     expect(mtu == 0 || outer.mtu == mtu, format!("its device {name} has the MTU {}, not {mtu}", outer.mtu));
     expect(inner.is_none() || outer.peer == inner, format!("its device {name} leads to another device"));
     expect(outer.controller.is_none(), format!("its device {name} is a port of another"));
-    for (setting, value) in node::quiet_settings(&outer.name, node::has_ipv6(&core.net)) {
+    let v6 = node::has_ipv6(&core.net) && outer.mtu >= node::IPV6_MTU;
+    for (setting, value) in node::quiet_settings(&outer.name, v6) {
         let now = core.net.sysctl(&setting).unwrap_or_else(|_| "gone".to_owned());
         expect(now == value, format!("the node's setting {setting} is {now}, not {value}"));
     }

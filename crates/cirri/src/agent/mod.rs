@@ -69,6 +69,7 @@ pub use cleanup::cleanup;
 pub use drift::{
     EVERY as COMPARE_EVERY, Findings, Instead, OpenFile, Pace, Repairs, cpu_time, judge as judge_programs,
 };
+pub use node::{IPV6_MTU, has_ipv6};
 pub use problems::{Finding, Problems};
 pub use queries::counters_by_name;
 pub use services::{Reach, changed as changed_services};

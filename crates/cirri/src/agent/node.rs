@@ -12,6 +12,8 @@ use crate::settings::{Settings, SettingsError};
 pub const OVERLAY: &str = "cirri_vxlan";
 /// Bytes that the overlay puts before a packet: outer IPv4, UDP, VXLAN, inner Ethernet.
 pub const OVERLAY_COST: u32 = 50;
+/// The smallest MTU with which the kernel gives a device IPv6.
+pub const IPV6_MTU: u32 = 1280;
 
 /// What was found out about this node when the agent started.
 #[derive(Clone, Debug)]
@@ -22,6 +24,8 @@ pub struct Node {
     pub v4: Ipv4Addr,
     /// Its IPv6 address; without one its workloads have IPv4 only.
     pub v6: Option<Ipv6Addr>,
+    /// Why workloads have no IPv6 although the node has it, or would have.
+    pub without_v6: Option<String>,
     /// Devices that lead to the network.
     pub devices: Vec<Link>,
     /// The one of them that has the address.
@@ -54,17 +58,27 @@ pub enum NodeError {
     /// No name.
     #[error("the host has no name; set node.name")]
     NoName,
+    /// IPv6 is wanted, and there is no room for its packets.
+    #[error(
+        "cluster.podCidrV6 asks for pods with IPv6, but {0}, or leave cluster.podCidrV6 out: pods have IPv4 alone then"
+    )]
+    SmallMtu(String),
 }
 
 /// What an instance claims of a network namespace, so that there is no other beside it: its routes and devices.
 pub const CLAIM: &str = "node";
 
-/// Looks around, applies settings, makes the overlay device.
+/// Looks around, applies settings, makes the overlay device. `asked`: whether the configuration names IPv6 itself.
 ///
 /// # Errors
 /// See [`NodeError`].
-pub async fn prepare(config: &Config, net: &Net, settings: &mut Settings) -> Result<Node, NodeError> {
+pub async fn prepare(config: &Config, asked: bool, net: &Net, settings: &mut Settings) -> Result<Node, NodeError> {
     let mut node = discover(config, net).await?;
+    match &node.without_v6 {
+        Some(why) if asked => return Err(NodeError::SmallMtu(why.clone())),
+        Some(why) => tracing::warn!("pods have IPv4 alone: {why}"),
+        None => {}
+    }
     // Before anything is touched that another instance may have made.
     settings.claim(CLAIM)?;
     apply_settings(config, settings, &node)?;
@@ -88,7 +102,7 @@ pub async fn make_overlay(net: &Net, mtu: u32) -> Result<Link, NetError> {
     net.create_vxlan(OVERLAY, VXLAN_PORT, mtu).await?;
     net.set_mtu(OVERLAY, mtu).await?;
     net.set_noarp(OVERLAY).await?;
-    quiet(net, OVERLAY)?;
+    quiet(net, OVERLAY, mtu)?;
     net.set_up(OVERLAY).await?;
     net.link(OVERLAY).await
 }
@@ -109,16 +123,18 @@ pub async fn addresses(net: &Net) -> Result<Vec<IpAddr>, NetError> {
     Ok(all)
 }
 
-/// Makes a device of ours have its [`quiet_settings`].
+/// Makes a device of ours, of this MTU, have its [`quiet_settings`].
 ///
 /// # Errors
 /// A setting cannot be written.
-pub fn quiet(net: &Net, device: &str) -> Result<(), NetError> {
-    quiet_settings(device, has_ipv6(net)).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
+pub fn quiet(net: &Net, device: &str, mtu: u32) -> Result<(), NetError> {
+    let v6 = has_ipv6(net) && mtu >= IPV6_MTU;
+    quiet_settings(device, v6).iter().try_for_each(|(setting, value)| net.set_sysctl(setting, value))
 }
 
-/// Settings of a device of ours, in a namespace with IPv6 or without: IPv6 as the namespace has it, those of
-/// [`device_settings`], no address of its own by router, no wait before an address is used.
+/// Settings of a device of ours, with IPv6 or without (the namespace has none, or the device's MTU is below
+/// [`IPV6_MTU`]): IPv6 as the namespace has it, those of [`device_settings`], no address of its own by router, no wait
+/// before an address is used.
 pub fn quiet_settings(device: &str, v6: bool) -> Vec<(String, &'static str)> {
     let mut settings = Vec::new();
     if v6 {
@@ -180,12 +196,17 @@ async fn discover(config: &Config, net: &Net) -> Result<Node, NodeError> {
     if devices.is_empty() {
         devices.extend(links.iter().find(|link| link.index == uplink).cloned());
     }
-    let underlay = devices.iter().map(|link| link.mtu).min().unwrap_or(1500);
+    let narrowest = devices.iter().min_by_key(|link| link.mtu);
+    let underlay = narrowest.map_or(1500, |link| link.mtu);
     let cost = if config.routing.mode == RoutingMode::Overlay { OVERLAY_COST } else { 0 };
+    let v6 = v6.filter(|_| has_ipv6(net));
+    let lacks = underlay < IPV6_MTU + cost && has_ipv6(net) && (v6.is_some() || underlay < IPV6_MTU);
+    let without_v6 = narrowest.filter(|_| lacks).map(|link| without_v6(link, cost));
     Ok(Node {
         name: name(config)?,
         v4,
-        v6: v6.filter(|_| has_ipv6(net)),
+        v6: v6.filter(|_| !lacks),
+        without_v6,
         devices,
         uplink,
         overlay: named(OVERLAY).cloned(),
@@ -193,6 +214,14 @@ async fn discover(config: &Config, net: &Net) -> Result<Node, NodeError> {
         mtu: underlay.saturating_sub(cost),
         netns_cookie: net.namespace().cookie()?,
     })
+}
+
+/// Why there is no IPv6 behind a device, and what to do.
+fn without_v6(link: &Link, cost: u32) -> String {
+    let Link { name, mtu, .. } = link;
+    let overlay = if cost > 0 { format!(", of which the overlay takes {cost}") } else { String::new() };
+    let least = IPV6_MTU + cost;
+    format!("{name} has an MTU of {mtu}{overlay}, and IPv6 needs {IPV6_MTU}; give {name} an MTU of {least} or more")
 }
 
 fn apply_settings(config: &Config, settings: &mut Settings, node: &Node) -> Result<(), SettingsError> {

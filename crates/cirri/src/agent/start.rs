@@ -139,7 +139,8 @@ pub async fn start(loaded: Loaded) -> Result<Started> {
     let mut settings = Settings::of(&net, owner(&config)).because(Failure::Failed)?;
     // Programs at work are an earlier run's, whether its record is there or not.
     let known = settings.is_known().because(Failure::Failed)? || attached.is_ok_and(|attached| !attached.is_empty());
-    let started = match node::prepare(&config, &net, &mut settings).await.because(Failure::BadInput) {
+    let asked = loaded.values.iter().any(|it| it.key == "cluster.podCidrV6" && it.source != "default");
+    let started = match node::prepare(&config, asked, &net, &mut settings).await.because(Failure::BadInput) {
         Ok(node) => take_over(loaded, sources, node, net.clone(), settings, instance).await,
         Err(error) => {
             drop(instance);

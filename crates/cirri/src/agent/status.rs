@@ -40,6 +40,7 @@ impl Shared {
             }
             .to_owned(),
             addresses: [IpAddr::V4(core.node.v4)].into_iter().chain(core.node.v6.map(IpAddr::V6)).collect(),
+            without_v6: core.node.without_v6.clone().unwrap_or_default(),
             pod_cidrs: core.pools.iter().map(|pool| pool.cidr().to_string()).collect(),
             store,
             seen_revision: core.view.revision,

@@ -41,6 +41,9 @@ fn table(status: &Status) -> String {
     let addresses: Vec<String> = status.addresses.iter().map(ToString::to_string).collect();
     line("Addresses", addresses.join(", "));
     line("Pods", format!("{} (routing: {})", status.pod_cidrs.join(", "), status.routing));
+    if !status.without_v6.is_empty() {
+        line("IPv4 alone", status.without_v6.clone());
+    }
     let store = match (status.store.healthy, status.store.synced) {
         (true, true) => "ok".to_owned(),
         (true, false) => "not seen whole yet; running on what was pinned".to_owned(),

@@ -12,7 +12,7 @@ use cirri_loader::{Datapath, EdgeMode, EdgeStatus, EdgeWanted, LoadError, MapErr
 
 use super::api::DeviceStatus;
 use super::plan::Plan;
-use crate::agent::{Finding, Findings};
+use crate::agent::{Finding, Findings, IPV6_MTU, has_ipv6};
 use crate::api::ProblemKind;
 use crate::config::Acceleration;
 use crate::settings::{Settings, SettingsError};
@@ -428,9 +428,9 @@ impl Attached {
 /// A setting cannot be recorded or written.
 pub fn apply_settings(plan: &Plan, machine: &Machine, net: &Net, settings: &mut Settings) -> Result<(), SettingsError> {
     settings.reserve(plan.snat_ports)?;
-    for name in machine.devices.iter().filter(|(_, link)| link.is_some()).map(|(name, _)| name) {
+    for (name, link) in machine.devices.iter().filter_map(|(name, link)| Some((name, link.as_ref()?))) {
         settings.set(&format!("ipv4/conf/{name}/forwarding"), "1")?;
-        if net.sysctl("ipv6/conf/all/disable_ipv6").is_ok_and(|disabled| disabled == "0") {
+        if link.mtu >= IPV6_MTU && has_ipv6(net) {
             settings.set(&format!("ipv6/conf/{name}/forwarding"), "1")?;
         }
     }

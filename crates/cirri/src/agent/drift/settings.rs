@@ -15,16 +15,18 @@ impl Core {
     /// Settings that somebody changed are changed back.
     pub(super) fn compare_settings(&mut self, now: Instant, findings: &mut Findings) -> anyhow::Result<()> {
         let v6 = node::has_ipv6(&self.net);
-        let devices = self.endpoints.values().map(|endpoint| (endpoint.host_ifname.as_str(), endpoint.ifindex));
-        let overlay = self.node.overlay.iter().map(|link| (link.name.as_str(), link.index));
-        let devices: Vec<(&str, u32)> = devices.chain(overlay).collect();
+        let devices = self.endpoints.values().map(|it| (it.host_ifname.as_str(), it.ifindex, it.mtu));
+        let overlay = self.node.overlay.iter().map(|link| (link.name.as_str(), link.index, self.node.mtu));
+        let devices: Vec<(&str, u32, u32)> = devices.chain(overlay).collect();
         // What the kernel tells of all devices at once needs no look into a file of each.
         let told = self.net.device_settings(v6)?;
         let mut drifted: Vec<Drifted> =
-            devices.iter().flat_map(|(name, index)| told_of(name, told.get(index))).collect();
+            devices.iter().flat_map(|(name, index, _)| told_of(name, told.get(index))).collect();
         let is_told =
             |(setting, _): &(String, &str)| setting.ends_with("/forwarding") || setting.ends_with("/rp_filter");
-        let ours = devices.iter().flat_map(|(name, _)| node::quiet_settings(name, v6));
+        // Of one that an earlier version attached no MTU is noted.
+        let has_v6 = |mtu: u32| v6 && (mtu == 0 || mtu >= node::IPV6_MTU);
+        let ours = devices.iter().flat_map(|(name, _, mtu)| node::quiet_settings(name, has_v6(*mtu)));
         let ours: Vec<_> = ours.filter(|setting| !is_told(setting)).collect();
         drifted.extend(self.settings.drifted(&ours)?);
         if let Some(record) = self.settings.lost_record()? {
