@@ -432,6 +432,38 @@ fn a_second_lb_backend_that_fails_or_leaves_takes_nothing_from_the_first() {
     machine.assert_state(&before, "as it began");
 }
 
+#[test]
+fn an_lb_backend_is_removed_from_a_device_that_has_another_name_by_now() {
+    let machine = Machine::new("renamed");
+    let root = format!("/sys/fs/bpf/{}/pins", machine.name);
+    let pins = Path::new(&root).join(&machine.name);
+    let call = |more: &[&str]| {
+        let all = [&["lb", "backend", "--pin-root", &root, "--instance", &machine.name], more].concat();
+        machine.well(&all);
+    };
+    let attached = |device: &str| {
+        let links: Value = serde_json::from_str(&machine.ip(&format!("-j link show {device}"))).unwrap();
+        pins.join("links").join(format!("unwrap-{}", links[0]["ifindex"])).exists()
+    };
+    let vip = ["--vip", "203.0.113.10"];
+    let rename = |from: &str, to: &str| machine.ip(&format!("link set {from} name {to}"));
+    let before = machine.state();
+    for vip in [&vip[..], &[]] {
+        call(&[&["--device", "eth0", "--device", "eth1"], vip].concat());
+        assert!(attached("eth0") && attached("eth1"));
+        rename("eth0", "wan0");
+        // The name is another's: nothing is taken away from that.
+        rename("eth1", "eth0");
+        call(&["--device", "eth0", "--remove"]);
+        assert!(!attached("wan0") && attached("eth0"), "with {vip:?}");
+        call(&["--device", "eth1", "--remove"]);
+        assert!(!pins.exists(), "with {vip:?}");
+        rename("eth0", "eth1");
+        rename("wan0", "eth0");
+        machine.assert_state(&before, "removed");
+    }
+}
+
 /// `cirri lb backend --check` with each thing taken away or altered, and after the set-up was run again.
 fn what_is_not_as_made_is_said(machine: &Machine, instance: &str) {
     let set_up = ["lb", "backend", "--device", "eth0", "--vip", "203.0.113.10", "--vip", "203.0.113.9"];

@@ -1,6 +1,6 @@
 //! A plain host behind a load balancer with `forwarding: dsr-ipip`: takes packets out of their wrapping.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -162,22 +162,39 @@ impl BackendHost {
         Ok(())
     }
 
+    /// The numbers that devices had when they were set up: a name may be another's by now. Those of earlier versions are
+    /// known by name alone, and who else has the number keeps the program.
+    async fn numbers(&self, net: &Net, devices: &[&str]) -> Result<BTreeSet<u32>> {
+        let claims = self.settings(net, "")?.claims().because(Failure::Failed)?;
+        let prefix = self.claim("");
+        let known = claims.keys().filter_map(|claim| numbered(claim.strip_prefix(&prefix)?));
+        let (gone, stay): (Vec<_>, Vec<_>) = known.partition(|(device, _)| devices.contains(device));
+        let mut numbers: BTreeSet<u32> = gone.iter().map(|(_, index)| *index).collect();
+        for device in devices.iter().filter(|device| !gone.iter().any(|(it, _)| it == *device)) {
+            numbers.extend(net.find_link(device).await.because(Failure::Failed)?.map(|link| link.index));
+        }
+        numbers.retain(|index| !stay.iter().any(|(_, it)| it == index));
+        Ok(numbers)
+    }
+
     async fn take_away(&self, net: &Net, devices: &[&str]) -> Result<()> {
         let unwraps = |it: &Attachment| it.program == UNWRAP;
         let attached = Datapath::attached(&self.pin_root, &self.instance).because(Failure::Failed)?;
         let mut rest = attached.len();
         if attached.iter().any(unwraps) {
             let mut datapath = Datapath::load(&self.options()).because(Failure::Failed)?;
-            for device in devices {
-                if let Some(link) = net.find_link(device).await.because(Failure::Failed)? {
-                    datapath.detach(link.index).because(Failure::Failed)?;
-                }
+            for index in self.numbers(net, devices).await? {
+                datapath.detach(index).because(Failure::Failed)?;
             }
             // Links of devices that are gone.
             datapath.collect_links().because(Failure::Failed)?;
             rest = datapath.attachments().because(Failure::Failed)?.into_iter().filter(unwraps).count();
         }
-        if rest == 0 {
+        let owners = self.settings(net, "")?.owners().because(Failure::Failed)?;
+        let ours = owners.iter().filter_map(|owner| owner.strip_prefix(&self.owner("")));
+        let (left, stay): (Vec<&str>, Vec<&str>) = ours.partition(|device| devices.contains(device));
+        // A program that nobody is recorded for is one of a device that nobody finds any more.
+        if rest == 0 || stay.is_empty() && !left.is_empty() {
             Datapath::purge(&self.pin_root, &self.instance).because(Failure::Failed)?;
         }
         for device in devices {
@@ -194,6 +211,11 @@ impl BackendHost {
     /// The name that it is recorded under.
     fn owner(&self, device: &str) -> String {
         format!("lb-backend {} {device}", self.instance)
+    }
+
+    /// What is claimed of a device.
+    fn claim(&self, device: &str) -> String {
+        format!("{UNWRAP} {} {device}", self.instance)
     }
 
     fn check(&self) -> Result<()> {
@@ -228,7 +250,12 @@ impl BackendHost {
     async fn add(&self, net: &Net, device: &str) -> Result<()> {
         let mut settings = self.settings(net, device)?;
         // Also without an address of its own the device is known from here on.
-        settings.claim(&format!("{UNWRAP} {} {device}", self.instance)).because(Failure::Failed)?;
+        let index = net.link(device).await.because(Failure::Failed)?.index;
+        let (by_name, by_number) = (self.claim(device), self.claim(&format!("{device} {index}")));
+        settings.claim(&by_name).because(Failure::Failed)?;
+        // The number that it had before it was made anew may be another's by now.
+        settings.disclaim(|claim| claim != by_name && claim != by_number).because(Failure::Failed)?;
+        settings.claim(&by_number).because(Failure::Failed)?;
         for vip in &self.vips {
             if vip.is_ipv4() {
                 for (name, value) in SETTINGS {
@@ -259,6 +286,12 @@ impl BackendHost {
         let (pin_root, instance) = (self.pin_root.clone(), self.instance.clone());
         LoadOptions { pin_root, instance, sizes, hooking: None, uses: Vec::new() }
     }
+}
+
+/// A device and its number.
+fn numbered(text: &str) -> Option<(&str, u32)> {
+    let (device, index) = text.split_once(' ')?;
+    Some((device, index.parse().ok()?))
 }
 
 fn host_address(ip: IpAddr, device: u32) -> Address {

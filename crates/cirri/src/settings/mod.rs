@@ -5,6 +5,7 @@
 //! an agent, a load balancer, a host behind one. Each is an owner with a name. Taking something twice is
 //! harmless; what somebody else changed since is left to him.
 
+mod claims;
 mod ports;
 mod record;
 mod routes;
@@ -93,29 +94,6 @@ impl Settings {
         let (wanted, open) = (BTreeMap::new(), OpenSettings::default());
         let (kept, seen) = (Record::default(), None);
         Ok(Settings { net: net.clone(), directory, file, owner, wanted, open, ports: None, kept, seen })
-    }
-
-    /// Says that there can be no other owner of this kind of claim here.
-    ///
-    /// # Errors
-    /// There is one.
-    pub fn claim(&mut self, what: &str) -> Result<(), SettingsError> {
-        let owner = self.owner.clone();
-        self.change(|record| match record.claims.get(what) {
-            Some(by) if *by != owner => Err(SettingsError::Claimed { by: by.clone() }),
-            _ => {
-                record.claims.insert(what.to_owned(), owner);
-                Ok(())
-            }
-        })
-    }
-
-    /// Whether somebody else has a claim.
-    ///
-    /// # Errors
-    /// The record cannot be read.
-    pub fn is_anothers(&self, what: &str) -> Result<bool, SettingsError> {
-        Ok(self.read()?.claims.get(what).is_some_and(|by| *by != self.owner))
     }
 
     /// Whether this owner has anything here.
