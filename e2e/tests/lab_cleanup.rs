@@ -317,20 +317,25 @@ fn the_machine_after_lb_down_is_as_before_and_another_user_of_the_same_settings_
         let text = fs::read_to_string(&file).unwrap().replacen("[eth0]", &format!("[{more}]"), 1);
         fs::write(&file, text).unwrap();
         assert!(!machine.cirri(&["lb", "--config", &file]).status.success(), "{broken}");
-        let _ = fs::remove_dir_all(machine.path("state-three"));
         machine.assert_state(&running, "one that could not start");
     }
     one.stop();
     // What a process leaves that is killed while it writes.
     let left = [
-        machine.path("state-one/drained.json.4194303.tmp"),
+        machine.path("lb/state-one/drained.json.4194303.tmp"),
         format!("/run/cirri-settings/{}.json.4194303.tmp", machine.name).into(),
     ];
     left.iter().for_each(|path| fs::write(path, "{").unwrap());
     machine.well(&["lb", "down", "--config", &first]);
     machine.assert_state(&before, "both are gone");
     assert!(!left.iter().any(|path| path.exists()), "of {left:?} something stays");
-    assert!(!machine.path("state-one").exists());
+    assert!(!machine.path("lb").exists());
+    // A first one.
+    let file = write("three", "address: 192.0.2.99\n");
+    assert!(!machine.cirri(&["lb", "--config", &file]).status.success());
+    machine.assert_state(&before, "a first one that could not start");
+    machine.well(&["lb", "down", "--config", &file]);
+    machine.assert_state(&before, "nothing was there");
 }
 
 #[test]

@@ -145,10 +145,10 @@ impl Machine {
     pub fn lb_file(&self, name: &str, more: &str) -> String {
         let file = self.path(&format!("{name}.yaml"));
         let text = format!(
-            "devices: [eth0]\nacceleration: off\nstateDir: {}\nbpf: {{instance: {}-{name}, maps: {{flows: 16384, pending: 16384}}}}\n\
+            "devices: [eth0]\nacceleration: off\nstateDir: {}\nbpf: {{instance: {instance}-{name}, pinRoot: /sys/fs/bpf/{instance}/lb, maps: {{flows: 16384, pending: 16384}}}}\n\
              services: [{{name: web, address: 203.0.113.10, port: 80, backends: [{{address: 192.0.2.7, port: 80}}]}}]\n{more}",
-            self.path(&format!("state-{name}")).display(),
-            self.name,
+            self.path(&format!("lb/state-{name}")).display(),
+            instance = self.name,
         );
         fs::write(&file, text).unwrap();
         file.display().to_string()
@@ -156,7 +156,7 @@ impl Machine {
 
     pub fn lb(&self, name: &str, file: &str) -> Running {
         let running = self.spawn(&["lb", "--config", file], name);
-        eventually("it runs", PATIENCE, || self.path(&format!("state-{name}/lb.sock")).exists());
+        eventually("it runs", PATIENCE, || self.path(&format!("lb/state-{name}/lb.sock")).exists());
         running
     }
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -27,7 +27,7 @@ use super::{Shared, attach, devices, flows, mirror, node, pools};
 use crate::api::{ProblemKind, StoreStatus};
 use crate::config::{Acceleration, Config, Loaded, RoutingMode, SocketMode, StoreKind};
 use crate::exit::{Because, Error, Failure, Result};
-use crate::settings::Settings;
+use crate::settings::{Made, Settings};
 
 /// An agent whose tasks may begin.
 pub struct Started {
@@ -54,14 +54,6 @@ pub struct Lock {
     made: Made,
 }
 
-/// What was made for the lock, and goes with a start that fails.
-struct Made {
-    /// The state directory was not there.
-    state: bool,
-    /// Directories that were recorded.
-    directories: BTreeSet<PathBuf>,
-}
-
 /// Makes sure that this is root, and takes the state directory.
 pub fn lock(config: &Config) -> Result<Lock> {
     if !rustix::process::geteuid().is_root() {
@@ -69,17 +61,12 @@ pub fn lock(config: &Config) -> Result<Lock> {
             .hint("run it as root"));
     }
     let state_dir = &config.state_dir.0;
-    let net = Net::here().because(Failure::Failed)?;
-    let mut settings = Settings::of(&net, owner(config)).because(Failure::Failed)?;
-    let state = !state_dir.exists();
-    // Recorded first: nothing is made that nobody would remove.
-    let directories = settings.need_directories(&[state_dir, &config.bpf.pin_root]).because(Failure::Failed)?;
-    let made = Made { state, directories };
+    let made = Made::record(owner(config), state_dir, &config.bpf.pin_root).because(Failure::Failed)?;
     match lock_file(state_dir) {
         Ok(file) => Ok(Lock { _file: file, made }),
         Err(error) => {
             // Another agent may have begun at the same moment, and have the lock: what is in there is its.
-            made.forget_directories(config);
+            made.leave_directories();
             Err(error)
         }
     }
@@ -101,28 +88,7 @@ fn lock_file(state_dir: &Path) -> Result<File> {
 impl Lock {
     /// Who took it fails: what was not there before is gone after that.
     pub fn give_up(self, config: &Config) {
-        self.made.remove(config);
-    }
-}
-
-impl Made {
-    fn remove(&self, config: &Config) {
-        // One that was there has what an earlier run, or another agent, left.
-        if self.state
-            && let Err(error) = forget(config)
-        {
-            tracing::warn!(%error, "files of a start that failed stay");
-        }
-        self.forget_directories(config);
-    }
-
-    /// Removes the directories that were recorded, if they are empty.
-    fn forget_directories(&self, config: &Config) {
-        let owner = owner(config);
-        let settings = Net::here().map_err(Into::into).and_then(|net| Settings::of(&net, owner));
-        if let Err(error) = settings.and_then(|mut settings| settings.remove_directories(Some(&self.directories))) {
-            tracing::warn!(%error, "directories of a start that failed stay");
-        }
+        self.made.remove(|| forget(config));
     }
 }
 

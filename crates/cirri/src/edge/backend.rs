@@ -46,13 +46,23 @@ impl BackendHost {
         self.check()?;
         Datapath::check_kernel().because(Failure::Failed)?;
         self.check_devices(&net).await?;
-        let instance = Datapath::claim(&self.pin_root, &self.instance).because(Failure::Failed)?;
         let mut fresh = Vec::new();
         for device in &self.devices {
-            if !self.settings(&net, device)?.is_known().because(Failure::Failed)? {
+            let mut settings = self.settings(&net, device)?;
+            if !settings.is_known().because(Failure::Failed)? {
                 fresh.push(device.as_str());
             }
+            settings.need_directories(&[&self.pin_root]).because(Failure::Failed)?;
         }
+        let instance = match Datapath::claim(&self.pin_root, &self.instance).because(Failure::Failed) {
+            Ok(instance) => instance,
+            Err(error) => {
+                for device in fresh {
+                    self.settings(&net, device)?.remove_directories(None).because(Failure::Failed)?;
+                }
+                return Err(error);
+            }
+        };
         let brought = self.bring(&net).await;
         drop(instance);
         if brought.is_err()
@@ -198,7 +208,9 @@ impl BackendHost {
             Datapath::purge(&self.pin_root, &self.instance).because(Failure::Failed)?;
         }
         for device in devices {
-            self.settings(net, device)?.release().await.because(Failure::Failed)?;
+            let mut settings = self.settings(net, device)?;
+            settings.release().await.because(Failure::Failed)?;
+            settings.remove_directories(None).because(Failure::Failed)?;
         }
         Ok(())
     }

@@ -51,7 +51,7 @@ use crate::agent::notify;
 use crate::config::Acceleration;
 use crate::exit::{Because, Error, Failure, Result};
 use crate::listener::ServerSocket;
-use crate::settings::Settings;
+use crate::settings::{Made, Settings};
 
 pub use self::config::STATE_DIR;
 pub use self::plan::Plan;
@@ -111,12 +111,28 @@ pub async fn run(file: PathBuf, plan: Plan) -> Result<()> {
 
 /// Takes everything away that the load balancer of this plan made, and puts back settings. It must not be running.
 pub async fn remove(plan: &Plan) -> Result<()> {
-    let _lock = lock(&plan.state_dir)?;
-    discard(plan, &Net::here().because(Failure::Failed)?).await?;
-    for name in STATE_FILES {
-        crate::files::remove(&plan.state_dir.join(name)).because(Failure::Failed)?;
+    let lock = lock(plan)?;
+    let removed = remove_all(plan).await;
+    if removed.is_err() {
+        lock.give_up(plan);
     }
-    crate::files::remove_empty(&plan.state_dir).because(Failure::Failed)
+    removed
+}
+
+async fn remove_all(plan: &Plan) -> Result<()> {
+    let net = Net::here().because(Failure::Failed)?;
+    discard(plan, &net).await?;
+    forget(plan).because(Failure::Failed)?;
+    let mut settings = Settings::of(&net, owner(plan)).because(Failure::Failed)?;
+    settings.remove_directories(None).because(Failure::Failed)
+}
+
+/// Removes what is kept in the state directory, and the directory if nothing else is in it.
+fn forget(plan: &Plan) -> std::io::Result<()> {
+    for name in STATE_FILES {
+        crate::files::remove(&plan.state_dir.join(name))?;
+    }
+    crate::files::remove_empty(&plan.state_dir)
 }
 
 /// Removes programs and pins, and puts back settings.
@@ -136,16 +152,16 @@ fn owner(plan: &Plan) -> String {
 async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).because(Failure::Failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).because(Failure::Failed)?;
-    let _lock = lock(&plan.state_dir)?;
-    let watch = Watch::new(&file)
-        .map_err(|error| format!("cannot watch {}: {error}", file.display()))
-        .because(Failure::Failed)?;
-    let routes = ForeignRoutes::here().because(Failure::Failed)?;
-    let devices = DeviceNews::here().because(Failure::Failed)?;
-    let neighbours = Neighbours::here().because(Failure::Failed)?;
-    let pin_root = plan.bpf.pin_root.clone();
-    let (shared, outcomes, events) = begin(file, plan).await?;
-    let lasting = crate::pinned::check(&pin_root);
+    let lock = lock(&plan)?;
+    let begun = match watch_and_begin(file, plan.clone()).await {
+        Ok(begun) => begun,
+        Err(error) => {
+            lock.give_up(&plan);
+            return Err(error);
+        }
+    };
+    let Begun { watch, routes, devices, neighbours, started: (shared, outcomes, events) } = begun;
+    let lasting = crate::pinned::check(&plan.bpf.pin_root);
 
     let spawn = |task: Pin<Box<dyn Future<Output = ()>>>| drop(tokio::task::spawn_local(task));
     spawn(Box::pin(reload(Arc::clone(&shared), watch)));
@@ -174,14 +190,59 @@ async fn run_local(file: PathBuf, plan: Plan) -> Result<()> {
     server_socket.close().because(Failure::Failed)
 }
 
-/// Makes sure that this is root, and that no other load balancer uses the state directory as long as
-/// the answer is kept.
-fn lock(state_dir: &Path) -> Result<File> {
+/// A load balancer that has begun, and what it shall hear of.
+struct Begun {
+    watch: Watch,
+    routes: ForeignRoutes,
+    devices: DeviceNews,
+    neighbours: Neighbours,
+    started: Started,
+}
+
+/// Watched before anything is read: no change is missed.
+async fn watch_and_begin(file: PathBuf, plan: Plan) -> Result<Begun> {
+    let watch = Watch::new(&file)
+        .map_err(|error| format!("cannot watch {}: {error}", file.display()))
+        .because(Failure::Failed)?;
+    let routes = ForeignRoutes::here().because(Failure::Failed)?;
+    let devices = DeviceNews::here().because(Failure::Failed)?;
+    let neighbours = Neighbours::here().because(Failure::Failed)?;
+    let started = begin(file, plan).await?;
+    Ok(Begun { watch, routes, devices, neighbours, started })
+}
+
+/// The state directory, which no other load balancer uses as long as this is kept.
+struct Lock {
+    _file: File,
+    made: Made,
+}
+
+impl Lock {
+    /// Who took it fails: what was not there before is gone after that.
+    fn give_up(self, plan: &Plan) {
+        self.made.remove(|| forget(plan));
+    }
+}
+
+/// Makes sure that this is root, and takes the state directory.
+fn lock(plan: &Plan) -> Result<Lock> {
     if !rustix::process::geteuid().is_root() {
         return Err(
             Error::new(Failure::Failed, "the load balancer loads programs into the kernel").hint("run it as root")
         );
     }
+    let made = Made::record(owner(plan), &plan.state_dir, &plan.bpf.pin_root).because(Failure::Failed)?;
+    match lock_file(&plan.state_dir) {
+        Ok(file) => Ok(Lock { _file: file, made }),
+        Err(error) => {
+            // Another one may have begun at the same moment, and have the lock: what is in there is its.
+            made.leave_directories();
+            Err(error)
+        }
+    }
+}
+
+fn lock_file(state_dir: &Path) -> Result<File> {
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
     std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
     match crate::files::lock(&state_dir.join("lb.lock")).map_err(wrong).because(Failure::Failed)? {

@@ -6,6 +6,7 @@
 //! harmless; what somebody else changed since is left to him.
 
 mod claims;
+mod made;
 mod ports;
 mod record;
 mod routes;
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use cirri_loader::net::{Address, Net, NetError, OpenSettings};
 use rustix::fs::{FlockOperation, flock};
 
+pub use self::made::Made;
 use self::ports::Ports;
 use self::record::{Added, Changed, Record};
 use crate::config::PortRange;
