@@ -260,7 +260,7 @@ pub mod epoch {
     }
 
     /// Whether what was decided under the sum `decided` of three epochs was in force when the change began that is
-    /// going on now, where their sum is `now`.
+    /// going on now, where their sum is `now`: since then each has moved by one at the most.
     #[inline(always)]
     pub const fn held_before(decided: u32, now: u32) -> bool {
         now.wrapping_sub(decided) <= 3

@@ -78,6 +78,7 @@ pub async fn add(
     // If the runtime has asked again meanwhile, it is that answer that counts.
     if core.unanswered.remove(&endpoint.id) && !is_heard() {
         remove(&mut core, &wanted.attachment, Some(&wanted.netns)).await?;
+        shared.publish.notify_one();
         return Err(unheard(asked));
     }
     Ok(answer)

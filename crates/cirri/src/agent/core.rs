@@ -118,7 +118,7 @@ pub struct Core {
     /// Whether the tables were ever filled. Until then an empty table wants nothing removed.
     pub filled: bool,
     /// Whether a change was written without moving all epochs: an earlier run was killed in the middle of one, or the
-    /// kernel refused it. Then all move with the next.
+    /// kernel refused it. Then all move before the next begins.
     pub interrupted: bool,
     /// Slots whose rule set in force is an earlier one: the kernel refused the one that is desired.
     pub(super) rulesets_behind: BTreeSet<u16>,

@@ -1,5 +1,6 @@
 //! What Cirri changes of a machine's network beside its own devices and routes: settings of the kernel, addresses
-//! of its devices, reserved ports, routes of others in the place of its own. Written down before it is changed, and put back when the last who needs it leaves.
+//! of its devices, reserved ports, routes of others in the place of its own. Written down before it is changed, and put
+//! back when the last who needs it leaves.
 //!
 //! There is one file for each network namespace, [`DIRECTORY`]`/<cookie>.json`, whoever changes something there:
 //! an agent, a load balancer, a host behind one. Each is an owner with a name. Taking something twice is
@@ -233,7 +234,7 @@ impl Settings {
     }
 
     /// This owner will make these directories, and those that they lie in, as far as they are not there. Answers those that
-    /// he did not need before.
+    /// it did not need before.
     ///
     /// # Errors
     /// They cannot be recorded.
