@@ -76,7 +76,8 @@ pub fn is_writable(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Every `*.json` of a directory; nothing if there is no such directory.
+/// Every `*.json` of a directory; nothing if there is no such directory. What others remove meanwhile, the directory too, is
+/// not there.
 ///
 /// # Errors
 /// The file system's.
@@ -96,10 +97,15 @@ pub fn read_each(directory: &Path) -> io::Result<Vec<(PathBuf, io::Result<Vec<u8
     };
     let mut files = Vec::new();
     for entry in entries {
-        let path = entry?.path();
+        let path = match entry {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            other => other?.path(),
+        };
         if path.extension().is_some_and(|extension| extension == "json") {
-            let text = fs::read(&path);
-            files.push((path, text));
+            match fs::read(&path) {
+                Err(_) if is_gone(&path) => {}
+                text => files.push((path, text)),
+            }
         }
     }
     Ok(files)
@@ -111,10 +117,16 @@ pub fn read_each(directory: &Path) -> io::Result<Vec<(PathBuf, io::Result<Vec<u8
 /// The file system's.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         // A file system that is read-only says so before it looks for the file.
-        Err(_) if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) => Ok(()),
+        Err(_) if is_gone(path) => Ok(()),
         other => other,
     }
+}
+
+/// Whether nothing is there, not even a link that leads nowhere.
+fn is_gone(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Locks a file, which is made if it is not there, as long as the answer is kept; `None`: somebody else has it.
@@ -210,6 +222,31 @@ mod tests {
         remove(&others).unwrap();
         remove_empty(&dir).unwrap();
         assert!(!dir.exists());
+    }
+
+    #[test]
+    fn what_others_remove_while_a_directory_is_read_is_not_there() {
+        let dir = std::env::temp_dir().join(format!("cirri-moving-{}", std::process::id()));
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let files = ["a.json", "b.json", "c.json"].map(|name| dir.join(name));
+                    fs::create_dir(&dir).unwrap();
+                    files.iter().for_each(|file| fs::write(file, b"1").unwrap());
+                    files.iter().for_each(|file| fs::remove_file(file).unwrap());
+                    fs::remove_dir(&dir).unwrap();
+                }
+            });
+            let read = (0..5000).try_for_each(|_| read_all(&dir).map(drop));
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            read.unwrap();
+        });
+        let nowhere = dir.join("nowhere.json");
+        fs::create_dir_all(&dir).unwrap();
+        std::os::unix::fs::symlink(dir.join("gone"), &nowhere).unwrap();
+        assert_eq!(read_all(&dir).unwrap_err().kind(), io::ErrorKind::NotFound, "a link that leads nowhere is there");
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -475,19 +475,8 @@ impl Settings {
         crate::files::write_atomic(&self.file, &text).map_err(|error| self.failed(error))
     }
 
-    /// Nobody else reads or writes records as long as the answer is kept.
     fn lock(&self) -> Result<File, SettingsError> {
-        loop {
-            fs::create_dir_all(&self.directory).map_err(|error| self.failed(error))?;
-            let Ok(directory) = File::open(&self.directory) else { continue };
-            flock(&directory, FlockOperation::LockExclusive).map_err(|error| self.failed(error.into()))?;
-            // Somebody may have removed it while we waited.
-            let same = |now: fs::Metadata| directory.metadata().is_ok_and(|ours| ours.ino() == now.ino());
-            if fs::metadata(&self.directory).is_ok_and(same) {
-                crate::files::sweep(&self.directory, |name| name.ends_with(".json"));
-                return Ok(directory);
-            }
-        }
+        lock(&self.directory).map_err(|error| self.failed(error))
     }
 
     fn failed(&self, error: io::Error) -> SettingsError {
@@ -500,13 +489,37 @@ impl Settings {
 /// # Errors
 /// The file system's.
 pub fn forget(owners: &str) -> io::Result<()> {
-    for (path, text) in crate::files::read_all(Path::new(DIRECTORY))? {
+    forget_in(Path::new(DIRECTORY), owners)
+}
+
+fn forget_in(directory: &Path, owners: &str) -> io::Result<()> {
+    let _lock = lock(directory)?;
+    for (path, text) in crate::files::read_all(directory)? {
         let record = serde_json::from_slice::<Record>(&text);
         if record.is_ok_and(|record| record.owners().iter().all(|owner| owner.starts_with(owners))) {
             crate::files::remove(&path)?;
         }
     }
-    crate::files::remove_empty(Path::new(DIRECTORY))
+    crate::files::remove_empty(directory)
+}
+
+/// Nobody else writes records, or removes their directory, as long as the answer is kept.
+fn lock(path: &Path) -> io::Result<File> {
+    loop {
+        fs::create_dir_all(path)?;
+        let directory = match File::open(path) {
+            // The last owner left just now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        };
+        flock(&directory, FlockOperation::LockExclusive)?;
+        // Somebody may have removed it while we waited.
+        let ours = directory.metadata()?.ino();
+        if fs::metadata(path).is_ok_and(|now| now.ino() == ours) {
+            crate::files::sweep(path, |name| name.ends_with(".json"));
+            return Ok(directory);
+        }
+    }
 }
 
 /// What a follower becomes when its setting gets this value.
@@ -548,6 +561,30 @@ mod tests {
         assert_eq!(device_in("ipv4/conf/eth0.100/rp_filter"), Some("eth0.100"));
         assert_eq!(device_in("ipv4/conf/all/rp_filter"), None);
         assert_eq!(device_in("ipv4/ip_forward"), None);
+    }
+
+    #[test]
+    fn those_that_come_and_go_at_once_do_not_stand_in_each_others_way() {
+        let directory = std::env::temp_dir().join(format!("cirri-forget-{}", std::process::id()));
+        let live = &|owner: String| {
+            let file = directory.join(format!("{owner}.json"));
+            let mut record = Record { boot: boot(), ..Record::default() };
+            record.need_directory(&owner, Path::new("/gone"), |_| false);
+            let text = serde_json::to_vec(&record).unwrap();
+            for _ in 0..100 {
+                let held = lock(&directory).unwrap();
+                crate::files::write_atomic(&file, &text).unwrap();
+                drop(held);
+                forget_in(&directory, &owner).unwrap();
+                assert!(!file.exists());
+            }
+        };
+        std::thread::scope(|scope| {
+            for number in 0..4 {
+                scope.spawn(move || live(format!("agent {number}")));
+            }
+        });
+        assert!(!directory.exists(), "the last one leaves no directory");
     }
 
     #[test]
