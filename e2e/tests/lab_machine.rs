@@ -289,3 +289,27 @@ fn one_lab_that_does_not_go_keeps_no_other_and_little_that_is_left_is_seen() {
     let left = between(&said, "ALL 1\n", "LEFT");
     assert!(left.contains("a_held") && !left.contains("b_left") && !left.contains("c_pins"), "{said}");
 }
+
+#[test]
+fn of_two_who_find_no_bpf_file_system_one_mounts_it() {
+    // The other one is this script: it has the lock, as whoever is about to mount.
+    const BOTH: &str = r#"
+        exec 2>&1
+        while umount --lazy /sys/fs/bpf 2>/dev/null; do :; done
+        exec 9</sys/fs/bpf
+        flock 9
+        inode=$(stat --format %i /sys/fs/bpf)
+        "$CIRRI" lb backend --device lo 9<&- &
+        until grep -- "-> FLOCK .*:$inode " /proc/locks || ! kill -0 $!; do sleep 0.1; done
+        mount -t bpf bpf /sys/fs/bpf
+        exec 9<&-
+        wait $!
+        grep " /sys/fs/bpf " /proc/self/mountinfo
+    "#;
+    let mut both = Command::new("unshare");
+    both.args(["--mount", "--propagation", "private", "--net", "sh", "-euc", BOTH]);
+    let output = both.env("CIRRI", lab::binary().unwrap()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}\n{said}", output.status);
+    assert_eq!(said.matches(" /sys/fs/bpf ").count(), 1, "{said}");
+}

@@ -443,6 +443,12 @@ fn mount_bpffs() -> Result<()> {
     if !host::is_root() {
         bail!("no BPF file system at {}, and you are not root. Type: sudo {command}", host::BPFFS);
     }
+    // A second mount would hide what is in the first. The lock goes with the file.
+    let directory = std::fs::File::open(host::BPFFS)?;
+    directory.lock()?;
+    if host::has_bpffs() {
+        return Ok(());
+    }
     sh::step(&format!("mounting the BPF file system: {command}"));
     sh::run(Command::new("mount").args(["-t", "bpf", "bpf", host::BPFFS]))
 }

@@ -4,7 +4,7 @@
 //! each thing is tried with what will really be used: maps are made, and rule sets put where they belong; a
 //! small program calls each helper; hooks are attached to, in a network namespace that is gone afterwards.
 
-use std::{io, os::fd::AsFd, os::unix::fs::MetadataExt as _, path::Path, thread};
+use std::{fs::File, io, os::fd::AsFd, os::unix::fs::MetadataExt as _, path::Path, thread};
 
 use aya::{
     maps::MapType,
@@ -13,7 +13,7 @@ use aya::{
     util::KernelVersion,
 };
 use rustix::{
-    fs::statfs,
+    fs::{FlockOperation, flock, statfs},
     mount::{MountFlags, mount},
     process::{Resource, Rlimit, setrlimit},
     thread::{UnshareFlags, unshare_unsafe},
@@ -235,17 +235,18 @@ fn privileges() -> Result<(), LoadError> {
     })
 }
 
+/// Where the BPF file system usually is.
+const USUAL_BPFFS: &str = "/sys/fs/bpf";
+
 /// Mounts the BPF file system in its usual place if nobody has, and makes sure that `pin_root` is on one.
 pub(crate) fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
-    const USUAL: &str = "/sys/fs/bpf";
     if is_bpffs(pin_root) {
         return Ok(());
     }
-    if pin_root.starts_with(USUAL) {
-        match mount("bpf", USUAL, "bpf", MountFlags::empty(), None) {
-            Ok(()) => tracing::info!("mounted the BPF file system at {USUAL}"),
-            Err(error) => tracing::warn!("mounting the BPF file system at {USUAL}: {error}"),
-        }
+    if pin_root.starts_with(USUAL_BPFFS)
+        && let Err(error) = mount_bpffs()
+    {
+        tracing::warn!("mounting the BPF file system at {USUAL_BPFFS}: {error}");
     }
     if is_bpffs(pin_root) {
         return Ok(());
@@ -254,6 +255,18 @@ pub(crate) fn bpffs(pin_root: &Path) -> Result<(), LoadError> {
         what: format!("{} is not on a BPF file system", pin_root.display()),
         hint: "run `mount -t bpf bpf /sys/fs/bpf` and set bpf.pinRoot below it",
     })
+}
+
+/// Each mount is a file system of its own: a second one would hide the pins of the first.
+fn mount_bpffs() -> io::Result<()> {
+    let directory = File::open(USUAL_BPFFS)?;
+    // Agents of one machine start at once. The lock goes with the file.
+    flock(&directory, FlockOperation::LockExclusive)?;
+    if !is_bpffs(Path::new(USUAL_BPFFS)) {
+        mount("bpf", USUAL_BPFFS, "bpf", MountFlags::empty(), None)?;
+        tracing::info!("mounted the BPF file system at {USUAL_BPFFS}");
+    }
+    Ok(())
 }
 
 /// Whether pins in this directory end with the mount namespace of this process: the file system is mounted there
@@ -278,8 +291,9 @@ fn is_mounted(mounts: &str, (major, minor): (u32, u32)) -> bool {
 
 fn is_bpffs(path: &Path) -> bool {
     const MAGIC: u32 = 0xcafe_4a11;
-    let there = path.ancestors().find(|ancestor| ancestor.exists());
-    there.and_then(|path| statfs(path).ok()).is_some_and(|fs| fs.f_type as u32 == MAGIC)
+    // One question for each: a directory may go between two.
+    let there = path.ancestors().find_map(|ancestor| statfs(ancestor).ok());
+    there.is_some_and(|fs| fs.f_type as u32 == MAGIC)
 }
 
 /// Before Linux 5.11 maps count against this limit. Without the privilege it stays as it is, and
