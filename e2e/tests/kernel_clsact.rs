@@ -93,6 +93,28 @@ async fn a_purge_takes_the_filters_off_and_the_qdiscs_that_were_made_for_them_an
 }
 
 #[tokio::test]
+async fn a_filter_that_comes_while_the_qdiscs_owner_leaves_stays() {
+    let (one, other, place) = (instance(), instance(), TestNamespace::new());
+    let ifindex = veth(&place.net(), "eth0", "wire0").await;
+    let inside = |work: &mut (dyn FnMut() + Send)| place.namespace.run(work).expect("in the namespace");
+    let (mut leaves, mut comes) = (one.load(), other.load());
+    for _ in 0..50 {
+        inside(&mut || _ = leaves.attach_network("eth0").expect("attached"));
+        std::thread::scope(|scope| {
+            scope.spawn(|| inside(&mut || leaves.detach(ifindex).expect("detached")));
+            inside(&mut || _ = comes.attach_network("eth0").expect("attached"));
+        });
+        inside(&mut || {
+            assert_eq!(filters("eth0", "from_network") + filters("eth0", "to_network"), 2, "they were taken along");
+            comes.detach(ifindex).expect("detached");
+            if has_qdisc("eth0") {
+                tc("qdisc del dev eth0 clsact");
+            }
+        });
+    }
+}
+
+#[tokio::test]
 async fn a_purge_finds_the_filters_of_an_instance_whose_pins_are_gone() {
     let (instance, other, place) = (instance(), instance(), TestNamespace::new());
     veth(&place.net(), "eth0", "wire0").await;

@@ -10,6 +10,8 @@ use aya::programs::{
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact},
 };
 
+use rustix::fs::{FlockOperation, flock};
+
 use crate::{
     attach::{Attachment, device_name, direction_of, is_program},
     chain::{self, Before},
@@ -63,6 +65,7 @@ pub(crate) fn attach(
             classifier.attach_to_link(link)?
         }
         _ => {
+            let _lock = lock_qdiscs()?;
             // The qdisc may be there already, from others; if adding it fails for another reason, attaching fails too
             // and says so.
             let qdisc = qdisc_add_clsact(device);
@@ -99,10 +102,19 @@ pub(crate) fn keep_only(pins: &Pins, ifindex: u32, programs: &[&str]) -> Result<
     if !made.exists() || found.iter().any(stays) {
         return Ok(());
     }
+    let _lock = lock_qdiscs().map_err(asking(ifindex))?;
     if all_on(ifindex).map_err(asking(ifindex))?.is_empty() {
         net::delete_clsact(ifindex).map_err(asking(ifindex))?;
     }
     fs::remove_dir(&made).map_err(at(&made, "remove"))
+}
+
+/// As long as the answer is kept no other instance puts its first filter on a device of the calling thread's namespace, or
+/// removes a qdisc that seems to have none: it would take that filter along.
+fn lock_qdiscs() -> io::Result<fs::File> {
+    let namespace = fs::File::open("/proc/thread-self/ns/net")?;
+    flock(&namespace, FlockOperation::LockExclusive)?;
+    Ok(namespace)
 }
 
 /// The programs of an instance on all devices.
