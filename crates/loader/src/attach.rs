@@ -188,7 +188,11 @@ pub(crate) fn workloads(pins: &Pins) -> Result<Vec<String>, LoadError> {
         let ingress = attachment(&path).is_some_and(|it| it.program == WORKLOAD[0].0);
         let Some(device) = device_name(info.ifindex()).ok().filter(|_| ingress) else { continue };
         // The number alone does not name a device: another namespace may have it too.
-        let here = sys::chain(info.ifindex(), Direction::Ingress).map_err(attaching(WORKLOAD[0].0, &device))?;
+        let here = match sys::chain(info.ifindex(), Direction::Ingress) {
+            // It went just now, with its workload.
+            Err(_) if device_name(info.ifindex()).is_err() => continue,
+            other => other.map_err(attaching(WORKLOAD[0].0, &device))?,
+        };
         if here.iter().any(|other| other.link == info.id) {
             devices.push(device);
         }

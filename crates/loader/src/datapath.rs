@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
+    io,
     path::{Path, PathBuf},
 };
 
@@ -184,7 +185,13 @@ impl Datapath {
     /// Says that nobody else may use or remove an instance as long as the answer is kept.
     pub fn claim(pin_root: &Path, instance: &str) -> Result<File, LoadError> {
         features::bpffs(pin_root)?;
-        Pins::open(pin_root, instance)?.claim()
+        loop {
+            match Pins::open(pin_root, instance)?.claim() {
+                // Whoever had the instance removed it just now.
+                Err(LoadError::Pin { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+                claimed => return claimed,
+            }
+        }
     }
 
     /// Keeps what [`Datapath::claim`] answered, and claims the instance again where somebody removed its directory: the

@@ -74,22 +74,33 @@ impl Pins {
 
     /// See [`crate::Datapath::claim`].
     pub fn claim(&self) -> Result<fs::File, LoadError> {
-        let dir = fs::File::open(&self.dir).map_err(at(&self.dir, "open"))?;
-        match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(dir),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(LoadError::Busy { path: self.dir.clone() }),
-            Err(error) => Err(at(&self.dir, "lock")(error.into())),
+        loop {
+            let dir = fs::File::open(&self.dir).map_err(at(&self.dir, "open"))?;
+            match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(LoadError::Busy { path: self.dir.clone() }),
+                Err(error) => return Err(at(&self.dir, "lock")(error.into())),
+            }
+            // Whoever had it may have removed it before we locked it.
+            if self.is_same(&dir)? {
+                return Ok(dir);
+            }
         }
     }
 
     /// Claims the directory anew if it is another one by now: a lock goes with what it was taken on.
     pub fn claim_again(&self, claim: &mut fs::File) -> Result<(), LoadError> {
-        let inode = |it: fs::Metadata| (it.dev(), it.ino());
-        let now = fs::metadata(&self.dir).map_err(at(&self.dir, "look at"))?;
-        if !claim.metadata().is_ok_and(|claimed| inode(claimed) == inode(now)) {
+        if !self.is_same(claim)? {
             *claim = self.claim()?;
         }
         Ok(())
+    }
+
+    /// Whether what was claimed is still what stands there.
+    fn is_same(&self, claim: &fs::File) -> Result<bool, LoadError> {
+        let inode = |it: fs::Metadata| (it.dev(), it.ino());
+        let now = fs::metadata(&self.dir).map_err(at(&self.dir, "look at"))?;
+        Ok(claim.metadata().is_ok_and(|claimed| inode(claimed) == inode(now)))
     }
 
     /// The maps in use.
