@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use cirri_e2e::kernel::TestNamespace;
 use cirri_e2e::lab::{self, Conversation, Lab, eventually, printed};
+use cirri_e2e::pinned::Pinned;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -246,6 +247,15 @@ spec:
     eventually("the table is full", PATIENCE, || says("IPCACHE is full"));
     assert_eq!(reaches(), "denied", "with an exception that finds no room");
     assert!(says("cannot be told from those around them"));
+    // It is what the agent wrote, so no comparison takes it for the work of somebody else.
+    let pins = Pinned(format!("/sys/fs/bpf/cirri/lab-{}-node1", lab.name()).into());
+    let rulesets = pins.shown("RULESETS");
+    for _ in 0..2 {
+        let devices = pins.shown("DEVICES");
+        pins.delete_entries("DEVICES");
+        eventually("a comparison comes by", PATIENCE, || pins.shown("DEVICES") == devices);
+    }
+    assert_eq!(pins.shown("RULESETS"), rulesets, "the rule set was written again");
 
     // With room for all it is as the policy says, and without the exception the world is reached.
     lab.apply(&[PODS, &except(&exceptions[90..])].concat()).unwrap();

@@ -53,10 +53,15 @@ impl Core {
                 None => {
                     let Some(mut entries) = self.tables.read_ruleset(slot)? else { continue };
                     sort(&mut entries);
-                    if desired.is_some_and(|desired| **desired == entries) {
-                        self.drift.rulesets.insert(slot, id);
+                    // One that was narrowed is in force as it was written.
+                    let in_force = self.narrowed.rules.get(&slot).or(desired.map(Arc::as_ref));
+                    match desired.filter(|_| in_force == Some(&entries)) {
+                        Some(desired) => {
+                            self.drift.rulesets.insert(slot, id);
+                            Arc::clone(desired)
+                        }
+                        None => Arc::new(entries),
                     }
-                    Arc::new(entries)
                 }
             };
             if known.remove(&slot) == Some(id) {
