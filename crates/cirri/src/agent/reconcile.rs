@@ -287,8 +287,10 @@ impl Core {
             self.narrowed.rules.remove(&key);
             self.rows.rulesets.settle(&key, None, outcome, now);
         }
-        // A slot is free once its rule set is gone and no workload has it.
-        let used: BTreeSet<u16> = self.endpoints.values().map(|endpoint| endpoint.ruleset).collect();
+        // A slot is free once its rule set is gone and no workload has it, in the kernel either: a row that could not be
+        // written still leads to the former one.
+        let written = self.rows.endpoints.written().map(|row| row.ruleset);
+        let used: BTreeSet<u16> = self.endpoints.values().map(|endpoint| endpoint.ruleset).chain(written).collect();
         let free: Vec<u32> = self
             .ruleset_slots
             .iter()

@@ -227,6 +227,11 @@ impl<K: Ord + Clone + Display, V: Clone + PartialEq> Table<K, V> {
         self.rows.get(key)?.actual.as_ref()
     }
 
+    /// What was last written of all rows, or found at the start.
+    pub fn written(&self) -> impl Iterator<Item = &V> {
+        self.rows.values().filter_map(|row| row.actual.as_ref())
+    }
+
     /// All rows that should be there.
     pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
         self.rows.iter().filter_map(|(key, row)| Some((key, row.desired.as_ref()?)))
@@ -381,6 +386,18 @@ mod tests {
         assert_eq!(due(&table, now), [("a", Some(1), Some(1))]);
         settle(&mut table, "a", Ok(()), now);
         assert!(table.is_done() && table.failed().next().is_none());
+    }
+
+    #[test]
+    fn a_row_that_could_not_be_written_is_what_it_was() {
+        let (now, mut table) = (Instant::now(), Table::new("t"));
+        table.adopt("a", 1);
+        table.set("a", 2);
+        table.set("b", 3);
+        settle(&mut table, "a", Err("full"), now);
+        assert_eq!(table.written().collect::<Vec<_>>(), [&1]);
+        settle(&mut table, "a", Ok(()), now);
+        assert_eq!(table.written().collect::<Vec<_>>(), [&2]);
     }
 
     #[test]
