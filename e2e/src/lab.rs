@@ -5,6 +5,7 @@
 mod flood;
 mod recipes;
 mod traffic;
+mod verdicts;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -22,6 +23,7 @@ use serde_json::Value;
 pub use flood::{Flood, Flooded};
 pub use recipes::{Recipe, Recipes};
 pub use traffic::{Conversation, LOAD_PATIENCE, Load, LoadReport, LongReport, QUIET};
+pub use verdicts::is_of;
 
 /// A lab that is up. Dropping it takes it down.
 #[derive(Debug)]
@@ -249,15 +251,6 @@ impl Lab {
         all.extend(arguments);
         let output = output(&all)?;
         parse(&all, &output)
-    }
-
-    /// The verdicts of a probe of one TCP port, by family.
-    ///
-    /// # Errors
-    /// If it could not probe at all.
-    pub fn verdicts(&self, from: &str, to: &str, port: u16) -> Result<BTreeMap<u8, String>, LabError> {
-        let probed = self.probe(&["--from", from, "--to", to, "--port", &port.to_string()])?;
-        Ok(probed.into_iter().map(|cell| (cell.family, cell.verdict)).collect())
     }
 
     // === What there is ===

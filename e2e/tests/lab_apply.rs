@@ -33,7 +33,7 @@ fn a_pod_is_made_anew_when_its_program_or_node_changes_and_goes_on_when_its_labe
     assert_eq!(moved["shop/kept"], before["shop/kept"]);
     let endpoints: Vec<serde_json::Value> = lab.ask("node1", &["endpoint", "list"]).unwrap();
     assert!(endpoints.is_empty(), "nothing of it stays on the node it left: {endpoints:?}");
-    let verdicts = lab.verdicts("shop/kept", "shop/web", 80).unwrap();
+    let verdicts = lab.verdicts_wanted("allowed", "shop/kept", "shop/web", 80).unwrap();
     assert!(verdicts.values().all(|verdict| verdict == "allowed"), "{verdicts:?}");
 }
 

@@ -130,7 +130,7 @@ fn a_load_balancer_balances() {
 }
 
 fn judge(lab: &Lab, to: &str, verdict: &str) {
-    let verdicts = lab.verdicts("shop/client", to, 80).unwrap();
+    let verdicts = lab.verdicts_wanted(verdict, "shop/client", to, 80).unwrap();
     assert_eq!(verdicts.len(), 2, "one of each family: {verdicts:?}");
     assert!(verdicts.values().all(|is| is == verdict), "{to}: {verdicts:?}");
 }

@@ -2,9 +2,11 @@
 //!
 //! What concerns the machine's named namespaces as a whole runs in a mount namespace with a `/run` of its own.
 
+use std::collections::BTreeSet;
 use std::process::Command;
+use std::time::Duration;
 
-use cirri_e2e::lab::{self, Lab};
+use cirri_e2e::lab::{self, Lab, eventually};
 
 /// Brings a lab up, changes it and takes it down, in a mount namespace in which nobody has named a namespace yet.
 /// `{before}`, `{during}` and `{after}` are what somebody else does with `ip netns`.
@@ -136,7 +138,7 @@ fn a_pod_whose_device_is_gone_or_that_its_agent_does_not_know_is_not_running_and
     lab.apply(pod).unwrap();
     assert_eq!(state(), "running");
     let allowed = || {
-        let verdicts = lab.verdicts("world", "default/web", 80).unwrap();
+        let verdicts = lab.verdicts_wanted("allowed", "world", "default/web", 80).unwrap();
         assert!(verdicts.values().all(|verdict| verdict == "allowed"), "{verdicts:?}");
     };
     allowed();
@@ -161,6 +163,43 @@ fn a_pod_whose_device_is_gone_or_that_its_agent_does_not_know_is_not_running_and
     lab.apply(pod).unwrap();
     assert_eq!(state(), "running");
     allowed();
+}
+
+/// What the other tests ask, on a machine that is slow.
+#[test]
+fn who_is_late_counts_as_allowed_and_whose_first_packets_were_dropped_does_not() {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let lab = Lab::up("late", 1, &[]).unwrap();
+    let pod = "kind: Pod\napiVersion: v1\nmetadata: {name: web}\n\
+               spec: {containers: [{name: c, ports: [{containerPort: 80}]}]}\n";
+    let deny = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: deny}\n\
+                spec: {podSelector: {}, policyTypes: [Ingress]}\n";
+    // A try has a port of its own in each family. After two the prober asks again.
+    let tries = |verdict: &str| {
+        let flows = lab.flows("node1", &["--verdict", verdict]).unwrap();
+        let to_web = flows.iter().filter(|flow| flow["destination"]["port"] == 80);
+        to_web.map(|flow| flow["source"].to_string()).collect::<BTreeSet<_>>().len()
+    };
+    let mended = |verdict: &str, mend: &dyn Fn()| {
+        let before = tries(verdict);
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| lab.verdicts_wanted("allowed", "world", "default/web", 80).unwrap());
+            eventually("it is asked again", PATIENCE, || tries(verdict) > before + 4);
+            mend();
+            asked.join().unwrap()
+        })
+    };
+    lab.apply(&[pod, deny].concat()).unwrap();
+    let dropped = mended("dropped", &|| lab.apply(pod).unwrap());
+    assert!(dropped.len() == 2 && dropped.values().all(|it| it.contains("POLICY_DENIED")), "{dropped:?}");
+
+    let output = lab::run(["lab", "list", "--name", lab.name(), "-o", "json"]).unwrap();
+    let listed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let server = listed[0]["pods"][0]["programs"][0]["pid"].to_string();
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &server]).status().unwrap().success());
+    signal("-STOP");
+    let late = mended("forwarded", &|| signal("-CONT"));
+    assert!(late.len() == 2 && late.values().all(|it| it == "allowed"), "{late:?}");
 }
 
 #[test]

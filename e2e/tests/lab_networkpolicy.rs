@@ -4,11 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
-use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use cirri_e2e::cases::{self, Addresses, Case, Cell, Family, Matrix, PROBES};
-use cirri_e2e::lab::{Lab, LabError, Probed};
+use cirri_e2e::lab::{Lab, LabError, Probed, is_of};
 use serde_json::Value;
 
 const NODES: [&str; 2] = ["node1", "node2"];
@@ -191,17 +190,6 @@ fn a_node_that_does_not_know_all_that_it_dropped_says_nothing_of_who_was_late() 
     let with = |second: u64| [&kept[..], &[lost(second)]].concat();
     assert!(dropped_since(at(15), with(40), 9).is_err(), "nobody knows what was lost");
     assert!(dropped_since(at(45), with(40), 9).unwrap().is_empty());
-}
-
-/// Whether a dropped packet is a probe's, or answers it.
-fn is_of(drop: &Value, from: Option<IpAddr>, probed: &Probed) -> bool {
-    let address = |end: &str| drop[end]["ip"].as_str().and_then(|ip| ip.parse().ok());
-    let is = |from_end: &str, to_end: &str| {
-        (address(from_end), address(to_end)) == (from, Some(probed.address))
-            && drop[to_end]["port"].as_u64() == probed.port.map(u64::from)
-    };
-    let protocol = drop["protocol"].as_str().is_some_and(|name| name.eq_ignore_ascii_case(&probed.protocol));
-    protocol && (is("source", "destination") || is("destination", "source"))
 }
 
 /// Pods calling nodes, in the cases that forbid some of it. Nothing listens there, so that a refusal

@@ -46,7 +46,7 @@ fn two_labs_with_the_same_addresses_do_not_see_each_other() {
     closed.apply(&[PODS, CLOSED].concat()).unwrap();
     assert_eq!(open.addresses().unwrap(), closed.addresses().unwrap(), "the same addresses, or this shows little");
     let all = |lab: &Lab, verdict: &str| {
-        let verdicts = lab.verdicts("shop/client", "shop/web", 80).unwrap();
+        let verdicts = lab.verdicts_wanted(verdict, "shop/client", "shop/web", 80).unwrap();
         assert!(verdicts.values().all(|it| it == verdict), "{}: {verdicts:?}, not {verdict}", lab.name());
     };
     all(&open, "allowed");

@@ -253,10 +253,10 @@ impl World {
 
     pub fn assert_traffic(&self, what: &str) {
         for (to, verdict) in [("shop/near", "allowed"), ("shop/far", "allowed"), ("shop/closed", "denied")] {
-            let verdicts = self.lab.verdicts("shop/client", to, 80).unwrap();
+            let verdicts = self.lab.verdicts_wanted(verdict, "shop/client", to, 80).unwrap();
             assert!(verdicts.values().all(|it| it == verdict), "{what}: {to} {verdicts:?}");
         }
-        let service = self.lab.verdicts("shop/client", "svc:shop/web", 80).unwrap();
+        let service = self.lab.verdicts_wanted("allowed", "shop/client", "svc:shop/web", 80).unwrap();
         assert!(service.values().all(|it| it == "allowed"), "{what}: the service {service:?}");
     }
 }
