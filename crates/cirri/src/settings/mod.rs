@@ -347,7 +347,7 @@ impl Settings {
         for (recorded, known) in rest.settings.iter().filter(|_| !followers.is_empty()) {
             needed.extend(self.name_now(recorded, known.device)?.map(|now| (now, recorded.clone())));
         }
-        self.net.set_sysctl(&name, &changed.before)?;
+        let mut writes = vec![(name.clone(), changed.before.clone())];
         for (follower, now) in followers {
             let recorded = needed.get(&follower).unwrap_or(&follower);
             let (caused, old) = (caused(&follower, &changed.set), followed(recorded, changed));
@@ -363,9 +363,10 @@ impl Settings {
                 None if now == caused => old,
                 None => now,
             };
-            self.net.set_sysctl(&follower, &value)?;
+            writes.push((follower, value));
         }
-        Ok(Some(changed.before.clone()))
+        let written = write_each(&writes, |name, value| self.net.set_sysctl(name, value))?;
+        Ok(written.contains(&name.as_str()).then(|| changed.before.clone()))
     }
 
     /// The number of the device that a setting is of; `None`: of no single device.
@@ -522,6 +523,23 @@ fn lock(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Writes settings, one after the other, and answers which: one whose device goes meanwhile goes with it. The kernel
+/// has changed others along with the first, so that all of them get their turn, also after one that fails.
+fn write_each(
+    settings: &[(String, String)],
+    write: impl Fn(&str, &str) -> Result<(), NetError>,
+) -> Result<Vec<&str>, NetError> {
+    let (mut written, mut failed) = (Vec::new(), None);
+    for (name, value) in settings {
+        match write(name, value) {
+            Ok(()) => written.push(name.as_str()),
+            Err(NetError::Kernel { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    failed.map_or(Ok(written), Err)
+}
+
 /// What a follower becomes when its setting gets this value.
 fn caused(follower: &str, value: &str) -> String {
     match follower.ends_with("/accept_redirects") {
@@ -561,6 +579,28 @@ mod tests {
         assert_eq!(device_in("ipv4/conf/eth0.100/rp_filter"), Some("eth0.100"));
         assert_eq!(device_in("ipv4/conf/all/rp_filter"), None);
         assert_eq!(device_in("ipv4/ip_forward"), None);
+    }
+
+    #[test]
+    fn a_setting_whose_device_goes_while_settings_are_put_back_keeps_none_of_the_others_from_it() {
+        let all = ["ip_forward", "conf/gone/forwarding", "conf/denied/forwarding", "conf/eth0/forwarding"];
+        let all = all.map(|name| (name.to_owned(), "0".to_owned()));
+        let tried = std::cell::RefCell::new(Vec::new());
+        let write = |name: &str, _: &str| {
+            tried.borrow_mut().push(name.to_owned());
+            let error = match name {
+                "conf/gone/forwarding" => io::ErrorKind::NotFound,
+                "conf/denied/forwarding" => io::ErrorKind::PermissionDenied,
+                _ => return Ok(()),
+            };
+            let (namespace, object) = (PathBuf::new(), name.to_owned());
+            Err(NetError::Kernel { namespace, object, action: "write", error: error.into() })
+        };
+        assert_eq!(write_each(&all[..2], write).unwrap(), ["ip_forward"], "it went with its device");
+        tried.borrow_mut().clear();
+        let error = write_each(&all, write).unwrap_err().to_string();
+        assert!(error.contains("conf/denied/forwarding"), "{error}");
+        assert_eq!(*tried.borrow(), all.each_ref().map(|(name, _)| name.as_str()));
     }
 
     #[test]
