@@ -129,7 +129,7 @@ fn new_connections_pass_whatever_identity_their_sender_gets() {
     };
     for tier in ["b", "c", "d"] {
         becomes(tier);
-        eventually("the new identity is used", PATIENCE, || tunnel_identity_of_client(&lab) == 0);
+        eventually("the new identity is used", PATIENCE, || is_announced(&lab));
         newcomers.iter().for_each(Newcomers::await_more);
     }
     lab.kill_agent("node2").unwrap();
@@ -157,7 +157,7 @@ fn an_identity_that_changes_while_another_nodes_agent_is_away_cuts_no_connection
     relabel_client(&lab, r#""app":"client","tier":"b""#);
     eventually("the client has another identity", Duration::from_secs(60), || identity_of_client(&lab) != before);
     // Beyond the time that the old one may be used.
-    eventually("the new identity is used", Duration::from_secs(60), || tunnel_identity_of_client(&lab) == 0);
+    eventually("the new identity is used", PATIENCE, || is_announced(&lab));
     let sent = flows[0].sent.load(Ordering::Relaxed);
     flows[0].await_sent(sent + 3000);
     conversations.iter_mut().for_each(Conversation::exchange);
@@ -190,11 +190,11 @@ fn an_identity_that_is_not_allowed_any_more_is_stopped_once_the_other_node_knows
     // With the receiver's agent away: no new connection by then, and no old one once it is back.
     let mut conversations = open();
     conversations.iter_mut().for_each(Conversation::exchange);
+    let before = identity_of_client(&lab);
     lab.kill_agent("node2").unwrap();
     relabel_client(&lab, r#""app":"outcast""#);
-    eventually("the new identity is used", Duration::from_secs(60), || {
-        labels_of_client(&lab).contains("outcast") && tunnel_identity_of_client(&lab) == 0
-    });
+    // Its labels are there before their number.
+    eventually("the new identity is used", PATIENCE, || identity_of_client(&lab) != before && is_announced(&lab));
     for address in &addresses["shop/server"] {
         let opened = Conversation::open(&lab, "shop/client", "shop/server", *address);
         assert!(opened.is_err(), "an identity that node2 does not know opens a connection");
@@ -278,8 +278,10 @@ fn tunnel_identity_of_client(lab: &Lab) -> u64 {
     client(lab)["tunnel_identity"].as_u64().unwrap()
 }
 
-fn labels_of_client(lab: &Lab) -> String {
-    client(lab)["labels"].to_string()
+/// Whether the client's packets carry the identity that it has, and not the former one.
+fn is_announced(lab: &Lab) -> bool {
+    let client = client(lab);
+    client["tunnel_identity"] == 0 && client["state"] == "done"
 }
 
 /// Datagrams of each direction of each family that a run lasts at the least.
