@@ -438,6 +438,34 @@ fn a_second_lb_backend_that_fails_or_leaves_takes_nothing_from_the_first() {
 }
 
 #[test]
+fn what_a_setting_was_is_asked_while_nobody_else_can_put_it_back() {
+    let machine = Machine::new("asked");
+    // Who opens it waits for somebody who writes: the process stands still where it asks.
+    let pipe = machine.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let call = ["lb", "backend", "--device", "eth0", "--vip", "203.0.113.10", "--instance", &machine.name];
+    let script = format!(
+        "mount --bind {} /proc/sys/net/ipv4/conf/eth0/arp_ignore && exec {} {}",
+        pipe.display(),
+        binary().unwrap().display(),
+        call.join(" ")
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+    let asking = Running(machine.net.namespace.run(|| command.spawn()).unwrap().unwrap());
+    let tasks = format!("/proc/{}/task", asking.0.id());
+    eventually("it asks", PATIENCE, || {
+        let tasks = fs::read_dir(&tasks).unwrap().flatten();
+        // Where the kernel lets who opens a pipe wait.
+        tasks.flat_map(|task| fs::read_to_string(task.path().join("wchan"))).any(|it| it == "wait_for_partner")
+    });
+    let locked = Command::new("flock").args(["-n", "/run/cirri-settings", "true"]).status().unwrap();
+    assert!(!locked.success(), "somebody who leaves could put it back now");
+    drop(asking);
+    machine.well(&[&call[..], &["--remove"]].concat());
+}
+
+#[test]
 fn an_lb_backend_is_removed_from_a_device_that_has_another_name_by_now() {
     let machine = Machine::new("renamed");
     let root = format!("/sys/fs/bpf/{}/pins", machine.name);

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use rustix::fs::{Access, FlockOperation, access, flock, statvfs};
 
+/// How often it is tried to lock a file whose directory somebody removes.
+const TRIES: usize = 100;
+
 /// Writes a file so that a reader finds the old text, the new text or nothing, never a part; also
 /// after a power failure. Creates its directory. Readable by the owner only. A directory of that name
 /// is set aside.
@@ -140,6 +143,31 @@ pub fn lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// The same in a directory that is made if it is not there. Who leaves removes the file, and then the directory.
+///
+/// # Errors
+/// As for [`lock`].
+pub fn lock_in(directory: &Path, name: &str) -> io::Result<Option<File>> {
+    let mut tries = 0;
+    loop {
+        match fs::create_dir_all(directory).and_then(|()| lock(&directory.join(name))) {
+            // What cannot be made at all says the same, but every time.
+            Err(error) if went_meanwhile(directory, &error) && tries < TRIES => tries += 1,
+            locked => return locked,
+        }
+    }
+}
+
+/// Whether making or opening a directory failed because somebody removed it at that moment.
+pub fn went_meanwhile(directory: &Path, error: &io::Error) -> bool {
+    match error.kind() {
+        io::ErrorKind::NotFound => true,
+        // It was there, and gone when it was looked at, unless something else stands there.
+        io::ErrorKind::AlreadyExists => !fs::symlink_metadata(directory).is_ok_and(|it| !it.is_dir()),
+        _ => false,
+    }
+}
+
 fn locked(path: &Path, how: FlockOperation) -> io::Result<File> {
     loop {
         let file = File::options().create(true).write(true).truncate(false).mode(0o600).open(path)?;
@@ -247,6 +275,32 @@ mod tests {
         std::os::unix::fs::symlink(dir.join("gone"), &nowhere).unwrap();
         assert_eq!(read_all(&dir).unwrap_err().kind(), io::ErrorKind::NotFound, "a link that leads nowhere is there");
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_its_last_owner_leaves_keeps_nobody_from_locking_in_it() {
+        let above = std::env::temp_dir().join(format!("cirri-lock-in-{}", std::process::id()));
+        let (directory, held) = (above.join("state"), std::sync::atomic::AtomicBool::new(false));
+        let order = std::sync::atomic::Ordering::SeqCst;
+        let comes_and_goes = || {
+            let mut had = 0;
+            while had < 1000 {
+                let Some(lock) = lock_in(&directory, "own.lock").unwrap() else { continue };
+                assert!(!held.swap(true, order), "two have it");
+                held.store(false, order);
+                remove(&directory.join("own.lock")).unwrap();
+                remove_empty(&directory).unwrap();
+                remove_empty(&above).unwrap();
+                drop(lock);
+                had += 1;
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(comes_and_goes);
+            }
+        });
+        assert!(!above.exists());
     }
 
     #[test]

@@ -41,7 +41,8 @@ async fn remove(config: &Config) -> Result<()> {
             }
         }
     }
-    if !settings.is_anothers(node::CLAIM).because(Failure::Failed)? {
+    // Not asked for alone: who claims it in between would lose what there is one of.
+    if settings.try_claim(node::CLAIM).because(Failure::Failed)? {
         net.delete_link(node::OVERLAY).await.because(Failure::Failed)?;
         for found in net.routes().await.because(Failure::Failed)? {
             net.delete_route(&found.route).await.because(Failure::Failed)?;

@@ -74,8 +74,7 @@ pub fn lock(config: &Config) -> Result<Lock> {
 
 fn lock_file(state_dir: &Path) -> Result<File> {
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
-    std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
-    match crate::files::lock(&state_dir.join("agent.lock")).map_err(wrong).because(Failure::Failed)? {
+    match crate::files::lock_in(state_dir, "agent.lock").map_err(wrong).because(Failure::Failed)? {
         Some(lock) => {
             crate::files::sweep(state_dir, |name| STATE_FILES.contains(&name));
             Ok(lock)
@@ -217,8 +216,8 @@ pub fn forget(config: &Config) -> std::io::Result<()> {
 
 /// Takes back what [`node::prepare`] did.
 async fn undo(config: &Config, net: &Net, settings: &mut Settings) {
-    // Another instance's may be there.
-    let ours = !settings.is_anothers(node::CLAIM).unwrap_or(true);
+    // Another instance's may be there, or come meanwhile.
+    let ours = settings.try_claim(node::CLAIM).unwrap_or(false);
     if ours
         && config.routing.mode == RoutingMode::Overlay
         && let Err(error) = net.delete_link(node::OVERLAY).await

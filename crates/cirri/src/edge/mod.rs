@@ -244,8 +244,7 @@ fn lock(plan: &Plan) -> Result<Lock> {
 
 fn lock_file(state_dir: &Path) -> Result<File> {
     let wrong = |error: std::io::Error| format!("cannot use stateDir {}: {error}", state_dir.display());
-    std::fs::create_dir_all(state_dir).map_err(wrong).because(Failure::Failed)?;
-    match crate::files::lock(&state_dir.join("lb.lock")).map_err(wrong).because(Failure::Failed)? {
+    match crate::files::lock_in(state_dir, "lb.lock").map_err(wrong).because(Failure::Failed)? {
         Some(lock) => {
             crate::files::sweep(state_dir, |name| STATE_FILES.contains(&name));
             Ok(lock)

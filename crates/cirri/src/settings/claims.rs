@@ -20,6 +20,17 @@ impl Settings {
         })
     }
 
+    /// The same; whether nobody else has it.
+    ///
+    /// # Errors
+    /// The record cannot be read or written.
+    pub fn try_claim(&mut self, what: &str) -> Result<bool, SettingsError> {
+        match self.claim(what) {
+            Err(SettingsError::Claimed { .. }) => Ok(false),
+            claimed => claimed.map(|()| true),
+        }
+    }
+
     /// Gives up such claims of this owner.
     ///
     /// # Errors
@@ -38,13 +49,5 @@ impl Settings {
     /// The record cannot be read.
     pub fn claims(&self) -> Result<BTreeMap<String, String>, SettingsError> {
         Ok(self.read()?.claims)
-    }
-
-    /// Whether somebody else has a claim.
-    ///
-    /// # Errors
-    /// The record cannot be read.
-    pub fn is_anothers(&self, what: &str) -> Result<bool, SettingsError> {
-        Ok(self.read()?.claims.get(what).is_some_and(|by| *by != self.owner))
     }
 }

@@ -148,11 +148,13 @@ impl Settings {
     /// # Errors
     /// It cannot be recorded, or not be written.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), SettingsError> {
+        // Somebody who leaves puts back what he found: it is not looked at before he has, nor changed while he does.
+        let lock = self.lock()?;
         let now = self.net.sysctl(name)?;
         let device = self.device_of(name)?;
         let follow = if now == value { BTreeMap::new() } else { self.followers(name)? };
         let owner = self.owner.clone();
-        self.change(|record| {
+        self.change_locked(&lock, |record| {
             record.take(&owner, name, Changed::new(now, value, device, follow));
             Ok(())
         })?;
@@ -166,10 +168,11 @@ impl Settings {
     /// # Errors
     /// It cannot be recorded, or not be written.
     pub fn reserve(&mut self, range: PortRange) -> Result<(), SettingsError> {
+        let lock = self.lock()?;
         let now = self.net.sysctl(RESERVED)?;
         let owner = self.owner.clone();
         let mut all = Ports::parse(&now);
-        self.change(|record| {
+        self.change_locked(&lock, |record| {
             all = record.reserve(&owner, range, &now);
             Ok(())
         })?;
@@ -182,9 +185,10 @@ impl Settings {
     /// # Errors
     /// It cannot be recorded, or not be added.
     pub async fn add_address(&mut self, address: &Address) -> Result<(), SettingsError> {
+        let lock = self.lock()?;
         let there = self.net.addresses().await?.contains(address);
         let owner = self.owner.clone();
-        self.change(|record| {
+        self.change_locked(&lock, |record| {
             record.add_address(&owner, address, there);
             Ok(())
         })?;
@@ -224,7 +228,8 @@ impl Settings {
     /// It cannot be recorded, or not be written.
     pub fn restore(&mut self, drifted: &Drifted) -> Result<(), SettingsError> {
         if let (RESERVED, Some(range)) = (drifted.name.as_str(), self.ports) {
-            let all = Ports::parse(&drifted.found).with(range);
+            let _lock = self.lock()?;
+            let all = Ports::parse(&self.net.sysctl(RESERVED)?).with(range);
             return Ok(self.net.set_sysctl(RESERVED, &all.to_string())?);
         }
         match self.wanted.contains_key(&drifted.name) {
@@ -440,7 +445,16 @@ impl Settings {
 
     /// Reads the record, changes it, and writes it, while nobody else does.
     fn change(&mut self, change: impl FnOnce(&mut Record) -> Result<(), SettingsError>) -> Result<(), SettingsError> {
-        let _lock = self.lock()?;
+        let lock = self.lock()?;
+        self.change_locked(&lock, change)
+    }
+
+    /// The same, by who has the lock, and may have it for longer.
+    fn change_locked(
+        &mut self,
+        _lock: &File,
+        change: impl FnOnce(&mut Record) -> Result<(), SettingsError>,
+    ) -> Result<(), SettingsError> {
         let mut record = self.read()?;
         let before = record.clone();
         change(&mut record)?;
@@ -507,10 +521,9 @@ fn forget_in(directory: &Path, owners: &str) -> io::Result<()> {
 /// Nobody else writes records, or removes their directory, as long as the answer is kept.
 fn lock(path: &Path) -> io::Result<File> {
     loop {
-        fs::create_dir_all(path)?;
-        let directory = match File::open(path) {
+        let directory = match fs::create_dir_all(path).and_then(|()| File::open(path)) {
             // The last owner left just now.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) if crate::files::went_meanwhile(path, &error) => continue,
             other => other?,
         };
         flock(&directory, FlockOperation::LockExclusive)?;
