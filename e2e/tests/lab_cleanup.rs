@@ -466,6 +466,30 @@ fn what_a_setting_was_is_asked_while_nobody_else_can_put_it_back() {
 }
 
 #[test]
+fn two_lb_backends_of_one_instance_at_once_wait_for_each_other() {
+    let machine = Machine::new("atonce");
+    let before = machine.state();
+    let both = |more: &[&str]| {
+        let call = |device: &str| {
+            let one = ["lb", "backend", "--device", device, "--vip", "203.0.113.10", "--instance", &machine.name];
+            machine.cirri(&[&one[..], more].concat())
+        };
+        let outputs = std::thread::scope(|scope| {
+            let calls = ["eth0", "eth1"].map(|device| scope.spawn(move || call(device)));
+            calls.map(|call| call.join().unwrap())
+        });
+        for output in outputs {
+            assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    };
+    both(&[]);
+    let check = machine.cirri(&["lb", "backend", "--check", "--instance", &machine.name]);
+    assert_eq!(String::from_utf8_lossy(&check.stdout), "eth0: well\neth1: well\n");
+    both(&["--remove"]);
+    machine.assert_state(&before, "both are removed");
+}
+
+#[test]
 fn an_lb_backend_is_removed_from_a_device_that_has_another_name_by_now() {
     let machine = Machine::new("renamed");
     let root = format!("/sys/fs/bpf/{}/pins", machine.name);

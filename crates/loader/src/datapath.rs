@@ -3,8 +3,8 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use aya::{
@@ -184,14 +184,23 @@ impl Datapath {
 
     /// Says that nobody else may use or remove an instance as long as the answer is kept.
     pub fn claim(pin_root: &Path, instance: &str) -> Result<File, LoadError> {
+        Self::claim_within(pin_root, instance, Duration::ZERO)
+    }
+
+    /// The same, but waits for another process that has it, so long at most. For commands that end by themselves.
+    pub fn claim_within(pin_root: &Path, instance: &str, patience: Duration) -> Result<File, LoadError> {
         features::bpffs(pin_root)?;
         loop {
-            match Pins::open(pin_root, instance)?.claim() {
-                // Whoever had the instance removed it just now.
-                Err(LoadError::Pin { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
-                claimed => return claimed,
+            // Whoever had the instance may remove it just then.
+            if let Some(claim) = Pins::open(pin_root, instance)?.claim(patience)? {
+                return Ok(claim);
             }
         }
+    }
+
+    /// The same of an instance that is there.
+    pub fn claim_if_there(pin_root: &Path, instance: &str, patience: Duration) -> Result<Option<File>, LoadError> {
+        Pins::at(pin_root, instance).map_or(Ok(None), |pins| pins.claim(patience))
     }
 
     /// Keeps what [`Datapath::claim`] answered, and claims the instance again where somebody removed its directory: the
@@ -245,7 +254,12 @@ impl Datapath {
     /// Removes every map and every attachment of an instance; filters on kernels without tcx in the calling thread's
     /// namespace only. For `cirri lab down` and for uninstalling; the agent must not be running.
     pub fn purge(pin_root: &Path, instance: &str) -> Result<(), LoadError> {
-        Pins::purge(pin_root, instance)
+        Pins::purge(pin_root, instance, None)
+    }
+
+    /// The same, by who may have claimed it.
+    pub fn purge_claimed(pin_root: &Path, instance: &str, claim: Option<&File>) -> Result<(), LoadError> {
+        Pins::purge(pin_root, instance, claim)
     }
 
     /// What is attached of an instance: see [`Datapath::attachments`].
@@ -257,7 +271,7 @@ impl Datapath {
     /// instance.
     pub fn workload_devices(pin_root: &Path, instance: &str) -> Result<Vec<String>, LoadError> {
         Pins::at(pin_root, instance).map_or(Ok(Vec::new()), |pins| {
-            let _claim = pins.claim()?;
+            let _claim = pins.claim(Duration::ZERO)?;
             attach::workloads(&pins)
         })
     }

@@ -19,6 +19,9 @@ use std::{
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use cirri_abi::{ABI_HASH, map};
@@ -72,35 +75,50 @@ impl Pins {
         pins.dir.exists().then_some(pins)
     }
 
-    /// See [`crate::Datapath::claim`].
-    pub fn claim(&self) -> Result<fs::File, LoadError> {
+    /// Says that nobody else may use or remove the directory as long as the answer is kept; waits for another process that
+    /// has it, so long at most. `None`: the directory is gone.
+    pub fn claim(&self, patience: Duration) -> Result<Option<fs::File>, LoadError> {
         loop {
-            let dir = fs::File::open(&self.dir).map_err(at(&self.dir, "open"))?;
-            match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => return Err(LoadError::Busy { path: self.dir.clone() }),
-                Err(error) => return Err(at(&self.dir, "lock")(error.into())),
-            }
+            let dir = match fs::File::open(&self.dir) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                other => other.map_err(at(&self.dir, "open"))?,
+            };
+            let claim = self.lock(dir, patience)?;
             // Whoever had it may have removed it before we locked it.
-            if self.is_same(&dir)? {
-                return Ok(dir);
+            if self.is_same(&claim) {
+                return Ok(Some(claim));
             }
         }
     }
 
+    fn lock(&self, dir: fs::File, patience: Duration) -> Result<fs::File, LoadError> {
+        let busy = || LoadError::Busy { path: self.dir.clone() };
+        let failed = |error: rustix::io::Errno| at(&self.dir, "lock")(error.into());
+        match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if patience.is_zero() => return Err(busy()),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            locked => return locked.map(|()| dir).map_err(failed),
+        }
+        // A thread of its own, since nothing but the lock ends the wait for it; what comes too late is let go at once.
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || tell.send(flock(&dir, FlockOperation::LockExclusive).map(|()| dir)));
+        told.recv_timeout(patience).map_err(|_| busy())?.map_err(failed)
+    }
+
     /// Claims the directory anew if it is another one by now: a lock goes with what it was taken on.
     pub fn claim_again(&self, claim: &mut fs::File) -> Result<(), LoadError> {
-        if !self.is_same(claim)? {
-            *claim = self.claim()?;
+        if !self.is_same(claim) {
+            let gone = || at(&self.dir, "claim")(io::ErrorKind::NotFound.into());
+            *claim = self.claim(Duration::ZERO)?.ok_or_else(gone)?;
         }
         Ok(())
     }
 
     /// Whether what was claimed is still what stands there.
-    fn is_same(&self, claim: &fs::File) -> Result<bool, LoadError> {
+    fn is_same(&self, claim: &fs::File) -> bool {
         let inode = |it: fs::Metadata| (it.dev(), it.ino());
-        let now = fs::metadata(&self.dir).map_err(at(&self.dir, "look at"))?;
-        Ok(claim.metadata().is_ok_and(|claimed| inode(claimed) == inode(now)))
+        let now = fs::metadata(&self.dir).ok().map(inode);
+        now.is_some() && claim.metadata().ok().map(inode) == now
     }
 
     /// The maps in use.
@@ -235,8 +253,15 @@ impl Pins {
             entries => entries.map_err(at(&dir, "list"))?,
         };
         for entry in entries {
-            let path = entry.map_err(at(&dir, "list"))?.path();
-            let fd = sys::open_pin(&path).map_err(at(&path, "open"))?;
+            let path = match entry {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                entry => entry.map_err(at(&dir, "list"))?.path(),
+            };
+            let fd = match sys::open_pin(&path) {
+                // Somebody else took it away just now.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(at(&path, "open"))?,
+            };
             let info = sys::link_info(fd.as_fd()).map_err(at(&path, "ask for its link"))?;
             links.push((path, info));
         }
@@ -255,14 +280,18 @@ impl Pins {
         fs::remove_file(pin).map_err(at(pin, "unpin"))
     }
 
-    /// Removes everything of the instance, which nobody may use; links that were pinned are detached, and filters are
-    /// taken off devices of the calling thread's namespace.
-    pub fn purge(root: &Path, instance: &str) -> Result<(), LoadError> {
-        let Some(pins) = Pins::at(root, instance) else {
-            // Filters outlive the directory, and are known by their handles.
-            return clsact::purge(&Pins { dir: root.join(instance) });
+    /// Removes everything of the instance, which nobody else may use; links that were pinned are detached, and filters are
+    /// taken off devices of the calling thread's namespace. Who has claimed it already shows that.
+    pub fn purge(root: &Path, instance: &str, claimed: Option<&fs::File>) -> Result<(), LoadError> {
+        let pins = Pins { dir: root.join(instance) };
+        let own = match claimed {
+            Some(_) => None,
+            None => pins.claim(Duration::ZERO)?,
         };
-        let _claim = pins.claim()?;
+        // Filters outlive the directory, and are known by their handles.
+        if claimed.or(own.as_ref()).is_none() {
+            return clsact::purge(&pins);
+        }
         for (link, _) in pins.links_now()? {
             pins.drop_link(&link)?;
         }

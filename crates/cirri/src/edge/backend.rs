@@ -1,8 +1,10 @@
 //! A plain host behind a load balancer with `forwarding: dsr-ipip`: takes packets out of their wrapping.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cirri_abi::map;
 use cirri_loader::net::{Address, Net, NetError};
@@ -29,6 +31,8 @@ pub struct BackendHost {
 const LOOPBACK: &str = "lo";
 /// The kind of device that others put them on.
 const DUMMY: &str = "dummy";
+/// How long another such command for the same instance is waited for.
+const OTHERS: Duration = Duration::from_secs(60);
 /// The name of the program.
 const UNWRAP: &str = "unwrap";
 /// The kernel answers for an address on whatever device it stands, unless it is told not to: settings
@@ -54,7 +58,7 @@ impl BackendHost {
             }
             settings.need_directories(&[&self.pin_root]).because(Failure::Failed)?;
         }
-        let instance = match Datapath::claim(&self.pin_root, &self.instance).because(Failure::Failed) {
+        let instance = match Datapath::claim_within(&self.pin_root, &self.instance, OTHERS).because(Failure::Failed) {
             Ok(instance) => instance,
             Err(error) => {
                 for device in fresh {
@@ -64,9 +68,8 @@ impl BackendHost {
             }
         };
         let brought = self.bring(&net).await;
-        drop(instance);
         if brought.is_err()
-            && let Err(left) = self.take_away(&net, &fresh).await
+            && let Err(left) = self.take_away(&net, &fresh, Some(&instance)).await
         {
             tracing::warn!(error = %left, "not all that was begun could be taken away; see --remove");
         }
@@ -83,7 +86,8 @@ impl BackendHost {
         self.check()?;
         let devices: Vec<&str> = self.devices.iter().map(String::as_str).collect();
         // Which addresses are ours is recorded: one that the command line names may be the administrator's.
-        self.take_away(&net, &devices).await
+        let instance = Datapath::claim_if_there(&self.pin_root, &self.instance, OTHERS);
+        self.take_away(&net, &devices, instance.because(Failure::Failed)?.as_ref()).await
     }
 
     /// Says by device what is not as [`BackendHost::set_up`] left it, of these devices or else of all that it was told
@@ -187,7 +191,8 @@ impl BackendHost {
         Ok(numbers)
     }
 
-    async fn take_away(&self, net: &Net, devices: &[&str]) -> Result<()> {
+    /// The claim is that of the instance, if it is there.
+    async fn take_away(&self, net: &Net, devices: &[&str], claim: Option<&File>) -> Result<()> {
         let unwraps = |it: &Attachment| it.program == UNWRAP;
         let attached = Datapath::attached(&self.pin_root, &self.instance).because(Failure::Failed)?;
         let mut rest = attached.len();
@@ -205,7 +210,7 @@ impl BackendHost {
         let (left, stay): (Vec<&str>, Vec<&str>) = ours.partition(|device| devices.contains(device));
         // A program that nobody is recorded for is one of a device that nobody finds any more.
         if rest == 0 || stay.is_empty() && !left.is_empty() {
-            Datapath::purge(&self.pin_root, &self.instance).because(Failure::Failed)?;
+            Datapath::purge_claimed(&self.pin_root, &self.instance, claim).because(Failure::Failed)?;
         }
         for device in devices {
             let mut settings = self.settings(net, device)?;
