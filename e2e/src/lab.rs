@@ -74,7 +74,7 @@ pub enum LabError {
 /// A lab, as `cirri lab list -o json` tells it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Listed {
-    /// `up`, `degraded` or `crashed`.
+    /// `up`, `degraded`, `changing` or `crashed`.
     pub state: String,
     /// Where its logs, records and agents' states are.
     pub directory: PathBuf,

@@ -352,3 +352,21 @@ fn of_two_who_find_no_bpf_file_system_one_mounts_it() {
     assert!(output.status.success(), "{}\n{said}", output.status);
     assert_eq!(said.matches(" /sys/fs/bpf ").count(), 1, "{said}");
 }
+
+#[test]
+fn a_lab_that_another_mount_namespace_makes_or_removes_is_not_taken_for_one_that_crashed() {
+    let lab = Lab::named("elsewhere");
+    let script = "
+        mount -t tmpfs none /run
+        group=$(awk '$3 == \"cgroup2\" { print $2; exit }' /proc/mounts)/cirri-lab-$NAME
+        mkdir $group
+        trap 'rmdir $group' EXIT
+        \"$CIRRI\" lab list; echo LEFT
+        flock $group \"$CIRRI\" lab list; echo BUSY
+        code DOWN flock $group \"$CIRRI\" lab down --name \"$NAME\"";
+    let said = in_own_run(&lab, &[TOOLS, script].concat());
+    let named = format!("lab {} (", lab.name());
+    assert!(between(&said, "", "LEFT").contains(&named), "what a crash left is seen: {said}");
+    assert!(!between(&said, "LEFT", "BUSY").contains(&named), "{said}");
+    assert!(between(&said, "BUSY", "DOWN 1").contains("another command is changing"), "{said}");
+}

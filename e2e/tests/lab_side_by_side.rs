@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cirri_e2e::lab::{self, Lab, eventually, printed};
@@ -59,6 +60,31 @@ fn two_labs_with_the_same_addresses_do_not_see_each_other() {
     drop(open);
     assert_eq!(remains(&gone), BTreeSet::new());
     assert_eq!(self::outside(), outside);
+}
+
+#[test]
+fn a_lab_into_which_others_look_meanwhile_goes_and_stays_gone() {
+    for _ in 0..3 {
+        let lab = Lab::up("looked", 1, &[]).unwrap();
+        let gone = AtomicBool::new(false);
+        let look = |program: &[&str]| {
+            let look = ["lab", "exec", "--name", lab.name(), "--node", "node1", "--"];
+            while !gone.load(Ordering::Relaxed) {
+                lab::output([&look[..], program].concat()).unwrap();
+            }
+        };
+        let down = std::thread::scope(|scope| {
+            for program in [&["true"][..], &["true"], &["true"], &["sleep", "60"]] {
+                scope.spawn(move || look(program));
+            }
+            eventually("somebody looks", Duration::from_secs(60), || processes_inside(lab.name()).len() > 2);
+            let down = lab::run(["lab", "down", "--name", lab.name()]);
+            gone.store(true, Ordering::Relaxed);
+            down
+        });
+        down.unwrap();
+        assert_eq!(remains(lab.name()), BTreeSet::new());
+    }
 }
 
 #[test]

@@ -46,10 +46,9 @@ pub struct ApplyArgs {
 /// # Errors
 /// Refused manifests, or what went wrong on the way; another apply goes on from there.
 pub fn run(args: ApplyArgs) -> anyhow::Result<ExitCode> {
-    let mut lab = Lab::load(&args.name)?;
+    let (mut lab, _lock) = Lab::locked(&args.name)?;
     lab.patience_s = args.timeout.unwrap_or(lab.patience_s);
     let explain = |error| disk::explain(&args.name, error);
-    let _lock = args.name.lock().map_err(|error| explain(error.into()))?;
     let interrupt = Interrupt::install()?;
     let wait = args.wait.then(|| lab.patience());
     apply(&lab, manifests::read(&args.files)?, wait, &interrupt, &output::progress).map_err(explain)?;

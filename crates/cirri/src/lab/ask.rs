@@ -57,7 +57,7 @@ pub fn ask(groups: Vec<(PathBuf, Vec<Asker>)>, patience: Patience) -> anyhow::Re
 }
 
 fn ask_from(group: &Path, request: &Request) -> anyhow::Result<Answers> {
-    cgroup::create(group)?;
+    cgroup::add(group)?;
     let mut child = Command::new(own_binary()?)
         .args(["lab", "__ask"])
         .arg(group)

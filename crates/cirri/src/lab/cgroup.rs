@@ -31,6 +31,8 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 const PROCESSES: &str = "cgroup.procs";
 /// How long ended processes may take to leave their group.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(60);
+/// After how long it is looked whether another one has entered.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// The shells' exit code for a program that is not there.
 const EXIT_NOT_FOUND: u8 = 127;
 
@@ -76,6 +78,20 @@ pub fn create(group: &Path) -> anyhow::Result<()> {
     fs::create_dir_all(group).with_context(|| format!("cannot make the control group {}", group.display()))
 }
 
+/// Makes a group in one that is there, as those of nodes are while their lab is up: nothing of one that is being taken
+/// down comes back.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn add(group: &Path) -> anyhow::Result<()> {
+    match fs::create_dir(group) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("cannot make the control group {} (is its lab up?)", group.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Moves this process into a group; its programs and sockets from now on belong there.
 ///
 /// # Errors
@@ -112,36 +128,47 @@ pub fn inside(group: &Path) -> Vec<ProcessId> {
     found
 }
 
-/// Removes a group and those below it, in which no process lives any more. One that is not there is no error.
+/// Kills who lives in a group or in those below it, and removes them: up to then others may enter one, or make one
+/// below. One that is not there is no error.
 ///
 /// # Errors
 /// What the kernel refused.
 pub fn remove(group: &Path) -> anyhow::Result<()> {
-    for group in tree(group).iter().rev() {
-        let removed = match fs::remove_dir(group) {
-            // A process that has ended leaves its group a moment after its parent hears of it.
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                await_empty(group).and_then(|()| fs::remove_dir(group))
-            }
-            other => other,
-        };
-        match removed {
+    let deadline = Instant::now() + EMPTY_TIMEOUT;
+    loop {
+        process::kill(&inside(group))?;
+        let Err((busy, error)) = remove_tree(group) else { return Ok(()) };
+        if error.kind() != io::ErrorKind::ResourceBusy || Instant::now() >= deadline {
+            return Err(error).with_context(|| format!("cannot remove the control group {}", busy.display()));
+        }
+        match await_empty(&busy, LOOK_AGAIN) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("cannot remove the control group {}", group.display()));
+                return Err(error).with_context(|| format!("cannot watch the control group {}", busy.display()));
             }
+            _ => {}
+        }
+    }
+}
+
+/// Removes groups in which nobody lives; the first that cannot be, and why.
+fn remove_tree(group: &Path) -> Result<(), (PathBuf, io::Error)> {
+    for group in tree(group).into_iter().rev() {
+        match fs::remove_dir(&group) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err((group, error)),
             _ => {}
         }
     }
     Ok(())
 }
 
-/// Waits until nothing lives in a group, or for [`EMPTY_TIMEOUT`].
-fn await_empty(group: &Path) -> io::Result<()> {
+/// Waits until nothing lives in a group, but not for ever: a process that has ended leaves it a moment after its parent
+/// hears of it, and that makes an event; one that enters makes none.
+fn await_empty(group: &Path, patience: Duration) -> io::Result<()> {
     let file = group.join("cgroup.events");
     // Watched before the first look: a change in between is then not missed.
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;
     inotify::add_watch(&watch, &file, inotify::WatchFlags::MODIFY)?;
-    let deadline = Instant::now() + EMPTY_TIMEOUT;
+    let deadline = Instant::now() + patience;
     let mut space = [MaybeUninit::uninit(); 512];
     while fs::read_to_string(&file)?.lines().any(|line| line == "populated 1") {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -201,6 +228,18 @@ mod tests {
         let line = "41 31 0:38 / /a\\040b rw,relatime shared:9 master:1 - cgroup2 none rw";
         assert_eq!(version_2(line), Some("/a b".into()));
         assert_eq!(version_2("32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu"), None);
+    }
+
+    #[test]
+    fn a_group_is_added_to_one_that_is_there_and_brings_back_none_that_is_gone() {
+        let node = tempfile::tempdir().unwrap();
+        let pod = node.path().join("pod");
+        add(&pod).unwrap();
+        add(&pod).unwrap();
+        assert!(pod.is_dir());
+        fs::remove_dir_all(node.path()).unwrap();
+        let error = add(&pod).unwrap_err().to_string();
+        assert!(error.contains("is its lab up?") && !node.path().exists(), "{error}");
     }
 
     #[test]

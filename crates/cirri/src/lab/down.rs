@@ -114,6 +114,9 @@ fn take_down(name: &LabName, clear: impl FnOnce(&Path) -> io::Result<()>) -> any
             problems.push(format!("cannot remove the network namespace {namespace}: {problem}"));
         }
     }
+    // Looked up only now: an agent that had just started may have pinned until it was killed. Before the control group
+    // goes, by whose lock other mount namespaces know that somebody is at it.
+    let mut removed: Vec<_> = traces::pins(name).into_iter().map(|pins| (fs::remove_dir_all(&pins), pins)).collect();
     match group.map(|group| cgroup::remove(&group)) {
         Ok(Ok(())) => {}
         Ok(Err(problem)) => problems.push(format!("{problem:#}")),
@@ -125,8 +128,6 @@ fn take_down(name: &LabName, clear: impl FnOnce(&Path) -> io::Result<()>) -> any
     if let Err(problem) = crate::settings::forget(&format!("agent {}", name.bpf_instance(""))) {
         problems.push(format!("cannot remove the records of settings: {problem}"));
     }
-    // Looked up only now: an agent that had just started may have pinned until it was killed.
-    let mut removed: Vec<_> = traces::pins(name).into_iter().map(|pins| (fs::remove_dir_all(&pins), pins)).collect();
     removed.push((clear(&directory), directory));
     for (outcome, directory) in removed {
         match outcome {

@@ -88,7 +88,7 @@ pub fn run(args: ExecArgs) -> anyhow::Result<ExitCode> {
         let group = cgroup::of_pod(&lab.name, &pod)?;
         (pod.netns, group)
     };
-    cgroup::create(&group)?;
+    cgroup::add(&group)?;
     cgroup::enter(&group)?;
     // Returns only if it fails: the program takes this process over, terminal, signals and exit code included.
     let error = netns::within(&netns, || command.exec())?;

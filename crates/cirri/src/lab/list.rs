@@ -23,6 +23,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const DETACHED: &str = "detached";
 /// The state of a lab without records.
 const CRASHED: &str = "crashed";
+/// That of one whose records are being made or removed.
+const CHANGING: &str = "changing";
 
 /// Arguments of `cirri lab list`.
 #[derive(Debug, clap::Args)]
@@ -38,7 +40,8 @@ pub struct ListArgs {
 #[derive(Debug, Serialize)]
 struct LabInfo {
     name: LabName,
-    /// `up`, `degraded` (an agent is down) or `crashed` (it has no records: `down` removes it).
+    /// `up`, `degraded` (an agent is down), `changing` (it has no records, and another command is at it) or `crashed` (it
+    /// has none: `down` removes it).
     state: &'static str,
     routing: Option<Routing>,
     directory: PathBuf,
@@ -108,10 +111,7 @@ pub fn run(args: ListArgs) -> anyhow::Result<ExitCode> {
         None => {
             let mut labs = Vec::new();
             for name in traces::all() {
-                labs.push(match Lab::load(&name) {
-                    Ok(lab) => describe(&lab)?,
-                    Err(_) => LabInfo::new(&name, CRASHED),
-                });
+                labs.extend(look(&name)?);
             }
             labs
         }
@@ -138,6 +138,22 @@ impl LabInfo {
             pods: Vec::new(),
         }
     }
+}
+
+/// One of all labs, which others bring up and take down meanwhile; `None`: it is gone.
+fn look(name: &LabName) -> anyhow::Result<Option<LabInfo>> {
+    let unread = match Lab::load(name).map(|lab| describe(&lab)) {
+        Ok(Ok(lab)) => return Ok(Some(lab)),
+        Ok(Err(error)) => Err(error),
+        Err(_no_records) => Ok(CRASHED),
+    };
+    // Asked in this order: a command that ends in between leaves a lab whole or nothing of it.
+    let is_changing = name.is_locked();
+    if !traces::exists(name) {
+        return Ok(None);
+    }
+    let state = if is_changing { CHANGING } else { unread? };
+    Ok(Some(LabInfo::new(name, state)))
 }
 
 fn describe(lab: &Lab) -> anyhow::Result<LabInfo> {

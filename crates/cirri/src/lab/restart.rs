@@ -35,9 +35,8 @@ pub struct RestartArgs {
 /// # Errors
 /// No such node, or the agent does not stop or does not come back.
 pub fn run(args: RestartArgs) -> anyhow::Result<ExitCode> {
-    let mut lab = Lab::load(&args.name)?;
+    let (mut lab, _lock) = Lab::locked(&args.name)?;
     lab.patience_s = args.timeout.unwrap_or(lab.patience_s);
-    let _lock = args.name.lock().map_err(|error| disk::explain(&args.name, error.into()))?;
     let node = lab.node(&args.node)?;
     let interrupt = Interrupt::install()?;
     let agent = agent::Prepared::new(&lab, node).map_err(|error| disk::explain(&lab.name, error));

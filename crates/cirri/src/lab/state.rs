@@ -14,8 +14,9 @@ use cirri_control::resource::{self, Pod, Protocol};
 use serde::{Deserialize, Serialize};
 
 use super::echo::{Port, Transport};
+use super::lock::Lock;
 use super::process::{self, ProcessId, write_json};
-use super::{expand, names, traces};
+use super::{disk, expand, names, traces};
 use crate::config::{self, Acceleration, ConfigError};
 
 /// Where labs keep their state. In memory, like the namespaces themselves: neither survives a reboot.
@@ -179,6 +180,17 @@ impl Lab {
         })
     }
 
+    /// The same with the lab's lock: nobody takes it down in between.
+    ///
+    /// # Errors
+    /// There is none of that name, or another command is changing it.
+    pub fn locked(name: &LabName) -> anyhow::Result<(Self, Lock)> {
+        // Of one that is not there nothing is locked.
+        Self::load(name)?;
+        let lock = name.lock().map_err(|error| disk::explain(name, error.into()))?;
+        Ok((Self::load(name)?, lock))
+    }
+
     /// Writes `lab.json`.
     ///
     /// # Errors
@@ -243,26 +255,7 @@ impl Lab {
     /// # Errors
     /// A record that is damaged or cannot be read.
     pub fn pods(&self) -> anyhow::Result<Vec<PodRecord>> {
-        let directory = self.name.directory().join("pods");
-        // What cannot be read is not what is not there: a pod that is overlooked is never removed.
-        let unreadable = |path: &Path| format!("cannot read {}", path.display());
-        let entries = match fs::read_dir(&directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.with_context(|| unreadable(&directory))?,
-        };
-        let mut pods = Vec::new();
-        for entry in entries {
-            let file = entry.with_context(|| unreadable(&directory))?.path().join("pod.json");
-            let text = match fs::read_to_string(&file) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                other => other.with_context(|| unreadable(&file))?,
-            };
-            let pod: PodRecord =
-                serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
-            pods.push(pod);
-        }
-        pods.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(pods)
+        read_pods(&self.name.directory().join("pods"))
     }
 
     /// The pod of that name.
@@ -283,6 +276,31 @@ impl Lab {
         };
         bail!("the lab \"{}\" has no pod {key}: {hint}", self.name)
     }
+}
+
+fn read_pods(directory: &Path) -> anyhow::Result<Vec<PodRecord>> {
+    // What cannot be read is not what is not there: a pod that is overlooked is never removed.
+    let unreadable = |path: &Path| format!("cannot read {}", path.display());
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.with_context(|| unreadable(directory))?,
+    };
+    let mut pods = Vec::new();
+    for entry in entries {
+        let file = match entry {
+            // The directory went while it was read.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            other => other.with_context(|| unreadable(directory))?.path().join("pod.json"),
+        };
+        let text = match fs::read_to_string(&file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other.with_context(|| unreadable(&file))?,
+        };
+        let pod: PodRecord = serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
+        pods.push(pod);
+    }
+    pods.sort_by(|a, b| a.key.cmp(&b.key));
+    Ok(pods)
 }
 
 /// A pod's namespace and name, written `namespace/name`; without a namespace it is `default`.
@@ -497,6 +515,49 @@ mod tests {
         for bad in ["", "/web", "shop/", "a/b/c", "../x", "a/..", "A/b"] {
             assert!(bad.parse::<PodKey>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn pods_that_go_while_they_are_read_are_not_there() {
+        let root = tempfile::tempdir().unwrap();
+        let pods = root.path().join("pods");
+        let key: PodKey = "web".parse().unwrap();
+        let record = PodRecord {
+            key,
+            node: "node1".into(),
+            netns: PathBuf::new(),
+            container_id: String::new(),
+            addresses: Vec::new(),
+            spec: PodSpec::default(),
+            complete: true,
+            error: None,
+        };
+        let text = serde_json::to_vec(&record).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    for pod in ["a", "b", "c"] {
+                        fs::create_dir_all(pods.join(pod)).unwrap();
+                        fs::write(root.path().join("tmp"), &text).unwrap();
+                        fs::rename(root.path().join("tmp"), pods.join(pod).join("pod.json")).unwrap();
+                    }
+                    fs::remove_dir_all(&pods).unwrap();
+                }
+            });
+            let mut seen = 0;
+            let outcome = loop {
+                match read_pods(&pods) {
+                    Ok(pods) => seen += pods.len(),
+                    Err(error) => break Err(error),
+                }
+                if seen > 5000 {
+                    break Ok(());
+                }
+            };
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            outcome.unwrap();
+        });
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::state::{LabName, ROOT};
-use super::{cgroup, logs, netns};
+use super::{cgroup, lock, logs, netns};
 
 /// Where the agents pin their maps and programs.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/cirri";
@@ -43,11 +43,16 @@ pub fn pins(name: &LabName) -> Vec<PathBuf> {
 }
 
 /// Whether it lives in another mount namespace, whose files are not seen here: pins and control groups are one for all.
+/// One without processes does as long as somebody makes or removes it: see [`super::lock`].
 fn is_elsewhere(name: &LabName) -> bool {
     let mounts = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
     let own = mounts("self");
     let group = cgroup::of_lab(name).unwrap_or_default();
-    cgroup::inside(&group).iter().filter_map(|process| mounts(&process.pid.to_string())).any(|it| Some(it) != own)
+    lock::is_held(&group)
+        || cgroup::inside(&group)
+            .iter()
+            .filter_map(|process| mounts(&process.pid.to_string()))
+            .any(|it| Some(it) != own)
 }
 
 fn directories(below: &Path) -> Vec<String> {

@@ -129,8 +129,8 @@ fn begin(args: &UpArgs, lab: &Lab, resources: Vec<Resource>, interrupt: &Interru
 /// # Errors
 /// What could not be made or does not get ready; [`super::interrupt::Interrupted`].
 pub fn bring_up(lab: &Lab, interrupt: &Interrupt, report: &dyn Fn(&str)) -> anyhow::Result<()> {
-    // Without it nothing of a lab runs.
-    cgroup::of_lab(&lab.name)?;
+    // Without it nothing of a lab runs. Locked until its programs say whose it is.
+    let _group = lab.name.make_group()?;
     let directory = lab.name.directory();
     // The logs of a lab of this name that did not come up.
     crate::files::remove_tree(&directory)?;
