@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use rustix::fs::{Access, FlockOperation, access, flock, statvfs};
 
-/// How often it is tried to lock a file whose directory somebody removes.
+/// How often it is tried to use a directory that somebody removes meanwhile.
 const TRIES: usize = 100;
 
 /// Writes a file so that a reader finds the old text, the new text or nothing, never a part; also
@@ -148,18 +148,26 @@ pub fn lock(path: &Path) -> io::Result<Option<File>> {
 /// # Errors
 /// As for [`lock`].
 pub fn lock_in(directory: &Path, name: &str) -> io::Result<Option<File>> {
+    in_made(directory, || lock(&directory.join(name)))
+}
+
+/// Makes a directory and opens something in it, or itself; again if its last owner removed it in between.
+///
+/// # Errors
+/// It cannot be made, or what `open` says.
+pub fn in_made<T>(directory: &Path, open: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let mut tries = 0;
     loop {
-        match fs::create_dir_all(directory).and_then(|()| lock(&directory.join(name))) {
+        match fs::create_dir_all(directory).and_then(|()| open()) {
             // What cannot be made at all says the same, but every time.
             Err(error) if went_meanwhile(directory, &error) && tries < TRIES => tries += 1,
-            locked => return locked,
+            opened => return opened,
         }
     }
 }
 
 /// Whether making or opening a directory failed because somebody removed it at that moment.
-pub fn went_meanwhile(directory: &Path, error: &io::Error) -> bool {
+fn went_meanwhile(directory: &Path, error: &io::Error) -> bool {
     match error.kind() {
         io::ErrorKind::NotFound => true,
         // It was there, and gone when it was looked at, unless something else stands there.

@@ -9,7 +9,6 @@ use aya::programs::{
     SchedClassifier, TcAttachType,
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact},
 };
-
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{

@@ -198,7 +198,7 @@ impl Datapath {
         }
     }
 
-    /// The same of an instance that is there.
+    /// The same of an instance that is there; `None`: it is not.
     pub fn claim_if_there(pin_root: &Path, instance: &str, patience: Duration) -> Result<Option<File>, LoadError> {
         Pins::at(pin_root, instance).map_or(Ok(None), |pins| pins.claim(patience))
     }
@@ -257,7 +257,7 @@ impl Datapath {
         Pins::purge(pin_root, instance, None)
     }
 
-    /// The same, by who may have claimed it.
+    /// The same; `claim` is the caller's claim, if it has one.
     pub fn purge_claimed(pin_root: &Path, instance: &str, claim: Option<&File>) -> Result<(), LoadError> {
         Pins::purge(pin_root, instance, claim)
     }

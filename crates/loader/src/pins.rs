@@ -281,7 +281,7 @@ impl Pins {
     }
 
     /// Removes everything of the instance, which nobody else may use; links that were pinned are detached, and filters are
-    /// taken off devices of the calling thread's namespace. Who has claimed it already shows that.
+    /// taken off devices of the calling thread's namespace. `claimed` is the caller's claim, if it has one.
     pub fn purge(root: &Path, instance: &str, claimed: Option<&fs::File>) -> Result<(), LoadError> {
         let pins = Pins { dir: root.join(instance) };
         let own = match claimed {

@@ -521,11 +521,7 @@ fn forget_in(directory: &Path, owners: &str) -> io::Result<()> {
 /// Nobody else writes records, or removes their directory, as long as the answer is kept.
 fn lock(path: &Path) -> io::Result<File> {
     loop {
-        let directory = match fs::create_dir_all(path).and_then(|()| File::open(path)) {
-            // The last owner left just now.
-            Err(error) if crate::files::went_meanwhile(path, &error) => continue,
-            other => other?,
-        };
+        let directory = crate::files::in_made(path, || File::open(path))?;
         flock(&directory, FlockOperation::LockExclusive)?;
         // Somebody may have removed it while we waited.
         let ours = directory.metadata()?.ino();
@@ -614,6 +610,13 @@ mod tests {
         let error = write_each(&all, write).unwrap_err().to_string();
         assert!(error.contains("conf/denied/forwarding"), "{error}");
         assert_eq!(*tried.borrow(), all.each_ref().map(|(name, _)| name.as_str()));
+    }
+
+    #[test]
+    fn a_directory_of_records_that_cannot_be_made_is_an_error() {
+        let above = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("nowhere", above.path().join("link")).unwrap();
+        assert!(lock(&above.path().join("link/records")).is_err());
     }
 
     #[test]
