@@ -139,6 +139,24 @@ fn a_rule_set_whose_entries_collapse_is_refused_and_the_old_one_stays() {
 }
 
 #[test]
+fn of_rule_sets_that_go_live_together_those_that_are_refused_hold_up_no_other() {
+    let instance = TestInstance::new();
+    let datapath = instance.load();
+    let tables = datapath.tables();
+    let old = [rule(256, 16)];
+    tables.install_ruleset(6, &old).expect("installed");
+    let (new, collapsing) = ([rule(0, Cookie::DEFAULT_ALLOW)], [rule(256, 16), rule(256, 17)]);
+    let outcomes = tables.install_rulesets(&[(5, &new), (6, &collapsing), (0, &new), (7, &[]), (8, &new)]);
+    let said: Vec<_> = outcomes.into_iter().map(|outcome| outcome.map_err(|error| error.to_string())).collect();
+    assert_eq!([&said[0], &said[3], &said[4]], [&Ok(8); 3]);
+    assert!(said[1].is_err() && said[2].is_err(), "{said:?}");
+    let live = |slot| tables.read_ruleset(slot).expect("read");
+    assert_eq!([5, 6, 7, 8].map(live).map(Option::unwrap), [&new[..], &old, &[], &new].map(<[_]>::to_vec));
+    assert_eq!(tables.epoch(6).expect("read"), 8, "what stays in force is not decided again");
+    assert_eq!(tables.install_rulesets(&[]).len(), 0);
+}
+
+#[test]
 fn an_epoch_moves_by_one_in_the_middle_of_a_change_and_to_the_next_step_at_its_end() {
     let instance = TestInstance::new();
     let datapath = instance.load();
@@ -146,7 +164,7 @@ fn an_epoch_moves_by_one_in_the_middle_of_a_change_and_to_the_next_step_at_its_e
     let install = || tables.install_ruleset(5, &[rule(0, Cookie::DEFAULT_ALLOW)]).expect("installed");
     assert_eq!(install(), 8);
     tables.set_writing(Some(cirri_loader::gc::now())).expect("written");
-    assert_eq!(install(), 9);
+    assert_eq!([install(), install()], [9; 2]);
     assert_eq!(tables.bump(5).expect("moved"), 16);
     tables.set_writing(None).expect("written");
     assert_eq!(install(), 24);

@@ -132,6 +132,13 @@ impl RawMap {
         self.update_unchecked(key, std::ptr::from_ref(&fd) as u64)
     }
 
+    /// Puts maps into a map of maps; on error perhaps some of them. Programs that may use the former ones are waited for
+    /// once for all (before Linux 6.8 once for each; kernel commit 012772581d04).
+    pub fn update_inner_batch(&self, keys: &[u8], inners: &[RawMap]) -> io::Result<()> {
+        let fds: Vec<u8> = inners.iter().flat_map(|inner| inner.fd.as_raw_fd().to_ne_bytes()).collect();
+        self.update_batch(keys, &fds, inners.len()).map_err(|(_, error)| error)
+    }
+
     fn update_unchecked(&self, key: &[u8], value: u64) -> io::Result<()> {
         let attr = Element { fd: self.raw(), key: key.as_ptr() as u64, value, ..Element::default() };
         // SAFETY: both callers checked the sizes of key and value against the kernel's, and both

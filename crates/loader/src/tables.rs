@@ -217,8 +217,43 @@ impl Tables {
     /// Makes a rule set live: builds its table beside the old one, reads it back, flips the outer
     /// entry and moves the slot's epoch. No packet sees a mix; if anything fails before the flip,
     /// the old rule set stays in force. In the middle of a change ([`Tables::set_writing`]) the epoch
-    /// moves by one only: bump it at the end. Answers the new epoch.
+    /// moves by one only, however often: bump it at the end. Answers the new epoch.
     pub fn install_ruleset(&self, slot: RulesetSlot, entries: &[(PolicyKey, PolicyEntry)]) -> Result<u32, MapError> {
+        let inner = self.build_ruleset(slot, entries)?;
+        self.make_live(slot, &inner)?;
+        self.move_epoch(slot)
+    }
+
+    /// The same for several: they become live right after each other, and take hardly longer than one. Answers what came
+    /// of each, in their order; the failure of one is no other's.
+    pub fn install_rulesets(
+        &self,
+        rulesets: &[(RulesetSlot, &[(PolicyKey, PolicyEntry)])],
+    ) -> Vec<Result<u32, MapError>> {
+        let mut failed = BTreeMap::new();
+        let (mut slots, mut built) = (Vec::new(), Vec::new());
+        for (slot, entries) in rulesets {
+            match self.build_ruleset(*slot, entries) {
+                Ok(inner) => {
+                    slots.push(*slot);
+                    built.push(inner);
+                }
+                Err(error) => drop(failed.insert(*slot, error)),
+            }
+        }
+        let keys: Vec<u32> = slots.iter().map(|slot| u32::from(*slot)).collect();
+        if self.rulesets.update_inner_batch(bytes_of_all(&keys), &built).is_err() {
+            // Each for itself, to know which.
+            for (slot, inner) in slots.into_iter().zip(&built) {
+                failed.extend(self.make_live(slot, inner).err().map(|error| (slot, error)));
+            }
+        }
+        let outcome = |slot| failed.remove(&slot).map_or_else(|| self.move_epoch(slot), Err);
+        rulesets.iter().map(|(slot, _)| *slot).map(outcome).collect()
+    }
+
+    /// A rule set's table, complete, which nothing leads to yet.
+    fn build_ruleset(&self, slot: RulesetSlot, entries: &[(PolicyKey, PolicyEntry)]) -> Result<RawMap, MapError> {
         check_slot(slot)?;
         let ruleset = &map::RULESET;
         let capacity = u32::try_from(entries.len()).unwrap_or(u32::MAX).max(1);
@@ -244,14 +279,27 @@ impl Tables {
             return Err(MapError::Incomplete { slot, written, wanted: entries.len() });
         }
         inner.freeze().map_err(|error| MapError::Kernel { map: name, action: "freeze", error })?;
+        Ok(inner)
+    }
+
+    fn make_live(&self, slot: RulesetSlot, inner: &RawMap) -> Result<(), MapError> {
         self.rulesets
-            .update_inner(bytes(&u32::from(slot)), &inner)
-            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "update", error))?;
+            .update_inner(bytes(&u32::from(slot)), inner)
+            .map_err(|error| table::failed(map::RULESETS.name, self.rulesets.info(), "update", error))
+    }
+
+    /// After a rule set became live; answers the new epoch.
+    fn move_epoch(&self, slot: RulesetSlot) -> Result<u32, MapError> {
         let is_writing = self.written().get(&epoch_slot::WRITING).is_some_and(|since| *since != 0);
         if !is_writing {
             return self.bump(slot);
         }
-        let next = epoch::moving(self.newest(slot)?);
+        let there = self.newest(slot)?;
+        if !there.is_multiple_of(epoch::STEP) && self.written().get(&slot) == Some(&there) {
+            // Twice in one change: what was in force when it began is still told by the same step.
+            return Ok(there);
+        }
+        let next = epoch::moving(there);
         self.write_epoch(slot, next)?;
         Ok(next)
     }

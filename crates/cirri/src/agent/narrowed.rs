@@ -9,13 +9,11 @@ use cirri_abi::{PolicyEntry, PolicyKey, RulesetSlot, policy_flag};
 use ipnet::IpNet;
 
 use super::core::Core;
+use super::rulesets::Rules;
 
 /// What is said of such a rule set.
 pub const NO_ROOM: &str = "networks that it does not allow cannot be told from those around them, which it allows: none of \
                            these is allowed";
-
-/// The entries of a rule set.
-type Rules = Vec<(PolicyKey, PolicyEntry)>;
 
 /// A network without a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,14 +33,15 @@ pub struct Narrowed {
 }
 
 impl Core {
-    /// Looks what cannot be told apart by now. Rule sets that were narrowed because of something else are made again.
-    pub(super) fn note_mistaken(&mut self) {
+    /// Looks what cannot be told apart by now. Rule sets that were narrowed because of something else are made again, and
+    /// those in `slots`, which were installed by what could be told apart before.
+    pub(super) fn note_mistaken(&mut self, slots: &[RulesetSlot]) {
         let mistaken = self.mistaken();
         if mistaken == self.narrowed.mistaken {
             return;
         }
         self.narrowed.mistaken = mistaken;
-        for slot in self.narrowed.rules.keys() {
+        for slot in self.narrowed.rules.keys().chain(slots) {
             self.rows.rulesets.suspect(slot);
         }
     }

@@ -6,7 +6,8 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cirri_abi::{Addr, Identity, Ipcache, Tick, epoch, epoch_slot, ipcache_flag};
+use cirri_abi::{Addr, Identity, Ipcache, RulesetSlot, Tick, epoch, epoch_slot, ipcache_flag};
+use cirri_control::policy::{Closing, closing};
 use cirri_loader::net::Neighbour;
 use cirri_loader::{EdgeWanted, MapError, gc};
 use ipnet::IpNet;
@@ -14,6 +15,7 @@ use ipnet::IpNet;
 use super::core::Core;
 use super::narrowed::NO_ROOM;
 use super::rows::{Attached, Role, RouteRow, ipcache_key, ipcache_net, sort};
+use super::rulesets::{Rules, sorted};
 use super::table::Due;
 use crate::config::Acceleration;
 use crate::settings::SettingsError;
@@ -27,6 +29,12 @@ const LONGEST_SILENCE: Duration = Duration::from_nanos(1 << Tick::SHIFT);
 /// Since when a change goes on in which nothing disagrees: no connection goes on without being judged by what is
 /// in force already. That it stands there tells the next run that this one was interrupted.
 const LONG_AGO: Tick = Tick { count: 1 };
+
+/// How many rule sets become live together: so many that the kernel's grace period does not count, so few that one that
+/// waits for each of them (before Linux 6.8) leaves no longer silence than [`SIGN_OF_LIFE`].
+const TOGETHER: usize = 16;
+/// How many entries they may have, which are there twice meanwhile.
+const ENTRIES_TOGETHER: usize = 65_536;
 
 /// A row of the address cache to work on.
 type DueAddress = Due<IpNet, Ipcache>;
@@ -99,14 +107,17 @@ impl Core {
         if rulesets || places {
             self.set_writing(Some(if disagree { gc::now() } else { LONG_AGO }));
         }
+        let mut seen = disagree.then_some(began);
+        let closed = self.close_rulesets(places, now, &mut seen);
         self.reconcile_node(now, &mut bumps);
         let (early, late) = self.split_ipcache(now);
         let rows_tried = !early.is_empty() || !late.is_empty();
         self.reconcile_ipcache(early, now, &mut bumps);
         if rows_tried {
-            self.note_mistaken();
+            self.note_mistaken(&closed);
         }
-        let changed_rulesets = self.reconcile_rulesets(now, disagree.then_some(began));
+        bumps.extend(closed);
+        let changed_rulesets = self.reconcile_rulesets(now, &mut seen);
         self.reconcile_endpoints(now, &mut bumps);
         // What was decided meanwhile is decided again.
         bumps.extend(changed_rulesets);
@@ -247,33 +258,88 @@ impl Core {
         }
     }
 
+    /// Before any rule set opens, and before anybody is somebody else: installs what the others close. A connection that
+    /// was not allowed and will not be must not pass because its sender's rule set is there before its receiver's.
+    /// Answers the slots whose epoch moved; `seen` as for [`Core::reconcile_rulesets`].
+    fn close_rulesets(&mut self, places: bool, now: Instant, seen: &mut Option<Instant>) -> Vec<RulesetSlot> {
+        let due: Vec<_> = self.rows.rulesets.due(now).into_iter().filter(|due| due.desired.is_some()).collect();
+        if due.len() < 2 && !places {
+            // It comes into force at once.
+            return Vec::new();
+        }
+        let closing = due.into_iter().filter_map(|Due { key, desired, actual }| {
+            let (before, after) = (self.narrowed.rules.get(&key).or(actual.as_deref())?, desired?);
+            let step = match self.narrow(&after) {
+                Some(narrowed) => closing(before, &narrowed),
+                None => closing(before, &after),
+            };
+            match step {
+                Closing::Nothing => None,
+                Closing::All => Some((key, after)),
+                Closing::Part(part) => Some((key, Arc::new(sorted(part)))),
+            }
+        });
+        let closing: Vec<_> = closing.collect();
+        self.install(&closing, now, seen)
+    }
+
     /// Installs rule sets; answers the slots whose epoch moved. `seen` is the last sign of life, while connections
     /// go on as they were decided.
-    fn reconcile_rulesets(&mut self, now: Instant, mut seen: Option<Instant>) -> Vec<u16> {
-        let mut changed = Vec::new();
-        for Due { key, desired, .. } in self.rows.rulesets.due(now) {
-            let Some(entries) = &desired else { continue };
+    fn reconcile_rulesets(&mut self, now: Instant, seen: &mut Option<Instant>) -> Vec<RulesetSlot> {
+        let due = self.rows.rulesets.due(now).into_iter();
+        let due: Vec<_> = due.filter_map(|due| Some((due.key, due.desired?))).collect();
+        self.install(&due, now, seen)
+    }
+
+    fn install(
+        &mut self,
+        mut rulesets: &[(RulesetSlot, Arc<Rules>)],
+        now: Instant,
+        seen: &mut Option<Instant>,
+    ) -> Vec<RulesetSlot> {
+        let slots = rulesets.iter().map(|(slot, _)| *slot).collect();
+        while !rulesets.is_empty() {
+            let (together, rest) = rulesets.split_at(how_many_together(rulesets));
             if let Some(last) = seen.filter(|last| last.elapsed() > SIGN_OF_LIFE) {
                 // After a longer silence connections are judged again, and what was refused stays so.
-                seen = (last.elapsed() < LONGEST_SILENCE).then(Instant::now);
+                *seen = (last.elapsed() < LONGEST_SILENCE).then(Instant::now);
                 self.set_writing(Some(if seen.is_some() { gc::now() } else { LONG_AGO }));
             }
-            let narrowed = self.narrow(entries);
-            let outcome = self.tables.install_ruleset(key, narrowed.as_deref().unwrap_or(entries)).map(drop);
-            match outcome {
-                Ok(()) => self.rulesets_behind.remove(&key),
-                Err(_) => self.rulesets_behind.insert(key),
-            };
-            self.narrowed.rules.remove(&key);
-            if let Some(rules) = narrowed.filter(|_| outcome.is_ok()) {
-                tracing::error!(slot = key, "{NO_ROOM}");
-                self.narrowed.rules.insert(key, rules);
+            let narrowed: Vec<Option<Rules>> = together.iter().map(|(_, entries)| self.narrow(entries)).collect();
+            let tables: Vec<_> = together
+                .iter()
+                .zip(&narrowed)
+                .map(|((slot, entries), narrowed)| (*slot, narrowed.as_deref().unwrap_or(entries)))
+                .collect();
+            let outcomes = self.tables.install_rulesets(&tables);
+            for (((slot, entries), narrowed), outcome) in together.iter().zip(narrowed).zip(outcomes) {
+                self.settle_ruleset(*slot, entries, narrowed, outcome.map(drop), now);
             }
-            report("rule set", &key, &outcome);
-            changed.push(key);
-            self.rows.rulesets.settle(&key, desired, outcome, now);
+            rulesets = rest;
         }
-        changed
+        slots
+    }
+
+    /// What came of a rule set; `narrowed` is what was written in its place.
+    fn settle_ruleset(
+        &mut self,
+        slot: RulesetSlot,
+        entries: &Arc<Rules>,
+        narrowed: Option<Rules>,
+        outcome: Result<(), MapError>,
+        now: Instant,
+    ) {
+        match outcome {
+            Ok(()) => self.rulesets_behind.remove(&slot),
+            Err(_) => self.rulesets_behind.insert(slot),
+        };
+        self.narrowed.rules.remove(&slot);
+        if let Some(rules) = narrowed.filter(|_| outcome.is_ok()) {
+            tracing::error!(slot, "{NO_ROOM}");
+            self.narrowed.rules.insert(slot, rules);
+        }
+        report("rule set", &slot, &outcome);
+        self.rows.rulesets.settle(&slot, Some(Arc::clone(entries)), outcome, now);
     }
 
     /// Removes rule sets that no workload has any more; last, when nothing leads to them.
@@ -458,6 +524,15 @@ fn wanted_edge(acceleration: Acceleration) -> EdgeWanted {
 
 fn is_world(identity: Identity) -> bool {
     [Identity::WORLD, Identity::WORLD_IPV4, Identity::WORLD_IPV6].contains(&identity)
+}
+
+/// How many of some rule sets, from the first on, become live together; at least one of any.
+fn how_many_together(rulesets: &[(RulesetSlot, Arc<Rules>)]) -> usize {
+    let sums = rulesets.iter().scan(0, |sum, (_, entries)| {
+        *sum += entries.len();
+        Some(*sum)
+    });
+    sums.take(TOGETHER).take_while(|sum| *sum <= ENTRIES_TOGETHER).count().max(1)
 }
 
 fn report<E: Display>(table: &str, key: &dyn Display, outcome: &Result<(), E>) {

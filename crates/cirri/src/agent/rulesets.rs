@@ -15,7 +15,7 @@ use super::rows::sort;
 use super::slots::Slots;
 
 /// The entries of a rule set.
-type Rules = Vec<(PolicyKey, PolicyEntry)>;
+pub(super) type Rules = Vec<(PolicyKey, PolicyEntry)>;
 
 /// Why an identity's rule set is not just what its policies say.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -164,7 +164,8 @@ impl Core {
     }
 }
 
-fn sorted(mut entries: Rules) -> Rules {
+/// In the order in which rule sets compare.
+pub(super) fn sorted(mut entries: Rules) -> Rules {
     sort(&mut entries);
     entries
 }

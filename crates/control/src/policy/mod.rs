@@ -12,6 +12,7 @@
 
 mod admission;
 mod blocks;
+mod closing;
 mod compile;
 mod explain;
 mod fit;
@@ -23,6 +24,7 @@ mod tests;
 
 pub use admission::{PolicyError, Refusal, Refused, Retried};
 pub use blocks::Blocks;
+pub use closing::{Closing, closing};
 pub use compile::{CompileError, Ruleset, Workloads};
 pub use explain::{Difference, Explanation, NearMiss, Party, Question};
 pub use fit::{Fitted, Trace, allows, closed};

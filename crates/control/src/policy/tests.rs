@@ -4,6 +4,7 @@ use crate::work::{cost_of, steps_of};
 use cirri_abi::{Direction as AbiDirection, PolicyEntry, PolicyKey, policy_flag};
 use std::net::IpAddr;
 
+mod closing;
 mod property;
 mod refused;
 
