@@ -1,8 +1,9 @@
 //! Requests to services, made by `curl` inside pods: each on a new connection, with who answered it.
 
 use std::fmt;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
@@ -12,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::traffic::seconds;
 use crate::lab::interrupt::Interrupt;
@@ -55,8 +57,8 @@ impl Asker {
 pub struct Request {
     /// Who asked whom, in words.
     pub who: Arc<str>,
-    /// When it began.
-    pub begun: Instant,
+    /// It did not begin before this moment. When it did, `curl` does not say, and who reads it may come late.
+    pub not_before: Instant,
     /// How long it took.
     pub took: Duration,
     /// Who served it, as whose client; or why it failed.
@@ -106,8 +108,7 @@ impl fmt::Display for Failed {
 pub fn ask(asker: &Asker, count: usize, patience: Duration) -> anyhow::Result<Vec<Request>> {
     let who = asker.in_words();
     let (mut child, report) = curl(asker, count, patience, false)?;
-    let requests: anyhow::Result<Vec<Request>> =
-        BufReader::new(report).lines().map(|line| read(&who, &line?, Instant::now())).collect();
+    let requests: anyhow::Result<Vec<Request>> = report.requests(who.clone()).collect();
     child.wait()?;
     let requests = requests.with_context(|| who.to_string())?;
     if requests.len() != count {
@@ -139,8 +140,7 @@ impl Streams {
             streams.clients.push(client);
             let (sender, who) = (sender.clone(), asker.in_words());
             streams.readers.push(std::thread::spawn(move || {
-                for line in BufReader::new(report).lines() {
-                    let request = line.map_err(anyhow::Error::from).and_then(|line| read(&who, &line, Instant::now()));
+                for request in report.requests(who) {
                     // Nobody listens any more: the streams are being dropped.
                     if sender.send((index, request)).is_err() {
                         return;
@@ -163,7 +163,7 @@ impl Streams {
             match self.incoming.recv_timeout(SLICE) {
                 Ok((index, request)) => {
                     let request = request?;
-                    if let Some(missing) = missing.get_mut(index).filter(|_| request.begun >= since) {
+                    if let Some(missing) = missing.get_mut(index).filter(|_| request.not_before >= since) {
                         *missing = missing.saturating_sub(1);
                     }
                     self.requests.push(request);
@@ -175,9 +175,9 @@ impl Streams {
         Ok(())
     }
 
-    /// The requests that were begun from one moment until another, of those that [`Streams::more`] has seen.
+    /// The requests that began after one moment, of those that [`Streams::more`] has seen; and not certainly after another.
     pub fn between(&self, from: Instant, to: Instant) -> Vec<&Request> {
-        self.requests.iter().filter(|request| (from..to).contains(&request.begun)).collect()
+        self.requests.iter().filter(|request| (from..to).contains(&request.not_before)).collect()
     }
 }
 
@@ -194,8 +194,8 @@ impl Drop for Streams {
     }
 }
 
-/// `curl`, started in the client's namespace and control group, and where it reports.
-fn curl(asker: &Asker, count: usize, patience: Duration, paced: bool) -> anyhow::Result<(Child, ChildStderr)> {
+/// `curl`, started in the client's namespace and control group, and what it reports.
+fn curl(asker: &Asker, count: usize, patience: Duration, paced: bool) -> anyhow::Result<(Child, Reports<ChildStderr>)> {
     let mut command = Command::new(process::own_binary()?);
     command.args(["lab", "__in"]).arg(&asker.group).args(["--", "curl", "-sf", "--noproxy", "*"]);
     let seconds = seconds(patience);
@@ -210,13 +210,47 @@ fn curl(asker: &Asker, count: usize, patience: Duration, paced: bool) -> anyhow:
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    let begun = Instant::now();
     let mut child = netns::within(&asker.netns, || command.spawn())?.context("cannot start curl")?;
-    let report = child.stderr.take().context("curl has no standard error")?;
-    Ok((child, report))
+    let pipe = child.stderr.take().context("curl has no standard error")?;
+    Ok((child, Reports { pipe, empty: begun }))
+}
+
+/// Lines of [`REPORT`] out of a pipe.
+struct Reports<P> {
+    pipe: P,
+    /// When the pipe was empty last. What is read after that was written after it.
+    empty: Instant,
+}
+
+impl<P: Read + AsFd> Reports<P> {
+    /// The requests that they tell of. A request begins when the line of the one before is written.
+    fn requests(self, who: Arc<str>) -> impl Iterator<Item = anyhow::Result<Request>> {
+        let mut lines = BufReader::new(self);
+        std::iter::from_fn(move || {
+            let not_before = lines.get_ref().empty;
+            let mut line = String::new();
+            match lines.read_line(&mut line) {
+                Ok(0) => None,
+                Ok(_) => Some(read(&who, line.trim_end_matches('\n'), not_before)),
+                Err(error) => Some(Err(error.into())),
+            }
+        })
+    }
+}
+
+impl<P: Read + AsFd> Read for Reports<P> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let now = Instant::now();
+        if poll(&mut [PollFd::new(&self.pipe, PollFlags::IN)], Some(&Timespec::default()))? == 0 {
+            self.empty = now;
+        }
+        self.pipe.read(buffer)
+    }
 }
 
 /// Reads [`REPORT`].
-fn read(who: &Arc<str>, line: &str, now: Instant) -> anyhow::Result<Request> {
+fn read(who: &Arc<str>, line: &str, not_before: Instant) -> anyhow::Result<Request> {
     let fields: Vec<&str> = line.splitn(5, '|').collect();
     let [code, took, by, client, why] = fields[..] else { bail!("curl: {line}") };
     let code: i32 = code.parse().with_context(|| format!("curl: {line}"))?;
@@ -225,11 +259,14 @@ fn read(who: &Arc<str>, line: &str, now: Instant) -> anyhow::Result<Request> {
         0 => Ok(Answer { by: by.to_owned(), client: client.parse().with_context(|| format!("curl: {line}"))? }),
         _ => Err(Failed { code, why: why.to_owned() }),
     };
-    Ok(Request { who: Arc::clone(who), begun: now.checked_sub(took).unwrap_or(now), took, outcome })
+    Ok(Request { who: Arc::clone(who), not_before, took, outcome })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::fd::BorrowedFd;
+
     use super::*;
 
     #[test]
@@ -238,12 +275,45 @@ mod tests {
         let read = |line| read(&who, line, now);
         let request = read("0|0.002500|stall-1|fd00::2|").unwrap();
         assert_eq!(request.outcome, Ok(Answer { by: "stall-1".into(), client: "fd00::2".parse().unwrap() }));
-        assert_eq!((now - request.begun, request.took), (request.took, Duration::from_micros(2500)));
+        assert_eq!((request.not_before, request.took), (now, Duration::from_micros(2500)));
         let failed = |line| read(line).unwrap().outcome.unwrap_err();
         let refused = failed("7|0.000103|||Failed to connect to 10.96.0.10 port 81 after 0 ms: Couldn't connect | x");
         assert!(refused.refused() && !refused.silent() && refused.why.ends_with("| x"), "{refused}");
         assert!(failed("28|1.5|||Connection timed out").silent());
         assert!(read("curl: option --rate: is unknown").is_err());
         assert!(read("0|0.1|stall-1||").is_err());
+    }
+
+    /// A pipe whose other end writes one more line whenever somebody waits for it.
+    struct Slow(io::PipeReader, io::PipeWriter);
+
+    impl Read for Slow {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&Timespec::default()))? == 0 {
+                self.1.write_all(LINE)?;
+            }
+            self.0.read(buffer)
+        }
+    }
+
+    impl AsFd for Slow {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+
+    const LINE: &[u8] = b"0|0.002500|stall-1|fd00::2|\n";
+
+    #[test]
+    fn what_a_late_reader_reads_is_not_taken_for_a_request_that_began_late() {
+        let begun = Instant::now();
+        let (reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(&LINE.repeat(2)).unwrap();
+        let told = Instant::now();
+        let reports = Reports { pipe: Slow(reader, writer), empty: begun };
+        let requests: Vec<_> = reports.requests("x → y".into()).take(4).map(Result::unwrap).collect();
+        // Two lines were there; the third may be of one that was on its way.
+        assert!(requests[..3].iter().all(|request| request.not_before < told), "{requests:?}");
+        assert!(requests[3].not_before >= told, "{requests:?}");
     }
 }

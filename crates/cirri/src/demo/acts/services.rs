@@ -325,7 +325,7 @@ mod tests {
         let client = |last| IpAddr::from([10, 0, 0, last]);
         let request = |by: &str, last| Request {
             who: "x/y → z".into(),
-            begun: Instant::now(),
+            not_before: Instant::now(),
             took: Duration::ZERO,
             outcome: Ok(Answer { by: by.into(), client: client(last) }),
         };
