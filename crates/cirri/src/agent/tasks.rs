@@ -194,6 +194,8 @@ pub async fn publish(shared: Arc<Shared>) {
             core.rows.published.settle(&row.key, row.desired, outcome.map(drop), Instant::now());
         }
         if worked {
+            // What was written over meanwhile is told by no more news.
+            shared.core.lock().await.compare_stored(Instant::now());
             shared.settled.send_replace(());
             shared.wake.notify_one();
             // Rows may have changed while they were written.
@@ -232,7 +234,12 @@ async fn mend(shared: &Shared) {
         }
     }
     if !mends.is_empty() {
-        shared.core.lock().await.mends.clear();
+        let mut core = shared.core.lock().await;
+        core.mends.clear();
+        core.compare_stored(Instant::now());
+        if !core.mends.is_empty() {
+            shared.publish.notify_one();
+        }
     }
 }
 

@@ -52,21 +52,25 @@ impl Core {
         if !look || !self.filled || self.view.revision < self.written || !self.mends.is_empty() {
             return;
         }
-        self.drift.stored = false;
         let mut findings = Findings::new();
-        self.compare_leased(now);
+        // Somebody may have written over what this node writes at the moment. That is told once that is done.
+        self.drift.stored = self.compare_leased(now);
         self.compare_lasting(now, &mut findings);
         self.note_drift(&[ProblemKind::Record], findings, now);
     }
 
-    /// Records on the lease.
-    fn compare_leased(&mut self, now: Instant) {
+    /// Records on the lease. Whether one that differs is being written.
+    fn compare_leased(&mut self, now: Instant) -> bool {
         let Core { rows, view, drift, node, .. } = self;
-        let mut again = Vec::new();
+        let (mut again, mut under_way) = (Vec::new(), false);
         for (key, wanted) in rows.published.iter() {
             let found = view.value(key);
-            let is_done = rows.published.state(key).as_deref() == Some("done");
-            if is_done && found != Some(wanted) && ask(drift, key, found, "as this node wrote it", now) {
+            if found == Some(wanted) {
+                continue;
+            }
+            if rows.published.state(key).as_deref() != Some("done") {
+                under_way = true;
+            } else if ask(drift, key, found, "as this node wrote it", now) {
                 again.push(key.clone());
             }
         }
@@ -78,6 +82,7 @@ impl Core {
                 rows.published.adopt(key, Vec::new());
             }
         }
+        under_way
     }
 
     /// Records without a lease.
