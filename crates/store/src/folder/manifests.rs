@@ -99,6 +99,7 @@ impl Manifests {
             since: 0,
             broke: None,
             times: 1,
+            second: None,
             vague: false,
             line: 0,
         };
@@ -302,7 +303,8 @@ impl Manifests {
             let mut found = false;
             for name in holders.iter().filter(|name| !self.no_files.contains(*name)) {
                 let is_new = self.is_new(name, &key);
-                let Some(hold) = self.files.get_mut(name).and_then(|file| file.holds.get_mut(&key)) else { continue };
+                let Some(file) = self.files.get_mut(name) else { continue };
+                let Some(hold) = file.holds.get_mut(&key) else { continue };
                 if hold.broke.is_none() {
                     continue;
                 }
@@ -313,13 +315,12 @@ impl Manifests {
                     false if hold.version.is_none() => true,
                     false => lost.read && is_new,
                 };
-                if follows {
-                    hold.version.clone_from(&lost.version);
-                    hold.read = lost.read;
-                }
                 if is_new {
                     hold.since = lost.since;
                     found = true;
+                }
+                if follows {
+                    file.find(&key, &lost);
                 }
                 self.unsaved.insert(name.clone());
             }
@@ -398,24 +399,32 @@ impl Manifests {
             let differs = hold.map(|hold| self.published.get(key) != Some(&hold.version));
             (hold.map(|hold| hold.since), differs, (*name).clone())
         };
-        let owner = self.owners.get(key).filter(|owner| all.contains(owner));
-        let first = owner.or_else(|| all.iter().copied().min_by_key(rank))?;
-        let Some(broke) = self.broke(first, key) else { return Some(first.clone()) };
-        // What was never read was there before what came with it.
-        let after = if self.since(first, key) == Some(broke) { broke + 1 } else { broke };
-        let successors = all
-            .iter()
-            .copied()
-            .filter(|name| self.is_readable(name, key) && self.since(name, key).is_some_and(|since| since >= after));
-        let successor = successors.min_by_key(rank);
         // Where nobody knows which file it is, of two that are remembered the one that is certain to open nothing.
         let closed = |one: &'_ String, other: &&String| {
             let unsure = self.no_files.contains(one) || self.no_files.contains(*other);
             let holds = self.hold(one, key).zip(self.hold(other, key));
             unsure && holds.is_some_and(|(one, other)| other.lets_less_pass(one))
         };
-        let remembered = || all.iter().copied().fold(first, |one, other| if closed(one, &other) { other } else { one });
-        Some(successor.unwrap_or_else(remembered).clone())
+        let owner = self.owners.get(key).filter(|owner| all.contains(owner));
+        let mut first = owner.or_else(|| all.iter().copied().min_by_key(rank))?;
+        loop {
+            let Some(broke) = self.broke(first, key) else { return Some(first.clone()) };
+            // What was never read was there before what came with it.
+            let after = if self.since(first, key) == Some(broke) { broke + 1 } else { broke };
+            let follows = |name: &&String| {
+                self.is_readable(name, key) && self.since(name, key).is_some_and(|since| since >= after)
+            };
+            if let Some(successor) = all.iter().copied().filter(follows).min_by_key(rank) {
+                return Some(successor.clone());
+            }
+            let remembered =
+                all.iter().copied().fold(first, |one, other| if closed(one, &other) { other } else { one });
+            if remembered == first {
+                return Some(first.clone());
+            }
+            // It may have a successor of its own, as after a restart, when it is the owner.
+            first = remembered;
+        }
     }
 
     fn note_contested(&mut self, key: &str, holders: &BTreeSet<String>, owner: Option<&String>) {

@@ -35,6 +35,8 @@ pub(super) struct Hold {
     pub broke: Option<u64>,
     /// As many documents of the file were the object.
     pub times: usize,
+    /// What a document of the file says that can be read and does not count: one that cannot comes first, or may.
+    pub second: Option<Arc<Resource>>,
     /// Nothing says for sure that the document which cannot be read is this object.
     pub vague: bool,
     /// Where it stands; 0 if nobody knows.
@@ -138,9 +140,27 @@ impl File {
                 holds.entry(key).or_insert(hold);
             }
         }
-        let is_whole = !documents.opaque && holds.values().all(|hold| hold.broke.is_none());
-        let broken = (!is_whole).then(|| digest(bytes));
-        File { holds, opaque: documents.opaque, broken, errors, ..File::default() }
+        let file = File { holds, opaque: documents.opaque, errors, ..File::default() };
+        File { broken: (!file.is_whole()).then(|| digest(bytes)), ..file }
+    }
+
+    /// What was lost is found again with an object of this file that cannot be read.
+    pub fn find(&mut self, key: &str, lost: &Hold) {
+        let Some(hold) = self.holds.get_mut(key) else { return };
+        hold.version.clone_from(&lost.version);
+        hold.read = lost.read;
+        if hold.second.is_some() && hold.second == hold.version {
+            // The file says it in so many words: as if it had been known when the file was read.
+            (hold.second, hold.broke) = (None, None);
+        }
+        if self.is_whole() {
+            self.broken = None;
+        }
+    }
+
+    /// Whether all that it says of objects can be read.
+    fn is_whole(&self) -> bool {
+        !self.opaque && self.holds.values().all(|hold| hold.broke.is_none())
     }
 }
 
@@ -173,12 +193,14 @@ struct Broken<'a> {
 
 impl Broken<'_> {
     fn hold(&self, old: Option<Hold>, readable: usize) -> Hold {
+        let old = old.map(|old| Hold { second: None, ..old });
         let mut hold = old.unwrap_or(Hold {
             version: None,
             read: false,
             since: self.step,
             broke: None,
             times: 1,
+            second: None,
             vague: self.named.is_none(),
             line: self.line,
         });
@@ -214,13 +236,22 @@ fn beside(
                                it stays in force";
                     not_used(reading.path, place.line, &resource, why)
                 });
-                return kept;
+                return Hold { second: Some(Arc::clone(&resource)), ..kept };
             }
         }
     }
     let stays = |old: &Hold| (reading.owns)(key) || old.version.as_ref() == Some(&resource);
     let since = old.filter(stays).map_or(reading.step, |old| old.since);
-    Hold { version: Some(resource), read: true, since, broke: None, times, vague: false, line: place.line }
+    Hold {
+        version: Some(resource),
+        read: true,
+        since,
+        broke: None,
+        times,
+        second: None,
+        vague: false,
+        line: place.line,
+    }
 }
 
 /// What is said of a definition that does not count.

@@ -358,6 +358,28 @@ proptest! {
 }
 
 #[test]
+fn who_takes_over_what_is_lost_among_files_does_so_before_a_restart_too() {
+    let events = [
+        Event::Write(0, vec![Document::Good(1, Says::Allow)]),
+        Event::Write(2, vec![Document::Misspelt(1)]),
+        Event::Write(3, vec![Document::Good(1, Says::Deny)]),
+        Event::RenameBroken(0, 2),
+    ];
+    check(&events, &[false, false, false, false, true]).unwrap();
+}
+
+#[test]
+fn what_is_found_again_in_a_file_that_says_it_too_is_read_there_before_a_restart_too() {
+    let events = [
+        Event::Write(0, vec![Document::Good(1, Says::Deny)]),
+        Event::Swap(vec![(1, vec![Document::Misspelt(1), Document::Good(1, Says::Deny)])]),
+        Event::Away(false),
+        Event::Write(2, vec![Document::Good(1, Says::Allow)]),
+    ];
+    check(&events, &[false, false, false, true]).unwrap();
+}
+
+#[test]
 fn a_stand_in_has_its_mark() {
     let mut run = Run::default();
     run.look(&Disk::from([(0, Some(vec![Document::Misspelt(0)]))]), false);

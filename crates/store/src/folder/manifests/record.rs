@@ -119,7 +119,7 @@ pub(super) fn read(text: &str, in_force: &InForce) -> Option<(File, Vec<String>)
         let Object { since, broke, times, unread, vague, .. } = object;
         // What was in force and cannot be read any more is not known.
         let read = !unread && version.is_some();
-        holds.insert(key, Hold { version, read, since, broke, times, vague, line: 0 });
+        holds.insert(key, Hold { version, read, since, broke, times, second: None, vague, line: 0 });
     }
     let among = record.among.into_iter().collect();
     Some((File { holds, broken: record.broken, among, ..File::default() }, owned))
