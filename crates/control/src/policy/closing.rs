@@ -37,13 +37,13 @@ pub fn closing(before: &Entries, after: &Entries) -> Closing {
         // Where nobody but anybody is denied something, it does not matter which rule allows.
         let by_strength = before.denies_somebody || after.denies_somebody;
         for key in keys {
-            let [was, is] = [&before, &after].map(|rules| rules.strongest(key)).map(strength);
+            let [was, is] = [&before, &after].map(|rules| rules.strength(key));
             opens |= is > was && (by_strength || was <= 0);
             closes |= is < was && (by_strength || is <= 0);
         }
     } else {
         for key in before.entries.keys().chain(after.entries.keys()) {
-            let [was, is] = [&before, &after].map(|rules| rules.longest(key)).map(strength);
+            let [was, is] = [&before, &after].map(|rules| rules.longest(key).map_or(0, rank));
             opens |= is > was;
             closes |= is < was;
         }
@@ -127,11 +127,18 @@ impl Rules {
         // Of equals the peer's own.
         [anybody, self.longest(key)].into_iter().flatten().max_by_key(|entry| (entry.precedence, entry.prefix_len))
     }
+
+    /// How far what it says of a prefix opens: less of one with a lower number. Between an identity and a block, of
+    /// equals what is said of one of them beats what is said of anybody.
+    fn strength(&self, key: &PolicyKey) -> i64 {
+        let Some(entry) = self.strongest(key) else { return 0 };
+        let own = self.longest(key).is_some_and(|own| std::ptr::eq(own, entry));
+        rank(entry) * 2 + if passes(entry) { i64::from(own) } else { -i64::from(own) }
+    }
 }
 
-/// How far an entry opens: what is put in the place of one with a lower number can only open.
-fn strength(entry: Option<&PolicyEntry>) -> i64 {
-    let Some(entry) = entry else { return 0 };
+/// How far an entry opens: what is put in the place of one of the same peer with a lower number can only open.
+fn rank(entry: &PolicyEntry) -> i64 {
     let rank = 1 + (i64::from(entry.precedence) << 8 | i64::from(entry.prefix_len));
     if passes(entry) { rank } else { -rank }
 }

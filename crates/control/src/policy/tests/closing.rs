@@ -99,6 +99,16 @@ fn what_closes_comes_first_as_it_is_or_in_part() {
 }
 
 #[test]
+fn of_equals_it_counts_whether_one_or_anybody_is_denied() {
+    let block = entry(BLOCK, PREFIXES[0], 3, policy_flag::ALLOW);
+    let (before, after) = (vec![entry(CLIENT.id, PREFIXES[0], 3, 0), block], vec![entry(0, PREFIXES[0], 3, 0), block]);
+    let question = ([CLIENT.id, BLOCK], TCP, 0);
+    assert!(!allowed(&before, question) && allowed(&after, question));
+    assert!(matches!(closing(&before, &after), Closing::Part(_)), "it opens that, and closes others");
+    assert!(matches!(closing(&after, &before), Closing::Part(_)));
+}
+
+#[test]
 fn what_does_not_fit_in_between_is_closed() {
     // Each of 2,000 peers would need what is said of anybody's 60 ports.
     let ports: Rules = (0..60).map(|port| entry(0, (64, TCP, port), 9, policy_flag::ALLOW)).collect();
