@@ -91,8 +91,15 @@ fn keeps_backend<T: Tables>(tables: &T, s: &mut Scratch) -> bool {
     // Who asks for a connection has no stream there. Its last one may even have lost its end, if that came
     // when the backend was gone already.
     let protocol = if is_syn(&s.parsed) { proto::UDP } else { s.parsed.tuple.proto };
-    let kept =
-        !s.reopened && service::is_kept(tables, s.old.backend, &s.old.destination, s.old.destination_port, protocol);
+    let (to, port) = (s.old.destination, s.old.destination_port);
+    let kept = !s.reopened
+        && if is_syn(&s.parsed) && s.pending && s.old.state == State::NEW {
+            // Nothing was answered: it may have been refused where this node does not see it, and the next client has
+            // the port.
+            service::takes_new(tables, s.old.backend, &to, port)
+        } else {
+            service::is_kept(tables, s.old.backend, &to, port, protocol)
+        };
     if !kept {
         let answer = s.parsed.tuple.opposite(&s.old);
         let table = if s.pending { Table::Pending } else { Table::Flows };

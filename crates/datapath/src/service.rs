@@ -188,6 +188,15 @@ pub(crate) fn is_kept<T: Services>(tables: &T, number: u32, addr: &Addr, port: P
     }
 }
 
+/// Whether a backend is there, and takes new connections while there are others.
+#[inline(always)]
+pub(crate) fn takes_new<T: Services>(tables: &T, number: u32, addr: &Addr, port: Port) -> bool {
+    match tables.backend(number) {
+        Some(backend) => backend.addr == *addr && backend.port == port && backend.state == BackendState::ACTIVE,
+        None => false,
+    }
+}
+
 #[inline(always)]
 const fn is_stream(protocol: u8) -> bool {
     matches!(protocol, proto::TCP | proto::SCTP)
